@@ -1,0 +1,40 @@
+# make demo | test | lint | docs: each sets up what it needs in .venv, once, and works offline from then on.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+BOOK := examples/books/gullivers-travels.txt
+
+.PHONY: help setup demo test lint clean
+
+help:
+	@echo "make demo   generate from a real book with the built-in pair: dense, then sparse at 10% kept"
+	@echo "make test   run the test suite"
+	@echo "make lint   ruff and mypy"
+
+setup: $(READY)
+
+# torch goes first and pinned: the other packages then keep this build instead of fetching another
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Outrider needs Python 3.11 or newer, not " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools \
+		pytest pytest-xdist hypothesis ruff mypy transformers safetensors tokenizers typer rich
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	touch $(READY)
+
+demo: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/outrider generate --prompt-file $(BOOK) --prompt-tokens 16384 --max-new-tokens 128 \
+		--mode dense --mode sparse --keep 0.1 --audit
+
+test: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist

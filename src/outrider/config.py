@@ -1,0 +1,102 @@
+"""Options, validated once, before any work starts. Command-line flags are derived from these fields and their help texts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from outrider.errors import OptionError
+
+MODES = ("dense", "sparse")
+DTYPES = ("float32", "bfloat16", "float16")
+BACKENDS = ("auto", "reference")
+DEFAULT_KEEP = 0.1
+
+
+def option(default: object, text: str) -> object:
+    """A dataclass field with the help text that the command line shows."""
+    return field(default=default, metadata={"help": text})
+
+
+def check(option_name: str, value: object, ok: bool, allowed: str) -> None:
+    """Raise OptionError unless `ok`."""
+    if not ok:
+        raise OptionError(option_name, value, allowed)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """How much of the cache the target may read: a top-k share (`keep`) or a share of the scored mass (`top_p`).
+
+    Exactly one of `keep` and `top_p` may be given; with neither, `keep` is 0.1. Both lie in (0, 1].
+    """
+
+    keep: float | None = option(None, "share of the cached tokens each list keeps (top-k), in (0, 1]; default 0.1")
+    top_p: float | None = option(None, "keep the smallest list that holds this share of the scored mass, in (0, 1]")
+    sinks: int = option(4, "first tokens of the context that every list of method outrider keeps")
+    recent: int = option(64, "last cached tokens that every list of method outrider keeps")
+    min_context: int = option(1024, "below this many cached tokens a sequence is verified densely")
+
+    def __post_init__(self) -> None:
+        if self.keep is not None and self.top_p is not None:
+            raise OptionError("keep and top-p", (self.keep, self.top_p), "only one of the two")
+        for name, value in (("keep", self.keep), ("top-p", self.top_p)):
+            check(name, value, value is None or (_is_number(value) and 0 < value <= 1), "a number in (0, 1]")
+        for name, value in (("sinks", self.sinks), ("recent", self.recent), ("min-context", self.min_context)):
+            check(name, value, _is_int(value) and value >= 0, "a whole number >= 0")
+        if self.keep is None and self.top_p is None:
+            object.__setattr__(self, "keep", DEFAULT_KEEP)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How one prompt is continued. Temperature 0 is greedy; the same seed gives the same tokens, whatever the batch."""
+
+    max_new_tokens: int = option(128, "generate at most this many tokens")
+    temperature: float = option(0.0, "sampling temperature; 0 is greedy")
+    top_k: int = option(0, "sample among the k most probable tokens; 0 is off")
+    top_p: float = option(1.0, "sample among the most probable tokens that hold this share of the probability")
+    seed: int = option(0, "seed of the random numbers")
+    stop: tuple[str, ...] = option((), "end before the first of these strings")
+    ignore_eos: bool = option(False, "go on after the end-of-text token")
+
+    def __post_init__(self) -> None:
+        n, t, k, p = self.max_new_tokens, self.temperature, self.top_k, self.top_p
+        check("max-new-tokens", n, _is_int(n) and n >= 1, "a whole number >= 1")
+        check("temperature", t, _is_number(t) and 0 <= t < float("inf"), "a number >= 0")
+        check("sampling top-k", k, _is_int(k) and k >= 0, "a whole number >= 0 (0 is off)")
+        check("sampling top-p", p, _is_number(p) and 0 < p <= 1, "a number in (0, 1]")
+        check("seed", self.seed, _is_int(self.seed) and 0 <= self.seed < 2**63, "a whole number in 0 .. 2^63 - 1")
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        check("stop", self.stop, all(isinstance(s, str) and s for s in stop), "non-empty strings")
+        object.__setattr__(self, "stop", stop)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How rounds are run, for all prompts of an engine."""
+
+    mode: str = option("sparse", "verification: dense (exact) or sparse (approximate)")
+    method: str = option("outrider", "how tokens are selected: outrider, sts or specattn")
+    budget: Budget = field(default_factory=Budget)
+    draft_tokens: int = option(4, "tokens the draft proposes each round (K)")
+    batch_size: int = option(8, "sequences that run at the same time; more prompts wait")
+    prefill_chunk: int = option(2048, "prompt tokens per forward of the prefill")
+    audit: bool = option(False, "after each sequence, count the tokens that the dense target would also have chosen")
+    backend: str = option("auto", "implementation of the ops: auto or reference")
+
+    def __post_init__(self) -> None:
+        check("mode", self.mode, self.mode in MODES, ", ".join(MODES))
+        check("K (draft-tokens)", self.draft_tokens, _is_int(self.draft_tokens) and self.draft_tokens >= 1, "a whole number >= 1")
+        check("batch-size", self.batch_size, _is_int(self.batch_size) and self.batch_size >= 1, "a whole number >= 1")
+        chunk = self.prefill_chunk
+        check("prefill-chunk", chunk, _is_int(chunk) and chunk >= 1, "a whole number >= 1")
+        check("backend", self.backend, self.backend in BACKENDS, ", ".join(BACKENDS))
+        check("budget", self.budget, isinstance(self.budget, Budget), "a Budget")

@@ -1,0 +1,1 @@
+"""Decoding: sequences in, tokens out, round by round."""

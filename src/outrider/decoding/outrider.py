@@ -1,0 +1,241 @@
+"""The public face: load a pair, generate, stream."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from outrider.config import Budget, EngineConfig, SamplingParams
+from outrider.decoding.builtin import BUILTIN, BUILTIN_ALIGNMENT, builtin_path
+from outrider.decoding.engine import Engine, ProgressCallback
+from outrider.decoding.sequence import Sequence
+from outrider.decoding.statistics import Statistics, total
+from outrider.errors import OptionError, PromptError
+from outrider.guidance.alignment import AlignmentFile, ModelIdentity, load
+from outrider.guidance.selectors import SELECTORS
+from outrider.models import LanguageModel, check_pair, load_model
+from outrider.types import Alignment
+
+Prompt = str | list[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One continued prompt."""
+
+    text: str  # the continuation alone, ending before a stop string
+    token_ids: list[int]
+    finish_reason: str  # "length", "eos" or "stop"
+    statistics: Statistics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """What one prompt has gained since its last chunk."""
+
+    index: int  # of the prompt
+    text: str
+    token_ids: list[int]
+    result: Result | None  # set in the prompt's last chunk
+
+
+class Outrider:
+    """A target and a draft model with the alignment that lets the draft guide the target.
+
+    Examples:
+        >>> from outrider import Outrider, SamplingParams
+        >>> engine = Outrider.load(mode="dense")
+        >>> [result] = engine.generate(["It was a dark and stormy"], SamplingParams(max_new_tokens=4))
+        >>> len(result.token_ids), result.finish_reason
+        (4, 'length')
+    """
+
+    def __init__(
+        self, target: LanguageModel, draft: LanguageModel, config: EngineConfig, alignments: AlignmentFile | None = None, map_name: str | None = None
+    ) -> None:
+        self.target = target
+        self.draft = draft
+        self.config = config
+        self.alignments = alignments
+        self.map_name = map_name
+        self._engine = Engine(target, draft, config, self._alignment())
+
+    @classmethod
+    def load(
+        cls,
+        target: str = BUILTIN,
+        draft: str | None = None,
+        *,
+        alignment: str | Path | AlignmentFile | None = None,
+        map: str | None = None,
+        dtype: str = "float32",
+        device: str = "cpu",
+        **options: Any,
+    ) -> Outrider:
+        """Load a pair from folders or hub ids; "builtin" is the pair that ships with Outrider.
+
+        `alignment` is a file made by `outrider calibrate` for this pair (the built-in pair has its own); `map` picks one of its
+        maps, such as "joint+recall", in place of the method's own. `options` are fields of `EngineConfig` and `Budget`.
+        Raises OptionError, ModelError, PairError or AlignmentError before any work starts.
+        """
+        config = engine_config(**options)
+        if config.mode == "sparse" and config.method not in SELECTORS:
+            raise OptionError("method", config.method, ", ".join(SELECTORS))
+        models = load_pair(target, draft, dtype=dtype, device=device, backend=config.backend)
+        return cls(*models, config, find_alignment(alignment, *models), map)
+
+    def with_options(self, **options: Any) -> Outrider:
+        """The same models under other options; what is not named stays as it is."""
+        named = {f.name: getattr(self.config, f.name) for f in fields(EngineConfig) if f.name != "budget"}
+        budget = {f.name: getattr(self.config.budget, f.name) for f in fields(Budget)}
+        if {"keep", "top_p"} & options.keys():
+            budget |= {"keep": None, "top_p": None}
+        return Outrider(self.target, self.draft, engine_config(**(named | budget | options)), self.alignments, self.map_name)
+
+    def generate(
+        self,
+        prompts: list[Prompt] | Prompt,
+        params: SamplingParams | list[SamplingParams] | None = None,
+        *,
+        progress: ProgressCallback | None = None,
+    ) -> list[Result]:
+        """Continue prompts (texts, or lists of token ids) and return one result a prompt, in order."""
+        chunks = self.stream(prompts, params, progress=progress)
+        finished = {chunk.index: chunk.result for chunk in chunks if chunk.result is not None}
+        return [finished[index] for index in sorted(finished)]
+
+    def stream(
+        self,
+        prompts: list[Prompt] | Prompt,
+        params: SamplingParams | list[SamplingParams] | None = None,
+        *,
+        progress: ProgressCallback | None = None,
+    ) -> Iterator[Chunk]:
+        """Like `generate`, but yields the new text of every prompt after every round. All prompts are checked first."""
+        sequences = self._sequences(prompts, params)
+        return self._stream(sequences, progress)
+
+    def _stream(self, sequences: list[Sequence], progress: ProgressCallback | None) -> Iterator[Chunk]:
+        for event in self._engine.run(sequences, progress):
+            sequence = event.sequence
+            done = sequence.finish_reason is not None
+            text = sequence.text.take(final=done)
+            result = None
+            if sequence.finish_reason is not None:
+                result = Result(
+                    text=sequence.text.text,
+                    token_ids=list(sequence.tokens),
+                    finish_reason=sequence.finish_reason,
+                    statistics=sequence.statistics,
+                )
+            yield Chunk(index=sequence.index, text=text, token_ids=event.tokens, result=result)
+
+    def tokenize(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt as the target sees it. Raises PromptError when it is empty or no tokenizer is at hand."""
+        if isinstance(prompt, str):
+            if self.target.tokenizer is None:
+                raise PromptError(f"prompt: got text, but {self.target.spec.name!r} has no tokenizer; allowed: lists of token ids")
+            tokens = self.target.tokenizer(prompt, verbose=False)["input_ids"]
+        else:
+            tokens = list(prompt)
+        if not tokens or (isinstance(prompt, str) and not prompt):
+            raise PromptError("prompt: got an empty one; allowed: at least one token")
+        wrong = [t for t in tokens if not isinstance(t, int) or not 0 <= t < self.target.spec.vocabulary]
+        if wrong:
+            raise PromptError(f"prompt: got token {wrong[0]!r}; allowed: whole numbers in 0 .. {self.target.spec.vocabulary - 1}")
+        return tokens
+
+    def _sequences(self, prompts: list[Prompt] | Prompt, params: SamplingParams | list[SamplingParams] | None) -> list[Sequence]:
+        many = _as_prompts(prompts)
+        each = params if isinstance(params, list) else [params or SamplingParams()] * len(many)
+        if len(each) != len(many):
+            raise OptionError("params", f"{len(each)} SamplingParams", f"one, or one for each of the {len(many)} prompts")
+        context = min(self.target.spec.context, self.draft.spec.context)
+        sequences = []
+        for index, (prompt, p) in enumerate(zip(many, each, strict=True)):
+            tokens = self.tokenize(prompt)
+            if len(tokens) + p.max_new_tokens > context:
+                raise PromptError(
+                    f"prompt {index}: {len(tokens)} tokens + max-new-tokens {p.max_new_tokens} = {len(tokens) + p.max_new_tokens}; "
+                    f"allowed: at most {context}, the context of the pair"
+                )
+            statistics = Statistics(
+                mode=self.config.mode,
+                method=self.config.method if self.config.mode == "sparse" else None,
+                prompt_tokens=len(tokens),
+                accepted_at=[0] * self.config.draft_tokens,
+            )
+            sequences.append(Sequence(index, tokens, p, self.target.tokenizer, self.target.spec.eos_tokens, statistics))
+        return sequences
+
+    def _alignment(self) -> Alignment | None:
+        if self.config.mode != "sparse" or self.alignments is None:
+            return None
+        if self.config.method not in SELECTORS:
+            raise OptionError("method", self.config.method, ", ".join(SELECTORS))
+        return self.alignments.map(self.map_name or SELECTORS[self.config.method].default_map).alignment
+
+
+def engine_config(**options: Any) -> EngineConfig:
+    """An `EngineConfig` from flat options: its own fields and those of `Budget`. Unknown names raise OptionError."""
+    own = {f.name for f in fields(EngineConfig)} - {"budget"}
+    budget = {f.name for f in fields(Budget)}
+    for name in options:
+        if name not in own | budget:
+            raise OptionError("option", name, ", ".join(sorted(own | budget)))
+    chosen = Budget(**{name: value for name, value in options.items() if name in budget})
+    return EngineConfig(budget=chosen, **{name: value for name, value in options.items() if name in own})
+
+
+def load_pair(
+    target: str, draft: str | None, *, dtype: str = "float32", device: str = "cpu", backend: str = "auto"
+) -> tuple[LanguageModel, LanguageModel]:
+    """Load target and draft and check that they speak the same tokens; warns when both are the same checkpoint."""
+    if draft is None:
+        if target != BUILTIN:
+            raise OptionError("draft", None, f"a folder or hub id: only --target {BUILTIN} brings its own draft")
+        draft = BUILTIN
+    target_path, draft_path = builtin_path(target, "target"), builtin_path(draft, "draft")
+    target_model = load_model(target_path, dtype=dtype, device=device, backend=backend, role="target")
+    if draft_path == target_path:
+        warnings.warn(f"draft and target are the same checkpoint ({draft_path}): correct, but nothing becomes faster", stacklevel=2)
+        return target_model, target_model
+    draft_model = load_model(draft_path, dtype=dtype, device=device, backend=backend, role="draft")
+    check_pair(target_model, draft_model)
+    return target_model, draft_model
+
+
+def identity(model: LanguageModel) -> ModelIdentity:
+    """The name and digest by which alignment files know a model."""
+    return ModelIdentity(name=model.spec.name, digest=model.spec.digest)
+
+
+def find_alignment(given: str | Path | AlignmentFile | None, target: LanguageModel, draft: LanguageModel) -> AlignmentFile | None:
+    """The alignment asked for, or the built-in pair's own; None when there is none."""
+    if isinstance(given, AlignmentFile):
+        return given
+    if given is not None:
+        return load(given, target=identity(target), draft=identity(draft))
+    if BUILTIN_ALIGNMENT.exists():
+        shipped = load(BUILTIN_ALIGNMENT, target=None, draft=None)
+        if (shipped.target, shipped.draft) == (identity(target), identity(draft)):
+            return shipped
+    return None
+
+
+def summarize(results: list[Result], wall_seconds: float) -> Statistics:
+    """The statistics of a whole run: counts added up, tokens per second over the wall clock of decoding."""
+    return total([result.statistics for result in results], wall_seconds)
+
+
+def _as_prompts(prompts: list[Prompt] | Prompt) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, list) and prompts and all(isinstance(t, int) for t in prompts):
+        return [prompts]  # one prompt of token ids
+    if not isinstance(prompts, list) or not prompts:
+        raise PromptError("prompts: got none; allowed: a text, a list of token ids, or a list of these")
+    return prompts

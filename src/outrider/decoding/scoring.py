@@ -1,0 +1,37 @@
+"""Score: how much attention the round's queries pay to every cached token, in one pass over the draft's keys."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from outrider.models import KVCache, LanguageModel
+from outrider.ops import attention_mass
+from outrider.types import DraftScores
+
+
+def score(
+    draft: LanguageModel, cache: KVCache, queries: tuple[Tensor, ...], lengths: Tensor, layers: tuple[int, ...], *, per_query: bool
+) -> DraftScores:
+    """Score the cached tokens by the draft's own attention, after drafting and apart from it.
+
+    `queries` holds [B, T, Hq, D] for every draft layer; `lengths` [B] (host) is the number of cached tokens before the round, whose
+    T keys lie behind them in `cache`. Only `layers` are read. With `per_query` the T queries are kept apart, else averaged.
+    """
+    t = queries[0].shape[1]
+    s = int(lengths.max())
+    on_device = lengths.to(cache.device)
+    masses = [
+        attention_mass(
+            queries[layer],
+            cache.keys(layer, s + t),
+            on_device,
+            scale=draft.spec.layers[layer].scale,
+            reduce="none" if per_query else "mean",
+            backend=draft.backend,
+        )
+        for layer in layers
+    ]
+    head_axis = 2 if per_query else 1
+    mass = torch.cat(masses, dim=head_axis)[..., :s]  # the round's own tokens are attended to anyway
+    return DraftScores(mass=mass if per_query else mass[:, None], layers=layers, lengths=on_device)

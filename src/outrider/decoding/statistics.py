@@ -1,0 +1,156 @@
+"""What a run reports: counts per sequence, seconds per stage, and the share of the cache that was read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from outrider.models import ModelSpec
+from outrider.ops import union_lists
+from outrider.types import Selection
+
+STAGES = ("prefill", "propose", "score", "select", "verify", "accept")
+
+
+@dataclass(slots=True, kw_only=True)
+class Statistics:
+    """Counts of one sequence, or of a whole run when added up with `total`.
+
+    Seconds of a stage that ran for several sequences at once are shared equally among them, so they add up to the run's.
+    """
+
+    mode: str
+    method: str | None  # None in dense mode
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    rounds: int = 0
+    drafted: int = 0  # tokens proposed
+    accepted: int = 0  # drafted tokens that were accepted; every round emits one recovered or bonus token more
+    accepted_at: list[int] = field(default_factory=list)  # [K] how often the drafted token at this position was accepted
+    listed: float = 0.0  # tokens the lists held, averaged over list heads and layers with full attention, summed over rounds
+    cached: int = 0  # tokens the caches held, summed over rounds
+    bytes_read: int = 0  # of target keys and values in verification, and of draft keys in scoring
+    bytes_dense: int = 0  # of target keys and values that dense verification would have read
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    decode_seconds: float = 0.0  # wall clock from the first round to the last
+    audited: int = 0  # tokens checked against the dense target
+    agreed: int = 0  # of these, how many it would also have chosen
+
+    @property
+    def accepted_per_round(self) -> float:
+        """Drafted tokens accepted a round (a round emits one token more)."""
+        return self.accepted / self.rounds if self.rounds else 0.0
+
+    @property
+    def kept_fraction(self) -> float:
+        """Share of the cached tokens that the target's lists held (layers without a list count as 1)."""
+        return self.listed / self.cached if self.cached else 1.0
+
+    @property
+    def kv_read_fraction(self) -> float:
+        """Bytes read, the scoring pass over the draft's keys included, over the bytes dense verification reads."""
+        return self.bytes_read / self.bytes_dense if self.bytes_dense else 1.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens over the wall clock of decoding (prefill left out, everything else counted in)."""
+        return self.generated_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of audited tokens that the dense target would also have chosen; None without an audit."""
+        return self.agreed / self.audited if self.audited else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Fields and derived figures, ready for JSON."""
+        derived = ("accepted_per_round", "kept_fraction", "kv_read_fraction", "tokens_per_second", "agreement")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
+
+
+def total(parts: list[Statistics], wall_seconds: float) -> Statistics:
+    """Add up the sequences of one run; `wall_seconds` is the run's decoding time."""
+    result = Statistics(mode=parts[0].mode, method=parts[0].method, decode_seconds=wall_seconds)
+    summed = ("prompt_tokens", "generated_tokens", "rounds", "drafted", "accepted", "listed", "cached")
+    for part in parts:
+        for name in (*summed, "bytes_read", "bytes_dense", "audited", "agreed"):
+            setattr(result, name, getattr(result, name) + getattr(part, name))
+        for stage, seconds in part.seconds.items():
+            result.seconds[stage] += seconds
+    result.accepted_at = [sum(column) for column in zip(*(part.accepted_at for part in parts), strict=True)]
+    return result
+
+
+class StageClock:
+    """Wall-clock seconds by stage."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self._device = device
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to stage `name`."""
+        start = time.perf_counter()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.seconds[name] += time.perf_counter() - start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reads:
+    """What one verification of T tokens reads, per sequence."""
+
+    listed: Tensor  # [B] fp64: listed tokens, averaged over list heads and full-attention layers
+    bytes_read: Tensor  # [B] int64
+    bytes_dense: Tensor  # [B] int64
+
+
+def count_reads(
+    selection: Selection | None, target: ModelSpec, draft: ModelSpec, scored_layers: tuple[int, ...], lengths: Tensor, t: int
+) -> Reads:
+    """Count the rows that verifying `t` tokens reads over caches of `lengths` [B] (host).
+
+    Query heads that share a KV head and own lists of their own are charged the union of their lists. Window layers are charged
+    their window in both columns. Scoring is charged the keys of the scored draft layers.
+    """
+    lengths = lengths.to(torch.int64)
+    full = target.full_layers
+    listed = torch.zeros(len(lengths), dtype=torch.float64)
+    read, dense = torch.zeros_like(lengths), torch.zeros_like(lengths)
+    size = target.dtype.itemsize
+    union = None if selection is None else _rows_per_kv_head(selection, target).cpu()
+    for layer, shape in enumerate(target.layers):
+        row_bytes = 2 * shape.head_dim * size  # key and value
+        whole = lengths if shape.window is None else lengths.clamp(max=shape.window)
+        dense += (whole + t) * shape.kv_heads * row_bytes
+        if selection is None or layer not in selection.layers:
+            read += (whole + t) * shape.kv_heads * row_bytes
+            listed += lengths / len(full) if shape.window is None else 0.0
+        else:
+            row = selection.layers.index(layer)
+            read += (union[row].sum(-1) + t * shape.kv_heads) * row_bytes
+            listed += selection.counts[row].cpu().double().mean(-1) / len(full)
+    if selection is not None:
+        for layer in scored_layers:
+            shape = draft.layers[layer]
+            read += (lengths + t) * shape.kv_heads * shape.head_dim * draft.dtype.itemsize
+    return Reads(listed=listed, bytes_read=read, bytes_dense=dense)
+
+
+def _rows_per_kv_head(selection: Selection, target: ModelSpec) -> Tensor:
+    """Distinct cached rows that each KV head reads: [layers, B, Hkv] int64."""
+    layers, b, heads, m = selection.indices.shape
+    kv_heads = target.layers[selection.layers[0]].kv_heads
+    if heads <= kv_heads:
+        return selection.counts.to(torch.int64).expand(layers, b, kv_heads)
+    group = heads // kv_heads
+    by_group = selection.indices.reshape(layers, b, kv_heads, group, m).transpose(2, 3)  # queries of a group side by side
+    counts = selection.counts.reshape(layers, b, kv_heads, group).transpose(2, 3)
+    return union_lists(by_group, counts, int(selection.lengths.max())).counts.to(torch.int64)

@@ -1,0 +1,44 @@
+"""Selection methods, one small file each. A new method is a class with the same constructor and one line here."""
+
+from __future__ import annotations
+
+from outrider.config import Budget
+from outrider.errors import OptionError
+from outrider.guidance.selectors.base import Selector
+from outrider.guidance.selectors.outrider import Outrider
+from outrider.guidance.selectors.specattn import SpecAttn
+from outrider.guidance.selectors.sts import Sts
+from outrider.types import Alignment
+
+SELECTORS: dict[str, type[Outrider] | type[Sts] | type[SpecAttn]] = {"outrider": Outrider, "sts": Sts, "specattn": SpecAttn}
+
+__all__ = ["SELECTORS", "Outrider", "Selector", "SpecAttn", "Sts", "build_selector"]
+
+
+def build_selector(
+    method: str,
+    *,
+    alignment: Alignment,
+    budget: Budget,
+    target_layers: tuple[int, ...],
+    kv_heads: int,
+    draft_heads: int,
+    backend: str = "auto",
+) -> Selector:
+    """The selector of that name for one pair of models.
+
+    alignment: sources [Lt, Hs, G, 2] for all target layers, on the device where scores will be. target_layers: the target
+    layers with full attention, ascending; the others get no lists. kv_heads: of the target; draft_heads: query heads of the
+    draft. backend: of the ops.
+    Raises OptionError for an unknown method and PairError when the alignment does not fit the models.
+    """
+    if method not in SELECTORS:
+        raise OptionError("method", method, ", ".join(SELECTORS))
+    return SELECTORS[method](
+        alignment=alignment,
+        budget=budget,
+        target_layers=tuple(target_layers),
+        kv_heads=kv_heads,
+        draft_heads=draft_heads,
+        backend=backend,
+    )

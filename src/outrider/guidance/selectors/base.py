@@ -1,0 +1,114 @@
+"""What a selection method is, and the pieces all of them share."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from outrider.config import Budget
+from outrider.errors import OptionError, PairError
+from outrider.types import Alignment, DraftScores, Selection
+
+
+class Selector(Protocol):
+    """Turns the draft's scores of a round into the token lists of the target."""
+
+    default_map: ClassVar[str]  # the alignment this method is used with, "layer_map+head_map"
+
+    @property
+    def draft_layers(self) -> tuple[int, ...]:
+        """The draft layers that must be scored, ascending: those the alignment uses."""
+
+    @property
+    def per_query(self) -> bool:
+        """True: scores are kept apart per query of the round (DraftScores.mass with Q = T); False: averaged (Q = 1)."""
+
+    def select(self, scores: DraftScores) -> Selection:
+        """The lists of the round; `scores.layers` must equal `draft_layers`."""
+
+
+def layer_sources(alignment: Alignment, target_layers: tuple[int, ...], draft_heads: int) -> Tensor:
+    """The alignment of the target layers that get lists: [len(target_layers), Hs, G, 2].
+
+    Raises PairError where the alignment has none for such a layer or names a draft head that does not exist.
+    """
+    count = alignment.sources.shape[0]
+    if not target_layers or list(target_layers) != sorted(set(target_layers)) or not 0 <= target_layers[0] <= target_layers[-1]:
+        raise OptionError("target layers", target_layers, "at least one layer number, ascending")
+    if target_layers[-1] >= count:
+        raise PairError(f"alignment: covers {count} target layers, but lists are asked for layer {target_layers[-1]}")
+    sources = alignment.sources[list(target_layers)]
+    if (sources < 0).any():
+        layer = target_layers[int((sources < 0).flatten(1).any(1).nonzero()[0])]
+        raise PairError(f"alignment: has no sources for target layer {layer}, which needs lists")
+    head = int(sources[..., 1].max())
+    if head >= draft_heads:
+        raise PairError(f"alignment: names draft head {head}, but the draft has {draft_heads} query heads")
+    return sources
+
+
+def per_kv_head(sources: Tensor, kv_heads: int) -> Tensor:
+    """One list per KV head: [L, Hq, G, 2] -> [L, Hkv, Hq / Hkv * G, 2]; sources per KV head or shared by all stay as they are.
+
+    Raises PairError when the heads of the alignment cannot be grouped.
+    """
+    heads = sources.shape[1]
+    if heads in (1, kv_heads):
+        return sources
+    if heads % kv_heads:
+        raise PairError(f"alignment: has {heads} heads; allowed: 1, {kv_heads} (KV heads) or a multiple of it (query heads)")
+    return sources.unflatten(1, (kv_heads, heads // kv_heads)).flatten(2, 3)
+
+
+def score_rows(sources: Tensor, draft_heads: int) -> tuple[tuple[int, ...], Tensor]:
+    """sources [L, Hs, G, 2] -> the draft layers to score, ascending, and the score row of each source [L, Hs, G] int64."""
+    layers, place = sources[..., 0].unique(return_inverse=True)
+    return tuple(layers.tolist()), place * draft_heads + sources[..., 1]
+
+
+def check_layers(scores: DraftScores, draft_layers: tuple[int, ...]) -> None:
+    if scores.layers != draft_layers:
+        raise OptionError("scored draft layers", scores.layers, f"{draft_layers}, those of the alignment")
+
+
+def query_mean(scores: DraftScores) -> Tensor:
+    """[B, Q, R, S] -> [B, R, S]: the mean over the queries of the round."""
+    return scores.mass[:, 0] if scores.mass.shape[1] == 1 else scores.mass.mean(1)
+
+
+def top_k(budget: Budget, lengths: Tensor) -> Tensor | None:
+    """Tokens each list may keep: ceil(keep * length), all of a sequence shorter than min_context. lengths [B] -> [B] int64.
+
+    None when the budget is a share of the mass (top-p).
+    """
+    if budget.keep is None:
+        return None
+    kept = (lengths.double() * budget.keep - 1e-9).ceil().long()  # 1e-9: 0.1 * 30 must not become 4 by rounding
+    return torch.where(lengths < budget.min_context, lengths, kept)
+
+
+def top_p(budget: Budget, lengths: Tensor) -> Tensor | None:
+    """Share of the mass each list must hold; 1, which keeps everything, below min_context. lengths [B] -> [B] fp32.
+
+    None when the budget is a share of the tokens (top-k).
+    """
+    if budget.top_p is None:
+        return None
+    share = torch.full(lengths.shape, budget.top_p, dtype=torch.float32, device=lengths.device)
+    return share.masked_fill(lengths < budget.min_context, 1.0)
+
+
+def list_width(budget: Budget, scores: DraftScores, forced: int) -> int | None:
+    """Padded list length M that holds every top-k list, known from shapes alone, so that selecting never waits for the device.
+
+    `forced`: sinks + recent of the method. None, the longest list, for top-p, which has no bound, and on the CPU, where
+    nothing waits.
+    """
+    size = scores.mass.shape[-1]
+    if budget.keep is None or scores.lengths.device.type == "cpu":
+        return None
+    kept = math.ceil(size * budget.keep)
+    return max(1, min(size, max(kept, budget.min_context - 1, forced)))

@@ -1,0 +1,57 @@
+"""The method `sts`: Speculative Token Sparsity (arXiv 2605.15508), section 4."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from outrider.config import Budget
+from outrider.guidance.selectors.base import check_layers, layer_sources, list_width, query_mean, score_rows, top_k, top_p
+from outrider.ops import token_select
+from outrider.types import Alignment, DraftScores, Selection
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sts:
+    """Per query head, the top-k tokens of the one draft head that overlaps most with it.
+
+    As published: proportional layer map, Jaccard head map, one list per target query head, no sinks and no recent window of
+    its own (`budget.sinks` and `budget.recent` are ignored), tokens outside the list are dropped.
+
+    Not found in what is published, and chosen here:
+    - how the lists of a round's queries become one: from the mean of their masses;
+    - the budget: the paper's is a fixed number of tokens (256, 512); ours a share of the context, equal for all methods;
+    - `top_p` is not part of the method; if asked for, it applies to the same scores.
+    """
+
+    default_map: ClassVar[str] = "proportional+jaccard"
+    per_query: ClassVar[bool] = False
+
+    alignment: Alignment  # on the device of the scores; as many lists as it has heads
+    budget: Budget
+    target_layers: tuple[int, ...]  # target layers with full attention, ascending
+    kv_heads: int  # of the target; unused, lists are per query head
+    draft_heads: int  # query heads of the draft
+    backend: str = "auto"
+    draft_layers: tuple[int, ...] = field(init=False)
+    rows: Tensor = field(init=False, repr=False)  # [Lt, Hq, 1] int64 score rows
+
+    def __post_init__(self) -> None:
+        draft_layers, rows = score_rows(layer_sources(self.alignment, self.target_layers, self.draft_heads), self.draft_heads)
+        object.__setattr__(self, "draft_layers", draft_layers)
+        object.__setattr__(self, "rows", rows)
+
+    def select(self, scores: DraftScores) -> Selection:
+        check_layers(scores, self.draft_layers)
+        lists = token_select(
+            query_mean(scores),
+            scores.lengths,
+            self.rows.to(scores.mass.device),
+            top_k=top_k(self.budget, scores.lengths),
+            top_p=top_p(self.budget, scores.lengths),
+            width=list_width(self.budget, scores, 0),
+            backend=self.backend,
+        )
+        return Selection(layers=self.target_layers, indices=lists.indices, counts=lists.counts, lengths=scores.lengths)

@@ -1,0 +1,136 @@
+"""The attention function that transformers calls in every layer: append to the cache, then attend densely or to lists.
+
+It reaches a model through transformers' `AttentionInterface` under the name "outrider"; everything it needs about the running
+forward travels as the forward argument `outrider` (a `Forward`), never through module state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from outrider.errors import ModelError
+from outrider.models.cache import KVCache, LayerShape
+from outrider.ops import sparse_attention
+from outrider.types import Selection
+
+NAME = "outrider"
+UNROUTABLE = ("softcap", "s_aux", "position_bias", "head_mask")  # change the scores in ways that our ops do not compute
+
+
+@dataclass(slots=True, kw_only=True)
+class Forward:
+    """One running forward of T tokens over a cache."""
+
+    cache: KVCache
+    lengths: Tensor  # [B] int64 on the device: committed tokens before this forward
+    selection: Selection | None = None  # None: every layer reads its whole cache (or window)
+    queries: list[Tensor] | None = None  # when a list: receives [B, T, Hq, D] of every layer
+    backend: str = "auto"
+    probe: dict[int, LayerShape] | None = None  # when a dict: layers only report their shape here
+    masks: dict[int | None, Tensor] = field(default_factory=dict)  # by window: made once, used by every layer
+
+
+def register() -> None:
+    """Make "outrider" known to transformers: the attention function, and a mask function that builds no mask.
+
+    The mask must be registered under the same name, or transformers would silently leave causality to chance.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    outrider: Forward | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention signature: query [B, Hq, T, D], key and value [B, Hkv, T, D] -> ([B, T, Hq, D], None).
+
+    Raises ModelError when the layer asks for a score function that Outrider does not compute.
+    """
+    if outrider is None:
+        raise ModelError("attention 'outrider' was called without its forward argument; run the model through LanguageModel")
+    unroutable = [name for name in UNROUTABLE if kwargs.get(name) is not None]
+    if unroutable:
+        raise ModelError(f"layer {module.layer_idx} of {type(module).__name__} uses {', '.join(unroutable)}, which Outrider cannot route")
+    layer = int(module.layer_idx)
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    if value.shape != key.shape or query.shape[1] % key.shape[1]:
+        shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+        raise ModelError(f"layer {layer} of {type(module).__name__} has {shapes}; allowed: equal key and value heads, grouped queries")
+    if outrider.probe is not None:
+        outrider.probe[layer] = LayerShape(
+            query_heads=query.shape[1], kv_heads=key.shape[1], head_dim=key.shape[3], scale=scale, window=sliding_window
+        )
+        return torch.zeros_like(query).transpose(1, 2), None
+    outrider.cache.append(layer, key.transpose(1, 2), value.transpose(1, 2))
+    if outrider.queries is not None:
+        outrider.queries.append(query.transpose(1, 2))
+    selection = outrider.selection
+    if selection is not None and layer in selection.layers:
+        row = selection.layers.index(layer)
+        output = sparse_attention(
+            query.transpose(1, 2),
+            outrider.cache.keys(layer),
+            outrider.cache.values(layer),
+            selection.indices[row],
+            selection.counts[row],
+            outrider.lengths,
+            scale=scale,
+            backend=outrider.backend,
+        )
+    else:
+        output = dense_attention(query, outrider, layer, scale, sliding_window)
+    return output, None
+
+
+def dense_attention(query: Tensor, forward: Forward, layer: int, scale: float, window: int | None) -> Tensor:
+    """Causal attention of T queries [B, Hq, T, D] over the whole cache (or the last `window` tokens) -> [B, T, Hq, D]."""
+    cache = forward.cache
+    t = query.shape[2]
+    stop = int(cache.lengths.max()) + t
+    keys = cache.keys(layer, stop).transpose(1, 2)  # [B, Hkv, S + T, D]
+    values = cache.values(layer, stop).transpose(1, 2)
+    if stop == t and window is None:  # an empty cache: plain causal attention, no mask to read
+        output = scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale, enable_gqa=True)
+        return output.transpose(1, 2)
+    if window not in forward.masks:
+        forward.masks[window] = _causal_bias(forward.lengths, t, stop, window, query.dtype)
+    bias = forward.masks[window]  # [B, 1, T, S + T]
+    if t > FOLD_BELOW:
+        output = scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=scale, enable_gqa=True)
+        return output.transpose(1, 2)
+    # few queries: fold a group's query heads into its KV head, so that each key is read once for all of them
+    b, hq, _, d = query.shape
+    group = hq // keys.shape[1]
+    folded = query.reshape(b, -1, group * t, d)
+    output = scaled_dot_product_attention(folded, keys, values, attn_mask=bias.repeat(1, 1, group, 1), scale=scale)
+    return output.reshape(b, hq, t, -1).transpose(1, 2)
+
+
+FOLD_BELOW = 64  # query tokens up to which folding a group into its KV head is the faster form
+
+
+def _causal_bias(lengths: Tensor, t: int, stop: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """[B, 1, T, stop]: 0 where query t at position lengths[b] + t sees key j, -inf elsewhere."""
+    keys = torch.arange(stop, device=lengths.device)
+    positions = (lengths[:, None] + torch.arange(t, device=lengths.device))[:, :, None]  # [B, T, 1]
+    hidden = keys > positions
+    if window is not None:
+        hidden |= keys <= positions - window
+    bias = torch.zeros(hidden.shape, dtype=dtype, device=lengths.device)
+    return bias.masked_fill_(hidden, float("-inf"))[:, None]

@@ -1,0 +1,108 @@
+"""The key/value cache: explicit lengths, append, advance, truncate.
+
+    row b of a layer:  [ 0 ........ lengths[b] )[ lengths[b] .. lengths[b] + T )[ ...... capacity )
+                         cached, committed        appended by the running forward   unwritten
+
+A forward *appends* its T rows behind the committed ones in every layer; nobody but the engine *advances* the lengths. So a
+rejected round costs nothing to undo: what was not advanced over is overwritten by the next append.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from outrider.errors import OptionError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerShape:
+    """What one attention layer looks like from outside."""
+
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float  # factor on query . key
+    window: int | None  # sliding-window width in tokens, or None for full attention
+
+
+class KVCache:
+    """Keys and values of all layers for up to B sequences of up to `capacity` tokens.
+
+    Storage is [B, Hkv, capacity, D] per layer, so that one head's rows lie together; `keys` and `values` return views in the
+    public layout [B, S, Hkv, D]. `lengths` [B] int64 lives on the host.
+    """
+
+    def __init__(
+        self, layers: tuple[LayerShape, ...], batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        self.layers = layers
+        self.capacity = capacity
+        self.lengths = torch.zeros(batch, dtype=torch.int64)
+        # zeros, not empty: a masked row must hold finite numbers, since 0 * NaN is NaN in dense attention
+        self._keys = [torch.zeros(batch, x.kv_heads, capacity, x.head_dim, dtype=dtype, device=device) for x in layers]
+        self._values = [torch.zeros_like(keys) for keys in self._keys]
+
+    @property
+    def batch(self) -> int:
+        return self.lengths.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self._keys[0].device
+
+    def rows(self, start: int, stop: int) -> KVCache:
+        """Sequences start .. stop - 1 as a cache that shares storage and lengths with this one."""
+        part = object.__new__(KVCache)
+        part.layers, part.capacity = self.layers, self.capacity
+        part.lengths = self.lengths[start:stop]
+        part._keys = [keys[start:stop] for keys in self._keys]
+        part._values = [values[start:stop] for values in self._values]
+        return part
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Write keys and values [B, T, Hkv, D] behind the committed rows of every sequence; lengths stay as they are.
+
+        Raises OptionError when a row does not fit; nothing is written then.
+        """
+        t = keys.shape[1]
+        if int(self.lengths.max()) + t > self.capacity:
+            raise OptionError("cache capacity", self.capacity, f"at least {int(self.lengths.max()) + t} tokens")
+        if bool((self.lengths == self.lengths[0]).all()):
+            at = slice(int(self.lengths[0]), int(self.lengths[0]) + t)
+            self._keys[layer][:, :, at] = keys.transpose(1, 2)
+            self._values[layer][:, :, at] = values.transpose(1, 2)
+        else:
+            positions = (self.lengths[:, None] + torch.arange(t)).to(self.device)  # [B, T]
+            batch = torch.arange(self.batch, device=self.device)[:, None]
+            self._keys[layer][batch, :, positions] = keys
+            self._values[layer][batch, :, positions] = values
+
+    def advance(self, count: Tensor | int) -> None:
+        """Commit `count` appended tokens of every sequence ([B] int64 on the host, or one number for all)."""
+        self.lengths += count
+
+    def truncate(self, lengths: Tensor | int) -> None:
+        """Forget what lies at and past `lengths` ([B] int64 on the host, or one number for all)."""
+        lengths = torch.as_tensor(lengths).expand_as(self.lengths)
+        if bool((lengths > self.lengths).any()) or bool((lengths < 0).any()):
+            raise OptionError("truncate lengths", lengths.tolist(), f"0 .. the current lengths {self.lengths.tolist()}")
+        self.lengths.copy_(lengths)
+
+    def move(self, source: int, target: int) -> None:
+        """Copy sequence `source` over sequence `target` and leave `source` empty."""
+        n = int(self.lengths[source])
+        for stored in (*self._keys, *self._values):
+            stored[target, :, :n] = stored[source, :, :n]
+        self.lengths[target] = n
+        self.lengths[source] = 0
+
+    def keys(self, layer: int, stop: int | None = None) -> Tensor:
+        """View [B, S, Hkv, D] of the first `stop` rows (all when None), committed or not."""
+        return self._keys[layer][:, :, :stop].transpose(1, 2)
+
+    def values(self, layer: int, stop: int | None = None) -> Tensor:
+        """View [B, S, Hkv, D], like `keys`."""
+        return self._values[layer][:, :, :stop].transpose(1, 2)

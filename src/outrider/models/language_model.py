@@ -1,0 +1,84 @@
+"""A decoder-only transformers model, seen as: tokens and a cache in, logits (and queries) out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from outrider.models.attention import Forward
+from outrider.models.cache import KVCache, LayerShape
+from outrider.types import Selection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """What the rest of Outrider knows about a model."""
+
+    name: str  # hub id or folder name
+    digest: str  # of the architecture (see loading.config_digest)
+    layers: tuple[LayerShape, ...]
+    vocabulary: int  # width of the logits
+    context: int  # positions the model was made for
+    eos_tokens: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def full_layers(self) -> tuple[int, ...]:
+        """Layers with full attention; the others look at a sliding window and stay as they are."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.window is None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """What one forward returns."""
+
+    logits: Tensor  # [B, T, V] fp32, or [B, 1, V] with last_only
+    queries: tuple[Tensor, ...]  # per layer [B, T, Hq, D]; empty unless recorded
+
+
+class LanguageModel:
+    """Runs forwards over a `KVCache`; keeps no state between calls."""
+
+    def __init__(self, module: nn.Module, tokenizer: Any | None, spec: ModelSpec, backend: str = "auto") -> None:
+        self.module = module
+        self.tokenizer = tokenizer
+        self.spec = spec
+        self.backend = backend
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty cache for `batch` sequences of up to `capacity` tokens."""
+        return KVCache(self.spec.layers, batch, capacity, dtype=self.spec.dtype, device=self.spec.device)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: KVCache,
+        *,
+        selection: Selection | None = None,
+        record_queries: bool = False,
+        last_only: bool = False,
+    ) -> Output:
+        """Run `tokens` [B, T] int64 at positions lengths .. lengths + T - 1.
+
+        Appends their keys and values to `cache` without advancing it. With a selection, its layers attend to their lists and
+        the new tokens; without one, every layer attends densely. `last_only` computes the last token's logits alone.
+        """
+        tokens = tokens.to(self.spec.device)
+        lengths = cache.lengths.to(self.spec.device)
+        forward = Forward(
+            cache=cache, lengths=lengths, selection=selection, queries=[] if record_queries else None, backend=self.backend
+        )
+        positions = lengths[:, None] + torch.arange(tokens.shape[1], device=self.spec.device)
+        logits = self.module(
+            input_ids=tokens,
+            position_ids=positions,
+            use_cache=False,
+            logits_to_keep=1 if last_only else 0,
+            outrider=forward,
+        ).logits
+        return Output(logits=logits.float(), queries=tuple(forward.queries or ()))

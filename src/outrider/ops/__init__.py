@@ -1,0 +1,16 @@
+"""Tensors to tensors: the operations of a round, each a folder of `api.py`, `reference.py` and a README with the maths."""
+
+from outrider.ops.attention_mass import attention_mass
+from outrider.ops.sparse_attention import sparse_attention
+from outrider.ops.token_select import TokenLists, token_select, union_lists
+from outrider.ops.token_verify import Verified, token_verify
+
+__all__ = [
+    "TokenLists",
+    "Verified",
+    "attention_mass",
+    "sparse_attention",
+    "token_select",
+    "token_verify",
+    "union_lists",
+]

@@ -1,0 +1,5 @@
+"""Attention of a round's queries over listed tokens of the cache and the causal tail."""
+
+from outrider.ops.sparse_attention.api import sparse_attention
+
+__all__ = ["sparse_attention"]

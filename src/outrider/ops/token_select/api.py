@@ -1,0 +1,127 @@
+"""Public entry of the op: validation and choice of backend."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from outrider.ops.checks import FLOATS, INTS, check_choice, check_int, check_tensor
+from outrider.ops.token_select import reference
+
+MERGES = ("mean", "max")
+BACKENDS = ("auto", "reference")
+
+
+class TokenLists(NamedTuple):
+    """Padded lists of token positions; each list ascending and without repeats."""
+
+    indices: Tensor  # [Lt, B, Hs, M] int32; entries at and past the count are -1
+    counts: Tensor  # [Lt, B, Hs] int32
+
+
+def token_select(
+    scores: Tensor,
+    lengths: Tensor,
+    sources: Tensor,
+    *,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    sinks: int = 0,
+    recent: int = 0,
+    merge: str = "mean",
+    width: int | None = None,
+    backend: str = "auto",
+) -> TokenLists:
+    """Choose the cached tokens that matter, for every target layer and list-owning head.
+
+    The score rows named by `sources[l, h]` are merged into one row; its tokens are kept from the highest score down. The
+    first `sinks` and last `recent` cached tokens are always kept and count in k and in the mass. Exactly one of `top_k` and
+    `top_p` is given:
+
+    * top-k keeps exactly `min(max(k, number of distinct sinks and recent tokens), lengths[b])` tokens;
+    * top-p keeps the smallest list that holds the sinks, the recent tokens and a mass of at least `p` times the row's
+      total over its cached tokens (summed in float64); `p >= 1` keeps every cached token.
+
+    Among equal scores the lower position is kept first, and only as many as are needed. The result is a function of the
+    arguments alone, the same in every run.
+
+    Args:
+        scores: `[B, R, S]`, bfloat16, float16, float32 or float64; nonnegative and finite (unit free; usually softmax
+            mass). Negative scores and NaN are treated as 0. Entries at and past `lengths[b]` are ignored.
+        lengths: `[B]`, int32 or int64, number of cached tokens, `0 <= lengths[b] <= S`.
+        sources: `[Lt, Hs, G]` int64: the score rows (`0 .. R-1`) merged for each list.
+        top_k: tokens per list, an int or `[B]` int32 or int64 (below 0 is treated as 0).
+        top_p: mass fraction per list, a float or `[B]` float32 or float64.
+        sinks, recent: numbers of always kept first and last cached tokens.
+        merge: "mean" or "max" over the G rows of a list, in float32 (float64 scores: float64), rows in the order of G.
+        width: M of the result; None takes the longest list's count, which reads the counts on the host.
+        backend: "auto" picks by device (today always the reference), or "reference". No silent fall-back.
+
+    Returns:
+        TokenLists of `indices [Lt, B, Hs, M]` int32 (ascending, unique, below `lengths[b]`, then -1) and
+        `counts [Lt, B, Hs]` int32.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape, device, choice or range; both or neither of `top_k` and `top_p`; in the reference, also
+            lengths or sources out of range and a list longer than `width`.
+
+    Source: top-k per head of STS (arXiv 2605.15508); sorting-free top-p of SpecAttn (arXiv 2510.27641), made exact.
+    """
+    sizes: dict[str, int] = {}
+    check_tensor("scores", scores, shape="B R S", sizes=sizes, dtypes=FLOATS)
+    same = {"sizes": sizes, "device": scores.device}
+    check_tensor("lengths", lengths, shape="B", dtypes=INTS, **same)
+    check_tensor("sources", sources, shape="Lt Hs G", dtypes=INTS[1:], **same)
+    if 0 in sources.shape:
+        raise ValueError(f"sources: expected at least one layer, head and score row, got shape {list(sources.shape)}")
+    if (top_k is None) == (top_p is None):
+        raise ValueError(f"expected exactly one of top_k and top_p, got top_k={top_k!r}, top_p={top_p!r}")
+    if isinstance(top_k, Tensor):
+        check_tensor("top_k", top_k, shape="B", dtypes=INTS, **same)
+    elif top_k is not None:
+        check_int("top_k", top_k)
+    if isinstance(top_p, Tensor):
+        check_tensor("top_p", top_p, shape="B", dtypes=FLOATS[2:], **same)
+    elif top_p is not None:
+        if isinstance(top_p, bool) or not isinstance(top_p, (int, float)):
+            raise TypeError(f"top_p: expected a float or a torch.Tensor, got {type(top_p).__name__}")
+        if not top_p >= 0:
+            raise ValueError(f"top_p: expected at least 0, got {top_p}")
+    check_int("sinks", sinks)
+    check_int("recent", recent)
+    if width is not None:
+        check_int("width", width)
+    check_choice("merge", merge, MERGES)
+    check_choice("backend", backend, BACKENDS)
+    lists = reference.token_select(
+        scores, lengths, sources, top_k=top_k, top_p=top_p, sinks=sinks, recent=recent, merge=merge, width=width
+    )
+    return TokenLists(*lists)
+
+
+def union_lists(indices: Tensor, counts: Tensor, length: int) -> TokenLists:
+    """Unite the lists of Q queries: a token is kept if any of the Q lists holds it.
+
+    Args:
+        indices: `[L, B, Q, Hs, M]` int32, lists in any order; entries at and past the count are ignored.
+        counts: `[L, B, Q, Hs]` int32.
+        length: bound on the listed positions (the longest sequence's S): each is in `0 .. length - 1`.
+
+    Returns:
+        TokenLists of `indices [L, B, Hs, M']` int32 (ascending, unique, then -1) and `counts [L, B, Hs]` int32; M' is the
+        longest union's count.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape or device, or a listed position outside `0 .. length - 1`.
+
+    Source: the union over drafted steps of SpecAttn (arXiv 2510.27641).
+    """
+    sizes: dict[str, int] = {}
+    check_tensor("indices", indices, shape="L B Q Hs M", sizes=sizes, dtypes=[torch.int32])
+    check_tensor("counts", counts, shape="L B Q Hs", sizes=sizes, dtypes=[torch.int32], device=indices.device)
+    check_int("length", length)
+    return TokenLists(*reference.union_lists(indices, counts, length))

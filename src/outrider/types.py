@@ -1,0 +1,67 @@
+"""The nouns passed between the stages of a round.
+
+Shape legend, the same letters in the whole project:
+
+    B  sequences in the batch          T  query tokens of one forward (a round has T = K + 1)
+    S  cached tokens                   K  drafted tokens of a round
+    M  listed tokens (padded width)    L  layers (Lt target, Ld draft)
+    H  heads: Hq query heads, Hkv KV heads, Hs heads that own a token list (1, Hkv or Hq of the target)
+    D  head dim                        V  vocabulary
+    G  draft heads merged into one score       R  score rows = scored draft layers x draft query heads
+
+A round starts with S tokens in both caches and one *pending* token that is emitted but not yet cached. Its T = K + 1 tokens
+are the pending token and the K drafted ones, at positions S .. S + K.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftTrace:
+    """What the draft leaves behind after proposing."""
+
+    tokens: Tensor  # [B, K] int64, the drafted tokens
+    probs: Tensor  # [B, K, V] fp32, the distribution each was drawn from (one-hot when greedy)
+    queries: tuple[Tensor, ...]  # per draft layer [B, T, Hq, D]: post-RoPE queries of the pending and all drafted tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftScores:
+    """Softmax mass the round's queries put on every cached token, by draft head."""
+
+    mass: Tensor  # [B, Q, R, S] fp32; Q = 1 when averaged over the round's queries, Q = T when kept apart
+    layers: tuple[int, ...]  # the scored draft layers; row r belongs to layer layers[r // Hq], head r % Hq
+    lengths: Tensor  # [B] int64, cached tokens S of each sequence; mass beyond it is zero
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alignment:
+    """For every target layer and list-owning head: the draft heads whose scores it takes (their mean)."""
+
+    sources: Tensor  # [Lt, Hs, G, 2] int64: (draft layer, draft query head)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """The token lists of one round. Target layers that are not in `layers` read their whole cache (or window)."""
+
+    layers: tuple[int, ...]  # target layers that have lists, ascending
+    indices: Tensor  # [len(layers), B, Hs, M] int32, ascending; entries at and past the count are -1
+    counts: Tensor  # [len(layers), B, Hs] int32
+    lengths: Tensor  # [B] int64, cached tokens the lists refer to: every listed token is below it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Acceptance:
+    """Outcome of verifying one round.
+
+    *accepted* tokens are the longest prefix of the drafted ones that passes; then one more token is emitted: *recovered*
+    where a drafted token was rejected, *bonus* where all K passed.
+    """
+
+    accepted: Tensor  # [B] int64 in 0 .. K
+    next_token: Tensor  # [B] int64, the recovered or bonus token

@@ -1,0 +1,177 @@
+"""Alignment files: what is saved is what is loaded, and every wrong file is refused with its name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from outrider.errors import AlignmentError
+from outrider.guidance import alignment as module
+from outrider.guidance.alignment import AlignmentFile, AlignmentMap, ModelIdentity, load, save
+from outrider.types import Alignment
+
+TARGET, DRAFT = ModelIdentity("big", "sha256:1"), ModelIdentity("little", "sha256:2")
+
+
+def make_file() -> AlignmentFile:
+    joint = torch.randint(0, 3, (4, 2, 4, 2))
+    joint[1] = -1
+    maps = [
+        AlignmentMap("joint", "recall", Alignment(sources=joint), {"recall": 0.8123456789}),
+        AlignmentMap("proportional", "jaccard", Alignment(sources=torch.zeros(4, 8, 1, 2, dtype=torch.int64)), {}),
+    ]
+    return AlignmentFile(TARGET, DRAFT, "a book", "sha256:3", 4096, 32, 5, 0.1, {entry.name: entry for entry in maps})
+
+
+@pytest.fixture
+def path(tmp_path):
+    save(make_file(), tmp_path / "alignment.json")
+    return tmp_path / "alignment.json"
+
+
+def test_round_trip(tmp_path):
+    file = make_file()
+    save(file, tmp_path / "a.json")
+    again = load(tmp_path / "a.json", target=TARGET, draft=DRAFT)
+    assert replace(again, maps={}) == replace(file, maps={})
+    assert again.maps.keys() == file.maps.keys()
+    for name, entry in file.maps.items():
+        assert torch.equal(again.map(name).alignment.sources, entry.alignment.sources)
+        assert again.map(name).quality == entry.quality
+        assert again.map(name).name == name
+
+
+def test_file_has_one_line_per_target_layer(path):
+    text = path.read_text()
+    assert json.loads(text)["format"] == "outrider-alignment"
+    assert sum(line.strip().startswith("[[") for line in text.splitlines()) == 8
+    assert len(text.splitlines()) < 45
+
+
+def test_save_replaces_and_leaves_nothing_behind(path, monkeypatch):
+    before = path.read_text()
+    save(replace(make_file(), text="another"), path)
+    assert load(path, target=None, draft=None).text == "another"
+    save(make_file(), path)
+
+    def broken(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(module.os, "replace", broken)
+    with pytest.raises(AlignmentError, match="disk full"):
+        save(make_file(), path)
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+    assert json.loads(path.read_text()).keys() == json.loads(before).keys()
+
+
+def test_save_of_a_value_that_json_lacks_leaves_nothing_behind(path):
+    before = path.read_text()
+    with pytest.raises(ValueError):
+        save(replace(make_file(), keep=float("nan")), path)
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+    assert path.read_text() == before
+
+
+def test_save_into_a_missing_folder(tmp_path):
+    with pytest.raises(AlignmentError, match="nowhere"):
+        save(make_file(), tmp_path / "nowhere" / "a.json")
+
+
+def test_unknown_map_names_those_present(path):
+    with pytest.raises(AlignmentError, match=r"'monotone\+average'.*joint\+recall, proportional\+jaccard"):
+        load(path, target=None, draft=None).map("monotone+average")
+
+
+@pytest.mark.parametrize("role", ["target", "draft"])
+@pytest.mark.parametrize("field", ["name", "digest"])
+def test_other_model(path, role, field):
+    pair = {"target": TARGET, "draft": DRAFT}
+    wanted = replace(pair[role], **{field: "other"})
+    with pytest.raises(AlignmentError) as caught:
+        load(path, **{**pair, role: wanted})
+    for part in (str(path), role, str(pair[role]), str(wanted)):
+        assert part in str(caught.value)
+    assert load(path, **{**pair, role: None}).target == TARGET
+
+
+def edit(path, change) -> None:
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def refused(path) -> str:
+    with pytest.raises(AlignmentError) as caught:
+        load(path, target=None, draft=None)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+FIELDS = ["format", "version", "target", "draft", "text", "text_digest", "tokens", "rounds", "queries_per_round", "keep"]
+
+
+@pytest.mark.parametrize("field", [*FIELDS, "maps"])
+def test_missing_field(path, field):
+    edit(path, lambda document: document.pop(field))
+    message = refused(path)
+    assert field in message and "missing" in message
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("format", "other"),
+        ("version", 2),
+        ("version", True),
+        ("target", "big"),
+        ("target", {"name": "big"}),
+        ("draft", {"name": 3, "digest": ""}),
+        ("text", None),
+        ("tokens", "many"),
+        ("rounds", True),
+        ("rounds", 1.5),
+        ("keep", "0.1"),
+        ("keep", float("nan")),
+        ("maps", []),
+        ("maps", {}),
+        ("maps", {"joint": {"quality": {}, "sources": [[[[0, 0]]]]}}),
+        ("maps", {"joint+recall": 1}),
+        ("maps", {"joint+recall": {"quality": {}}}),
+        ("maps", {"joint+recall": {"sources": [[[[0, 0]]]]}}),
+        ("maps", {"joint+recall": {"sources": [[[[0, 0]]]], "quality": {"recall": "good"}}}),
+    ],
+)
+def test_wrong_field(path, field, value):
+    edit(path, lambda document: document.update({field: value}))
+    assert field in refused(path)
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [None, 3, [], [[]], "x", [[[0, 0]]], [[[[0, 0, 0]]]], [[[[0, 0]], [[0]]]], [[[[0.5, 0]]]], [[[[0, -1]]]],
+     [[[[True, False]]]], [[[["a", "b"]]]], [[[[0, 10**30]]]], [[[[0, 0]]], [[[0, 0]], [[0, 0]]]]],
+    ids=str,
+)  # fmt: skip
+def test_malformed_sources(path, sources):
+    edit(path, lambda document: document["maps"]["joint+recall"].update(sources=sources))
+    message = refused(path)
+    assert "maps.joint+recall.sources" in message and "allowed" in message
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[1]", b"3", b"\xff\xfe\x00", b"[" * 100_000],
+    ids=["empty", "cut", "list", "number", "binary", "deep"],
+)
+def test_not_an_alignment(tmp_path, content):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    assert "allowed" in refused(path)
+
+
+def test_unreadable(tmp_path):
+    assert "cannot be read" in refused(tmp_path / "absent.json")
+    assert "cannot be read" in refused(tmp_path)

@@ -1,0 +1,219 @@
+"""sparse_attention against a loop over single queries in fp64, with every row that must not be read set to NaN."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from outrider.ops import sparse_attention
+
+SCALE = 0.3
+
+
+def case(
+    lengths: list[int], *, Hq: int = 6, Hkv: int = 2, Hs: int = 2, T: int = 4, D: int = 8, dtype=torch.float32, keep=0.4, seed=0
+) -> dict[str, Tensor]:
+    """Random arguments; each list keeps about a share `keep` of its sequence. Padded slots hold junk positions."""
+    generator = torch.Generator().manual_seed(seed)
+    B, N = len(lengths), max(lengths) + T + 3
+    lists = [
+        [(torch.rand(length, generator=generator) < keep).nonzero()[:, 0].int() for _ in range(Hs)] for length in lengths
+    ]
+    counts = torch.tensor([[len(x) for x in row] for row in lists], dtype=torch.int32)
+    indices = torch.full((B, Hs, int(counts.max()) + 2), -1, dtype=torch.int32)
+    indices[..., -1] = 2**31 - 1
+    for b in range(B):
+        for h in range(Hs):
+            indices[b, h, : counts[b, h]] = lists[b][h]
+    return {
+        "queries": (3 * torch.randn(B, T, Hq, D, generator=generator)).to(dtype),
+        "keys": torch.randn(B, N, Hkv, D, generator=generator).to(dtype),
+        "values": torch.randn(B, N, Hkv, D, generator=generator).to(dtype),
+        "indices": indices,
+        "counts": counts,
+        "lengths": torch.tensor(lengths),
+    }
+
+
+def visible(x: dict[str, Tensor]) -> Tensor:
+    """`[B, T, Hq, N]` bool: what each query attends to."""
+    B, T, Hq, _ = x["queries"].shape
+    mask = torch.zeros(B, T, Hq, x["keys"].shape[1], dtype=torch.bool)
+    Hs = x["counts"].shape[1]
+    for b, length in enumerate(x["lengths"].tolist()):
+        for h in range(Hq):
+            owner = h * Hs // Hq
+            for t in range(T):
+                mask[b, t, h, x["indices"][b, owner, : x["counts"][b, owner]].long()] = True
+                mask[b, t, h, length : length + t + 1] = True
+    return mask
+
+
+def oracle(x: dict[str, Tensor]) -> Tensor:
+    """One query after the other in fp64."""
+    mask = visible(x)
+    B, T, Hq, _ = x["queries"].shape
+    group = Hq // x["keys"].shape[2]
+    out = torch.zeros(x["queries"].shape, dtype=torch.float64)
+    for b in range(B):
+        for t in range(T):
+            for h in range(Hq):
+                keys, values = (x[name][b, mask[b, t, h], h // group].double() for name in ("keys", "values"))
+                out[b, t, h] = (keys @ x["queries"][b, t, h].double() * SCALE).softmax(-1) @ values
+    return out
+
+
+def by_torch(x: dict[str, Tensor]) -> Tensor:
+    """PyTorch's own attention in the dtype of the arguments."""
+    q, k, v = (x[name].transpose(1, 2) for name in ("queries", "keys", "values"))
+    out = scaled_dot_product_attention(q, k, v, attn_mask=visible(x).transpose(1, 2), scale=SCALE, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+def poison(x: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every row that no query of its KV head attends to becomes NaN."""
+    mask = visible(x).any(1)  # [B, Hq, N]
+    B, N, Hkv, _ = x["keys"].shape
+    unread = ~mask.view(B, Hkv, -1, N).any(2).transpose(1, 2).unsqueeze(-1)  # [B, N, Hkv, 1]
+    return x | {name: x[name].masked_fill(unread, torch.nan) for name in ("keys", "values")}
+
+
+def run(x: dict[str, Tensor], lay_out=lambda rows: (rows, None)) -> Tensor:
+    keys, page_table = lay_out(x["keys"])
+    values, _ = lay_out(x["values"])
+    return sparse_attention(**(x | {"keys": keys, "values": values}), scale=SCALE, page_table=page_table)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("Hq", "Hkv", "Hs"),
+    [
+        pytest.param(6, 2, 1, id="gqa_one_list"),
+        pytest.param(6, 2, 2, id="gqa_list_per_kv_head"),
+        pytest.param(6, 2, 6, id="gqa_list_per_query_head"),
+        pytest.param(3, 3, 3, id="mha"),
+        pytest.param(5, 1, 5, id="mqa_list_per_query_head"),
+    ],
+)
+def test_error_is_at_most_twice_that_of_torch(lay_out, assert_as_good_as_torch, Hq, Hkv, Hs, dtype):
+    x = case([0, 21, 33], Hq=Hq, Hkv=Hkv, Hs=Hs, dtype=dtype)
+    got = run(poison(x), lay_out)
+    assert got.dtype == dtype
+    assert_as_good_as_torch(got, by_torch(x), oracle(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_with_everything_listed_it_is_dense_attention(lay_out, assert_as_good_as_torch, dtype):
+    x = case([1, 64, 130], keep=2.0, dtype=dtype, D=16)
+    assert x["counts"].tolist() == [[1, 1], [64, 64], [130, 130]]
+    dense = []
+    for b, length in enumerate(x["lengths"].tolist()):
+        end = length + x["queries"].shape[1]
+        q, k, v = (x[name][b : b + 1].double().transpose(1, 2) for name in ("queries", "keys", "values"))
+        causal = torch.ones(end, end, dtype=torch.bool).tril()[length:]
+        dense.append(scaled_dot_product_attention(q, k[:, :, :end], v[:, :, :end], causal, scale=SCALE, enable_gqa=True))
+    assert_as_good_as_torch(run(poison(x), lay_out), by_torch(x), torch.cat(dense).transpose(1, 2))
+
+
+def test_float64_is_computed_in_float64(lay_out):
+    x = case([0, 21, 33], dtype=torch.float64)
+    torch.testing.assert_close(run(poison(x), lay_out), oracle(x), rtol=1e-12, atol=1e-14)
+
+
+def test_later_tail_rows_do_not_reach_earlier_queries(lay_out):
+    x = case([5, 21])
+    clean = run(x, lay_out)
+    for b, length in enumerate(x["lengths"].tolist()):
+        x["keys"][b, length + 2 :] = torch.nan
+        x["values"][b, length + 2 :] = torch.inf
+    assert torch.equal(run(x, lay_out)[:, :2], clean[:, :2])
+
+
+@pytest.mark.parametrize("width", [0, 3], ids=["no_slots", "padded_slots"])
+def test_empty_lists_leave_the_tail(lay_out, width):
+    x = case([0, 9]) | {
+        "indices": torch.full((2, 2, width), -1, dtype=torch.int32),
+        "counts": torch.zeros(2, 2, dtype=torch.int32),
+    }
+    got = run(poison(x), lay_out)
+    torch.testing.assert_close(got.double(), oracle(x), rtol=1e-5, atol=1e-6)
+    first = torch.stack([x["values"][b, length] for b, length in enumerate([0, 9])])
+    torch.testing.assert_close(got[:, 0], first.repeat_interleave(3, dim=1), rtol=1e-5, atol=1e-6)
+
+
+def test_the_order_of_a_list_does_not_matter():
+    x = case([40], dtype=torch.float64)
+    swapped = x["indices"].clone()
+    for h, count in enumerate(x["counts"][0].tolist()):
+        swapped[0, h, :count] = x["indices"][0, h, :count].flip(0)
+    torch.testing.assert_close(run(x | {"indices": swapped}), run(x), rtol=1e-12, atol=1e-14)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4),
+    T=st.integers(1, 6),
+    D=st.sampled_from([1, 3, 8]),
+    heads=st.sampled_from([(6, 2, 1), (6, 2, 2), (6, 2, 6), (1, 1, 1), (5, 1, 5)]),
+    keep=st.sampled_from([0.0, 0.1, 0.5, 2.0]),
+    seed=st.integers(0, 999),
+)
+def test_any_shape_matches_the_oracle_and_the_sequence_alone(lengths, T, D, heads, keep, seed):
+    Hq, Hkv, Hs = heads
+    x = poison(case(lengths, Hq=Hq, Hkv=Hkv, Hs=Hs, T=T, D=D, dtype=torch.float64, keep=keep, seed=seed))
+    got = run(x)
+    torch.testing.assert_close(got, oracle(x), rtol=1e-11, atol=1e-13)
+    for b in range(len(lengths)):
+        alone = run({name: value[b : b + 1] for name, value in x.items()})
+        torch.testing.assert_close(got[b : b + 1], alone, rtol=1e-12, atol=1e-14)
+
+
+def test_a_cache_expanded_over_heads_needs_no_copy():
+    x = case([12], dtype=torch.float64)
+    one = x["keys"][:, :, :1]
+    shared = {"keys": one.expand(-1, -1, 2, -1), "values": one.expand(-1, -1, 2, -1)}
+    torch.testing.assert_close(run(x | shared), oracle(x | shared), rtol=1e-12, atol=1e-14)
+
+
+def test_arguments_are_left_as_they_were():
+    x = case([0, 21])
+    before = {name: value.clone() for name, value in x.items()}
+    run(x)
+    assert all(torch.equal(x[name], before[name]) for name in x)
+
+
+BAD = [
+    pytest.param({"queries": torch.zeros(1, 2, 3, 4)}, ValueError, "multiple of Hkv=2", id="heads"),
+    pytest.param({"values": torch.zeros(1, 8, 2, 4)}, ValueError, r"values: .*N=9.*got \[1, 8, 2, 4\]", id="values"),
+    pytest.param({"values": torch.zeros(1, 9, 2, 4).double()}, TypeError, "values: expected dtype float32", id="dtype"),
+    pytest.param({"indices": torch.zeros(1, 2, 3).long()}, TypeError, "indices: expected dtype int32", id="indices_dtype"),
+    pytest.param({"counts": torch.zeros(1, 1).int()}, ValueError, "counts: .* with B=1, Hs=2", id="counts_shape"),
+    pytest.param({"counts": torch.full((1, 2), 4).int()}, ValueError, r"counts: expected values in 0 \.\. 3", id="counts_value"),
+    pytest.param({"indices": torch.full((1, 2, 3), 5).int()}, ValueError, "indices: expected listed positions", id="in_tail"),
+    pytest.param({"indices": torch.full((1, 2, 3), -1).int()}, ValueError, "indices: expected listed positions", id="negative"),
+    pytest.param({"lengths": torch.tensor([8])}, ValueError, r"lengths: expected values in 0 \.\. 7", id="too_long"),
+    pytest.param({"page_table": torch.zeros(2, 3).int()}, ValueError, "page_table: .* with B=1", id="page_table"),
+    pytest.param({"backend": "triton"}, ValueError, "backend: expected one of 'auto', 'reference'", id="no_fall_back"),
+    pytest.param(
+        {"indices": torch.zeros(1, 3, 3).int(), "counts": torch.zeros(1, 3).int()}, ValueError, "got Hs=3", id="list_owners"
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD)
+def test_bad_arguments_are_named(change, error, message):
+    good = {
+        "queries": torch.zeros(1, 2, 4, 4),
+        "keys": torch.zeros(1, 9, 2, 4),
+        "values": torch.zeros(1, 9, 2, 4),
+        "indices": torch.zeros(1, 2, 3, dtype=torch.int32),
+        "counts": torch.ones(1, 2, dtype=torch.int32),
+        "lengths": torch.tensor([5]),
+    }
+    sparse_attention(**good, scale=1.0)
+    with pytest.raises(error, match=message):
+        sparse_attention(**(good | change), scale=1.0)
