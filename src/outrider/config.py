@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from outrider.errors import OptionError
 
@@ -12,7 +13,7 @@ BACKENDS = ("auto", "reference")
 DEFAULT_KEEP = 0.1
 
 
-def option(default: object, text: str) -> object:
+def option(default: Any, text: str) -> Any:
     """A dataclass field with the help text that the command line shows."""
     return field(default=default, metadata={"help": text})
 
@@ -94,9 +95,22 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check("mode", self.mode, self.mode in MODES, ", ".join(MODES))
-        check("K (draft-tokens)", self.draft_tokens, _is_int(self.draft_tokens) and self.draft_tokens >= 1, "a whole number >= 1")
+        check(
+            "K (draft-tokens)", self.draft_tokens, _is_int(self.draft_tokens) and self.draft_tokens >= 1, "a whole number >= 1"
+        )
         check("batch-size", self.batch_size, _is_int(self.batch_size) and self.batch_size >= 1, "a whole number >= 1")
         chunk = self.prefill_chunk
         check("prefill-chunk", chunk, _is_int(chunk) and chunk >= 1, "a whole number >= 1")
         check("backend", self.backend, self.backend in BACKENDS, ", ".join(BACKENDS))
         check("budget", self.budget, isinstance(self.budget, Budget), "a Budget")
+
+
+def engine_config(**options: Any) -> EngineConfig:
+    """An `EngineConfig` from flat options: its own fields and those of `Budget`. Unknown names raise OptionError."""
+    own = {f.name for f in fields(EngineConfig)} - {"budget"}
+    budget = {f.name for f in fields(Budget)}
+    for name in options:
+        if name not in own | budget:
+            raise OptionError("option", name, ", ".join(sorted(own | budget)))
+    chosen = Budget(**{name: value for name, value in options.items() if name in budget})
+    return EngineConfig(budget=chosen, **{name: value for name, value in options.items() if name in own})

@@ -135,6 +135,7 @@ def test_missing_field(path, field):
         ("rounds", 1.5),
         ("keep", "0.1"),
         ("keep", float("nan")),
+        ("keep", 10**400),
         ("maps", []),
         ("maps", {}),
         ("maps", {"joint": {"quality": {}, "sources": [[[[0, 0]]]]}}),

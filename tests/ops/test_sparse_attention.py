@@ -20,9 +20,7 @@ def case(
     """Random arguments; each list keeps about a share `keep` of its sequence. Padded slots hold junk positions."""
     generator = torch.Generator().manual_seed(seed)
     B, N = len(lengths), max(lengths) + T + 3
-    lists = [
-        [(torch.rand(length, generator=generator) < keep).nonzero()[:, 0].int() for _ in range(Hs)] for length in lengths
-    ]
+    lists = [[(torch.rand(length, generator=generator) < keep).nonzero()[:, 0].int() for _ in range(Hs)] for length in lengths]
     counts = torch.tensor([[len(x) for x in row] for row in lists], dtype=torch.int32)
     indices = torch.full((B, Hs, int(counts.max()) + 2), -1, dtype=torch.int32)
     indices[..., -1] = 2**31 - 1
@@ -192,7 +190,9 @@ BAD = [
     pytest.param({"values": torch.zeros(1, 9, 2, 4).double()}, TypeError, "values: expected dtype float32", id="dtype"),
     pytest.param({"indices": torch.zeros(1, 2, 3).long()}, TypeError, "indices: expected dtype int32", id="indices_dtype"),
     pytest.param({"counts": torch.zeros(1, 1).int()}, ValueError, "counts: .* with B=1, Hs=2", id="counts_shape"),
-    pytest.param({"counts": torch.full((1, 2), 4).int()}, ValueError, r"counts: expected values in 0 \.\. 3", id="counts_value"),
+    pytest.param(
+        {"counts": torch.full((1, 2), 4).int()}, ValueError, r"counts: expected values in 0 \.\. 3", id="counts_value"
+    ),
     pytest.param({"indices": torch.full((1, 2, 3), 5).int()}, ValueError, "indices: expected listed positions", id="in_tail"),
     pytest.param({"indices": torch.full((1, 2, 3), -1).int()}, ValueError, "indices: expected listed positions", id="negative"),
     pytest.param({"lengths": torch.tensor([8])}, ValueError, r"lengths: expected values in 0 \.\. 7", id="too_long"),

@@ -43,7 +43,9 @@ class Engine:
         self.selector = None
         if config.mode == "sparse":
             if alignment is None:
-                raise OptionError("alignment", None, "a file made by `outrider calibrate` for this pair (mode dense needs none)")
+                raise OptionError(
+                    "alignment", None, "a file made by `outrider calibrate` for this pair (mode dense needs none)"
+                )
             self.selector = build_selector(
                 config.method,
                 alignment=alignment,
@@ -111,7 +113,11 @@ class _Rounds:
         with clock.stage("accept"):
             target_probs = distributions(logits, params)
             verified = token_verify(
-                trace.tokens.to(logits.device), trace.probs, target_probs, uniforms[:, self.k :].to(logits), backend=self.config.backend
+                trace.tokens.to(logits.device),
+                trace.probs,
+                target_probs,
+                uniforms[:, self.k :].to(logits),
+                backend=self.config.backend,
             )
             acceptance = Acceptance(accepted=verified.accepted.cpu(), next_token=verified.next_token.cpu())
             target_cache.advance(acceptance.accepted + 1)

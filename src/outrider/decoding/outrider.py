@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from outrider.config import Budget, EngineConfig, SamplingParams
-from outrider.decoding.builtin import BUILTIN, BUILTIN_ALIGNMENT, builtin_path
+from outrider.config import Budget, EngineConfig, SamplingParams, engine_config
 from outrider.decoding.engine import Engine, ProgressCallback
+from outrider.decoding.pair import BUILTIN, find_alignment, load_pair
 from outrider.decoding.sequence import Sequence
 from outrider.decoding.statistics import Statistics, total
 from outrider.errors import OptionError, PromptError
-from outrider.guidance.alignment import AlignmentFile, ModelIdentity, load
+from outrider.guidance.alignment import AlignmentFile
 from outrider.guidance.selectors import SELECTORS
-from outrider.models import LanguageModel, check_pair, load_model
+from outrider.models import LanguageModel
 from outrider.types import Alignment
 
 Prompt = str | list[int]
@@ -54,7 +53,12 @@ class Outrider:
     """
 
     def __init__(
-        self, target: LanguageModel, draft: LanguageModel, config: EngineConfig, alignments: AlignmentFile | None = None, map_name: str | None = None
+        self,
+        target: LanguageModel,
+        draft: LanguageModel,
+        config: EngineConfig,
+        alignments: AlignmentFile | None = None,
+        map_name: str | None = None,
     ) -> None:
         self.target = target
         self.draft = draft
@@ -137,7 +141,9 @@ class Outrider:
         """Token ids of a prompt as the target sees it. Raises PromptError when it is empty or no tokenizer is at hand."""
         if isinstance(prompt, str):
             if self.target.tokenizer is None:
-                raise PromptError(f"prompt: got text, but {self.target.spec.name!r} has no tokenizer; allowed: lists of token ids")
+                raise PromptError(
+                    f"prompt: got text, but {self.target.spec.name!r} has no tokenizer; allowed: lists of token ids"
+                )
             tokens = self.target.tokenizer(prompt, verbose=False)["input_ids"]
         else:
             tokens = list(prompt)
@@ -145,10 +151,14 @@ class Outrider:
             raise PromptError("prompt: got an empty one; allowed: at least one token")
         wrong = [t for t in tokens if not isinstance(t, int) or not 0 <= t < self.target.spec.vocabulary]
         if wrong:
-            raise PromptError(f"prompt: got token {wrong[0]!r}; allowed: whole numbers in 0 .. {self.target.spec.vocabulary - 1}")
+            raise PromptError(
+                f"prompt: got token {wrong[0]!r}; allowed: whole numbers in 0 .. {self.target.spec.vocabulary - 1}"
+            )
         return tokens
 
-    def _sequences(self, prompts: list[Prompt] | Prompt, params: SamplingParams | list[SamplingParams] | None) -> list[Sequence]:
+    def _sequences(
+        self, prompts: list[Prompt] | Prompt, params: SamplingParams | list[SamplingParams] | None
+    ) -> list[Sequence]:
         many = _as_prompts(prompts)
         each = params if isinstance(params, list) else [params or SamplingParams()] * len(many)
         if len(each) != len(many):
@@ -159,8 +169,8 @@ class Outrider:
             tokens = self.tokenize(prompt)
             if len(tokens) + p.max_new_tokens > context:
                 raise PromptError(
-                    f"prompt {index}: {len(tokens)} tokens + max-new-tokens {p.max_new_tokens} = {len(tokens) + p.max_new_tokens}; "
-                    f"allowed: at most {context}, the context of the pair"
+                    f"prompt {index}: {len(tokens)} tokens + max-new-tokens {p.max_new_tokens}; "
+                    f"allowed: at most {context} together, the context of the pair"
                 )
             statistics = Statistics(
                 mode=self.config.mode,
@@ -179,53 +189,6 @@ class Outrider:
         return self.alignments.map(self.map_name or SELECTORS[self.config.method].default_map).alignment
 
 
-def engine_config(**options: Any) -> EngineConfig:
-    """An `EngineConfig` from flat options: its own fields and those of `Budget`. Unknown names raise OptionError."""
-    own = {f.name for f in fields(EngineConfig)} - {"budget"}
-    budget = {f.name for f in fields(Budget)}
-    for name in options:
-        if name not in own | budget:
-            raise OptionError("option", name, ", ".join(sorted(own | budget)))
-    chosen = Budget(**{name: value for name, value in options.items() if name in budget})
-    return EngineConfig(budget=chosen, **{name: value for name, value in options.items() if name in own})
-
-
-def load_pair(
-    target: str, draft: str | None, *, dtype: str = "float32", device: str = "cpu", backend: str = "auto"
-) -> tuple[LanguageModel, LanguageModel]:
-    """Load target and draft and check that they speak the same tokens; warns when both are the same checkpoint."""
-    if draft is None:
-        if target != BUILTIN:
-            raise OptionError("draft", None, f"a folder or hub id: only --target {BUILTIN} brings its own draft")
-        draft = BUILTIN
-    target_path, draft_path = builtin_path(target, "target"), builtin_path(draft, "draft")
-    target_model = load_model(target_path, dtype=dtype, device=device, backend=backend, role="target")
-    if draft_path == target_path:
-        warnings.warn(f"draft and target are the same checkpoint ({draft_path}): correct, but nothing becomes faster", stacklevel=2)
-        return target_model, target_model
-    draft_model = load_model(draft_path, dtype=dtype, device=device, backend=backend, role="draft")
-    check_pair(target_model, draft_model)
-    return target_model, draft_model
-
-
-def identity(model: LanguageModel) -> ModelIdentity:
-    """The name and digest by which alignment files know a model."""
-    return ModelIdentity(name=model.spec.name, digest=model.spec.digest)
-
-
-def find_alignment(given: str | Path | AlignmentFile | None, target: LanguageModel, draft: LanguageModel) -> AlignmentFile | None:
-    """The alignment asked for, or the built-in pair's own; None when there is none."""
-    if isinstance(given, AlignmentFile):
-        return given
-    if given is not None:
-        return load(given, target=identity(target), draft=identity(draft))
-    if BUILTIN_ALIGNMENT.exists():
-        shipped = load(BUILTIN_ALIGNMENT, target=None, draft=None)
-        if (shipped.target, shipped.draft) == (identity(target), identity(draft)):
-            return shipped
-    return None
-
-
 def summarize(results: list[Result], wall_seconds: float) -> Statistics:
     """The statistics of a whole run: counts added up, tokens per second over the wall clock of decoding."""
     return total([result.statistics for result in results], wall_seconds)
@@ -235,7 +198,7 @@ def _as_prompts(prompts: list[Prompt] | Prompt) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
     if isinstance(prompts, list) and prompts and all(isinstance(t, int) for t in prompts):
-        return [prompts]  # one prompt of token ids
+        return [cast(list[int], prompts)]  # one prompt of token ids
     if not isinstance(prompts, list) or not prompts:
         raise PromptError("prompts: got none; allowed: a text, a list of token ids, or a list of these")
-    return prompts
+    return cast(list[Prompt], prompts)

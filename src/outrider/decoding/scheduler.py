@@ -8,7 +8,7 @@ from outrider.decoding.sequence import Sequence
 
 
 class Scheduler:
-    """Keeps the running sequences in slots 0 .. n - 1 without gaps and refills from the waiting ones, first come first served."""
+    """Running sequences fill slots 0 .. n - 1 without gaps and waiting ones refill them, first come first served."""
 
     def __init__(self, sequences: list[Sequence], slots: int) -> None:
         self.waiting = deque(sequences)

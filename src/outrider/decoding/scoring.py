@@ -11,12 +11,19 @@ from outrider.types import DraftScores
 
 
 def score(
-    draft: LanguageModel, cache: KVCache, queries: tuple[Tensor, ...], lengths: Tensor, layers: tuple[int, ...], *, per_query: bool
+    draft: LanguageModel,
+    cache: KVCache,
+    queries: tuple[Tensor, ...],
+    lengths: Tensor,
+    layers: tuple[int, ...],
+    *,
+    per_query: bool,
 ) -> DraftScores:
     """Score the cached tokens by the draft's own attention, after drafting and apart from it.
 
-    `queries` holds [B, T, Hq, D] for every draft layer; `lengths` [B] (host) is the number of cached tokens before the round, whose
-    T keys lie behind them in `cache`. Only `layers` are read. With `per_query` the T queries are kept apart, else averaged.
+    `queries` holds [B, T, Hq, D] for every draft layer; `lengths` [B] (host) is the number of cached tokens before the
+    round, whose T keys lie behind them in `cache`. Only `layers` are read. With `per_query` the T queries are kept apart, else
+    averaged.
     """
     t = queries[0].shape[1]
     s = int(lengths.max())

@@ -16,7 +16,13 @@ class Sequence:
     """A prompt and what was generated for it. Never sees a tensor of the batch, so its result cannot depend on neighbours."""
 
     def __init__(
-        self, index: int, prompt: list[int], params: SamplingParams, tokenizer: Any | None, eos: tuple[int, ...], statistics: Statistics
+        self,
+        index: int,
+        prompt: list[int],
+        params: SamplingParams,
+        tokenizer: Any | None,
+        eos: tuple[int, ...],
+        statistics: Statistics,
     ) -> None:
         self.index = index
         self.prompt = prompt

@@ -125,7 +125,7 @@ def count_reads(
     listed = torch.zeros(len(lengths), dtype=torch.float64)
     read, dense = torch.zeros_like(lengths), torch.zeros_like(lengths)
     size = target.dtype.itemsize
-    union = None if selection is None else _rows_per_kv_head(selection, target).cpu()
+    union = _rows_per_kv_head(selection, target).cpu() if selection is not None else torch.empty(0)
     for layer, shape in enumerate(target.layers):
         row_bytes = 2 * shape.head_dim * size  # key and value
         whole = lengths if shape.window is None else lengths.clamp(max=shape.window)

@@ -15,7 +15,7 @@ class TextStream:
     def __init__(self, tokenizer: Any | None, stop: tuple[str, ...] = ()) -> None:
         self.text = ""  # everything decided so far; ends before the stop string once one was found
         self.stopped = False
-        self._tokenizer = tokenizer
+        self._tokenizer: Any = tokenizer
         self._stop = stop
         self._tokens: list[int] = []
         self._window = 0  # the tokens from here on are decoded together: spaces depend on the token before

@@ -8,8 +8,8 @@ has no lists (sliding-window attention, never calibrated) has (-1, -1) everywher
 from __future__ import annotations
 
 import json
-import math
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -177,10 +177,11 @@ class _Reader:
         return entry[name]
 
     def _typed(self, entry: dict[str, Any], name: str, kind: type, where: str = "") -> Any:
-        value = self._get(entry, name, where)
-        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+        value: Any = self._get(entry, name, where)
+        kinds: tuple[type, ...] = (int, float) if kind is float else (kind,)
+        if type(value) not in kinds:
             self.fail(f"{where}{name}: got {value!r}; allowed: a {kind.__name__}")
-        if kind is float and not math.isfinite(value):
+        if kind is float and not abs(value) <= sys.float_info.max:  # not NaN, infinite or too large for a float
             self.fail(f"{where}{name}: got {value!r}; allowed: a finite number")
         return kind(value)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from outrider.errors import ModelError
@@ -47,7 +47,7 @@ def register() -> None:
 
 
 def attend(
-    module: nn.Module,
+    module: Any,  # transformers' attention layer
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -66,12 +66,16 @@ def attend(
         raise ModelError("attention 'outrider' was called without its forward argument; run the model through LanguageModel")
     unroutable = [name for name in UNROUTABLE if kwargs.get(name) is not None]
     if unroutable:
-        raise ModelError(f"layer {module.layer_idx} of {type(module).__name__} uses {', '.join(unroutable)}, which Outrider cannot route")
+        raise ModelError(
+            f"layer {module.layer_idx} of {type(module).__name__} uses {', '.join(unroutable)}, which Outrider cannot route"
+        )
     layer = int(module.layer_idx)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if value.shape != key.shape or query.shape[1] % key.shape[1]:
         shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-        raise ModelError(f"layer {layer} of {type(module).__name__} has {shapes}; allowed: equal key and value heads, grouped queries")
+        raise ModelError(
+            f"layer {layer} of {type(module).__name__} has {shapes}; allowed: equal key and value heads, grouped queries"
+        )
     if outrider.probe is not None:
         outrider.probe[layer] = LayerShape(
             query_heads=query.shape[1], kv_heads=key.shape[1], head_dim=key.shape[3], scale=scale, window=sliding_window

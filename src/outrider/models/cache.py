@@ -36,7 +36,13 @@ class KVCache:
     """
 
     def __init__(
-        self, layers: tuple[LayerShape, ...], batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        layers: tuple[LayerShape, ...],
+        batch: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.layers = layers
         self.capacity = capacity

@@ -19,7 +19,9 @@ from outrider.models.language_model import LanguageModel, ModelSpec
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 
 
-def load_model(path: str, *, dtype: str = "float32", device: str = "cpu", backend: str = "auto", role: str = "model") -> LanguageModel:
+def load_model(
+    path: str, *, dtype: str = "float32", device: str = "cpu", backend: str = "auto", role: str = "model"
+) -> LanguageModel:
     """Load a decoder-only checkpoint that transformers can run with a custom attention function.
 
     `path` is a folder or a hub id, `role` ("target" or "draft") names the option in errors. Raises OptionError for an unknown
@@ -38,11 +40,13 @@ def load_model(path: str, *, dtype: str = "float32", device: str = "cpu", backen
         raise
     except Exception as error:  # transformers raises many types here; each becomes one clear error
         reason = str(error).strip().splitlines()
-        raise ModelError(f"{role} {path!r}: cannot be loaded with attention routed through Outrider: {reason[0] if reason else error!r}") from error
+        raise ModelError(
+            f"{role} {path!r}: cannot be loaded with attention routed through Outrider: {reason[0] if reason else error!r}"
+        ) from error
     return wrap(module.eval().to(device), _load_tokenizer(path), name=model_name(path), backend=backend, role=role)
 
 
-def wrap(module: nn.Module, tokenizer: Any | None, *, name: str, backend: str = "auto", role: str = "model") -> LanguageModel:
+def wrap(module: Any, tokenizer: Any | None, *, name: str, backend: str = "auto", role: str = "model") -> LanguageModel:
     """Make a `LanguageModel` of a transformers module that was created with attn_implementation="outrider"."""
     config = module.config.get_text_config(decoder=True)
     layers = _probe(module, config, f"{role} {name!r}")
@@ -54,11 +58,17 @@ def wrap(module: nn.Module, tokenizer: Any | None, *, name: str, backend: str = 
         layers=layers,
         vocabulary=config.vocab_size,
         context=getattr(config, "max_position_embeddings", None) or 2**31,
-        eos_tokens=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,),
+        eos_tokens=_as_tuple(eos),
         dtype=next(module.parameters()).dtype,
         device=next(module.parameters()).device,
     )
     return LanguageModel(module, tokenizer, spec, backend)
+
+
+def _as_tuple(tokens: int | list[int] | None) -> tuple[int, ...]:
+    if tokens is None:
+        return ()
+    return (tokens,) if isinstance(tokens, int) else tuple(tokens)
 
 
 def model_name(path: str) -> str:

@@ -1,0 +1,59 @@
+"""A target and its draft: where they are, whether they fit together, and the alignment that goes with them."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from outrider.errors import OptionError
+from outrider.guidance.alignment import AlignmentFile, ModelIdentity, load
+from outrider.models import LanguageModel, check_pair, load_model
+
+BUILTIN = "builtin"  # the name of the pair that ships with Outrider
+PAIR_FOLDER = Path(__file__).parents[1] / "pair"
+BUILTIN_ALIGNMENT = PAIR_FOLDER / "alignment.json"
+
+
+def load_pair(
+    target: str, draft: str | None, *, dtype: str = "float32", device: str = "cpu", backend: str = "auto"
+) -> tuple[LanguageModel, LanguageModel]:
+    """Load target and draft and check that they speak the same tokens; warns when both are the same checkpoint."""
+    if draft is None:
+        if target != BUILTIN:
+            raise OptionError("draft", None, f"a folder or hub id: only --target {BUILTIN} brings its own draft")
+        draft = BUILTIN
+    target_path, draft_path = _folder(target, "target"), _folder(draft, "draft")
+    target_model = load_model(target_path, dtype=dtype, device=device, backend=backend, role="target")
+    if draft_path == target_path:
+        warnings.warn(
+            f"draft and target are the same checkpoint ({draft_path}): correct, but nothing becomes faster", stacklevel=2
+        )
+        return target_model, target_model
+    draft_model = load_model(draft_path, dtype=dtype, device=device, backend=backend, role="draft")
+    check_pair(target_model, draft_model)
+    return target_model, draft_model
+
+
+def identity(model: LanguageModel) -> ModelIdentity:
+    """The name and digest by which alignment files know a model."""
+    return ModelIdentity(name=model.spec.name, digest=model.spec.digest)
+
+
+def find_alignment(
+    given: str | Path | AlignmentFile | None, target: LanguageModel, draft: LanguageModel
+) -> AlignmentFile | None:
+    """The alignment asked for, or the built-in pair's own; None when there is none."""
+    if isinstance(given, AlignmentFile):
+        return given
+    if given is not None:
+        return load(given, target=identity(target), draft=identity(draft))
+    if BUILTIN_ALIGNMENT.exists():
+        shipped = load(BUILTIN_ALIGNMENT, target=None, draft=None)
+        if (shipped.target, shipped.draft) == (identity(target), identity(draft)):
+            return shipped
+    return None
+
+
+def _folder(name: str, role: str) -> str:
+    """The folder of the built-in target or draft for "builtin"; any other name as it is."""
+    return str(PAIR_FOLDER / role) if name == BUILTIN else name

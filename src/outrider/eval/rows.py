@@ -1,0 +1,113 @@
+"""What is evaluated and what comes out: cases, texts, and result rows as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from outrider.config import Budget
+from outrider.errors import OptionError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A method and its budget; method "dense" has none."""
+
+    method: str
+    budget: Budget | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """A document to evaluate on."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """Figures of one (text, method, budget); fields that a task does not measure are None."""
+
+    task: str
+    text: str
+    method: str
+    keep: float | None
+    top_p: float | None
+    context: int
+    scored_tokens: int
+    ppl: float | None = None
+    ppl_dense: float | None = None
+    delta_percent: float | None = None  # of perplexity, against dense
+    agreement: float | None = None  # share of scored tokens whose most probable token is the dense target's
+    recalled: int | None = None
+    asked: int | None = None
+    kept_fraction: float = 1.0
+    kv_read_fraction: float = 1.0
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check_rows_path(path: str | Path) -> None:
+    """Raise OptionError unless rows can be appended to `path`; leaves no file behind that was not there."""
+    path = Path(path)
+    existed = path.exists()
+    try:
+        with path.open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise OptionError("json", str(path), f"a file that can be written ({error.strerror})") from error
+    if not existed:
+        path.unlink()
+
+
+def append_rows(path: str | Path, rows: Iterable[Row]) -> None:
+    """Append rows as JSON lines, each in a single write, so that a line is there whole or not at all."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        for row in rows:
+            os.write(descriptor, (json.dumps(row.as_dict()) + "\n").encode())
+    finally:
+        os.close(descriptor)
+
+
+def summarize(rows: list[Row]) -> list[Row]:
+    """The mean over texts of every (task, method, budget), in the order of first appearance; counts are added up."""
+    order = list(dict.fromkeys(_key(row) for row in rows))
+    grouped = {key: list(group) for key, group in groupby(sorted(rows, key=lambda row: order.index(_key(row))), key=_key)}
+    return [_mean(group) for group in grouped.values()]
+
+
+def _key(row: Row) -> tuple[str, str, float | None, float | None, int]:
+    return row.task, row.method, row.keep, row.top_p, row.context
+
+
+def _mean(rows: list[Row]) -> Row:
+    def mean(name: str) -> Any:
+        values = [getattr(row, name) for row in rows]
+        return None if None in values else sum(values) / len(values)
+
+    def added(name: str) -> Any:
+        values = [getattr(row, name) for row in rows]
+        return None if None in values else sum(values)
+
+    first = rows[0]
+    means = ("ppl", "ppl_dense", "delta_percent", "agreement", "kept_fraction", "kv_read_fraction")
+    counts = ("scored_tokens", "recalled", "asked", "seconds")
+    return Row(
+        task=first.task,
+        text=f"mean of {len(rows)}",
+        method=first.method,
+        keep=first.keep,
+        top_p=first.top_p,
+        context=first.context,
+        **{name: mean(name) for name in means},
+        **{name: added(name) for name in counts},
+    )

@@ -1,0 +1,130 @@
+"""Decode-like evaluation: a dense prefix, then given tokens in rounds, through the same stages as generation.
+
+Every round feeds K + 1 given tokens to the draft, scores and selects as the engine does, and runs the target over the same
+tokens with the lists. What the sparse target writes into its cache stays there for the next rounds, as in generation.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from outrider.config import Budget
+from outrider.decoding.engine import ProgressCallback, prefill
+from outrider.decoding.scoring import score
+from outrider.decoding.statistics import count_reads
+from outrider.errors import OptionError, PromptError
+from outrider.eval.rows import Case
+from outrider.guidance.alignment import AlignmentFile
+from outrider.guidance.selectors import SELECTORS, build_selector
+from outrider.guidance.selectors.base import Selector
+from outrider.models import LanguageModel
+from outrider.types import Selection
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """The target's predictions behind a prefix, and what it read for them."""
+
+    logits: Tensor  # [n, V] fp32: row i predicts the token behind the i-th given one
+    kept_fraction: float
+    kv_read_fraction: float
+    seconds: float
+
+
+class TeacherForced:
+    """A pair with one document cached in both models."""
+
+    def __init__(self, pair: tuple[LanguageModel, LanguageModel], capacity: int, draft_tokens: int) -> None:
+        self.target, self.draft = pair
+        self.t = draft_tokens + 1
+        self.caches = tuple(model.new_cache(1, capacity + self.t) for model in pair)
+
+    def read(self, tokens: list[int], chunk: int, progress: ProgressCallback | None = None) -> None:
+        """Cache `tokens` densely in both models, in place of what was there."""
+        for model, cache in zip((self.target, self.draft), self.caches, strict=True):
+            cache.truncate(0)
+            prefill(model, cache, torch.tensor([tokens]), chunk, progress)
+
+    def run(self, tokens: list[int], selector: Selector | None, min_context: int = 0) -> Run:
+        """Predict behind each of `tokens`, which follow the cached document; the caches come back as they were."""
+        target_cache = self.caches[0]
+        prefix = target_cache.lengths.clone()
+        started = time.perf_counter()
+        logits, listed, cached, read, dense = [], 0.0, 0, 0, 0
+        for part in torch.tensor([tokens]).split(self.t, dim=1):
+            lengths = target_cache.lengths.clone()
+            selection = None
+            if selector is not None and int(lengths) >= max(min_context, 1):
+                selection = self._select(part, lengths, selector)
+            logits.append(self.target.forward(part, target_cache, selection=selection).logits[0])
+            layers = selector.draft_layers if selector is not None else ()
+            reads = count_reads(selection, self.target.spec, self.draft.spec, layers, lengths, part.shape[1])
+            listed, cached = listed + float(reads.listed), cached + int(lengths)
+            read, dense = read + int(reads.bytes_read), dense + int(reads.bytes_dense)
+            for cache in self.caches:
+                cache.advance(part.shape[1])
+        for cache in self.caches:
+            cache.truncate(prefix)
+        return Run(
+            logits=torch.cat(logits),
+            kept_fraction=listed / max(cached, 1),
+            kv_read_fraction=read / max(dense, 1),
+            seconds=time.perf_counter() - started,
+        )
+
+    def _select(self, tokens: Tensor, lengths: Tensor, selector: Selector) -> Selection:
+        draft_cache = self.caches[1]
+        queries = self.draft.forward(tokens, draft_cache, record_queries=True, last_only=True).queries
+        return selector.select(
+            score(self.draft, draft_cache, queries, lengths, selector.draft_layers, per_query=selector.per_query)
+        )
+
+
+def make_selector(
+    case: Case, pair: tuple[LanguageModel, LanguageModel], alignments: AlignmentFile | None, map_name: str | None
+) -> Selector | None:
+    """The selector of a case, None for "dense". Raises OptionError for an unknown method or a missing alignment."""
+    if case.method == DENSE:
+        return None
+    if case.method not in SELECTORS:
+        raise OptionError("method", case.method, ", ".join((DENSE, *SELECTORS)))
+    if alignments is None:
+        raise OptionError("alignment", None, "a file made by `outrider calibrate` for this pair")
+    target, draft = pair
+    return build_selector(
+        case.method,
+        alignment=alignments.map(map_name or SELECTORS[case.method].default_map).alignment,
+        budget=budget_of(case),
+        target_layers=target.spec.full_layers,
+        kv_heads=target.spec.layers[0].kv_heads,
+        draft_heads=draft.spec.layers[0].query_heads,
+        backend=target.backend,
+    )
+
+
+def budget_of(case: Case) -> Budget:
+    """The case's budget, the default one when it names none."""
+    return case.budget or Budget()
+
+
+def tokenize(model: LanguageModel, name: str, text: str, least: int) -> list[int]:
+    """The first `least` tokens of a text. Raises PromptError when it has fewer or the model has no tokenizer."""
+    if model.tokenizer is None:
+        raise PromptError(f"text {name}: {model.spec.name!r} has no tokenizer to read it with")
+    tokens = model.tokenizer(text, verbose=False)["input_ids"]
+    if len(tokens) < least:
+        raise PromptError(f"text {name}: got {len(tokens)} tokens; allowed: at least {least} (the context asked for)")
+    return tokens[:least]
+
+
+def check_context(context: int, pair: tuple[LanguageModel, LanguageModel], least: int) -> None:
+    """Raise OptionError unless `context` lies between `least` and what both models were made for."""
+    limit = min(model.spec.context for model in pair)
+    if not least <= context <= limit:
+        raise OptionError("context", context, f"{least} .. {limit} tokens")
