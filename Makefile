@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-BOOK := examples/books/gullivers-travels.txt
+BOOK := examples/books/persuasion.txt
 
 .PHONY: help setup demo test lint clean
 

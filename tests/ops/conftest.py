@@ -31,6 +31,15 @@ def poison_uninitialised_memory() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Small tensors gain nothing from more, and on a busy machine threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module", params=["contiguous", "head_major", "gaps", "pages_1", "pages_3", "pages_16"])
 def lay_out(request: pytest.FixtureRequest) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
     """Lays a logical cache `[B, N, Hkv, D]` out in memory: `(cache, page_table)`. A test that asks for it runs per layout.

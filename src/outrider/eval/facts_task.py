@@ -13,7 +13,7 @@ from outrider.config import check
 from outrider.decoding.engine import ProgressCallback
 from outrider.errors import OptionError
 from outrider.eval.facts import Fact, draw_facts
-from outrider.eval.rows import Case, Row, Text
+from outrider.eval.rows import Case, Row, Text, conditions
 from outrider.eval.teacher_forced import TeacherForced, budget_of, check_context, make_selector, tokenize
 from outrider.guidance.alignment import AlignmentFile
 from outrider.guidance.selectors.base import Selector
@@ -52,6 +52,8 @@ def evaluate(
         rng = random.Random(f"{seed} {context} {number}")
         documents.append((text.name, *plant(pair[0], tokens, draw_facts(rng, facts), rng)))
 
+    common = conditions(pair, draft_tokens, map_name)
+
     def rows() -> Iterator[Row]:
         reader = TeacherForced(pair, context, draft_tokens)
         for name, tokens, questions in documents:
@@ -78,6 +80,7 @@ def evaluate(
                     kept_fraction=asked.kept_fraction,
                     kv_read_fraction=asked.kv_read_fraction,
                     seconds=asked.seconds,
+                    conditions=common,
                 )
 
     return rows()

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from outrider.config import check
 from outrider.decoding.engine import ProgressCallback
-from outrider.eval.rows import Case, Row, Text
+from outrider.eval.rows import Case, Row, Text, conditions
 from outrider.eval.teacher_forced import Run, TeacherForced, budget_of, check_context, make_selector, tokenize
 from outrider.guidance.alignment import AlignmentFile
 from outrider.models import LanguageModel
@@ -38,6 +38,8 @@ def evaluate(
     selectors = [make_selector(case, pair, alignments, map_name) for case in cases]
     documents = [(text.name, tokenize(pair[0], text.name, text.text, context)) for text in texts]
 
+    common = conditions(pair, draft_tokens, map_name)
+
     def rows() -> Iterator[Row]:
         reader = TeacherForced(pair, context, draft_tokens)
         for name, tokens in documents:
@@ -65,6 +67,7 @@ def evaluate(
                     kept_fraction=run.kept_fraction,
                     kv_read_fraction=run.kv_read_fraction,
                     seconds=run.seconds,
+                    conditions=common,
                 )
 
     return rows()

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from outrider.config import Budget
 from outrider.errors import OptionError
+from outrider.models import LanguageModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +55,7 @@ class Row:
     kept_fraction: float = 1.0
     kv_read_fraction: float = 1.0
     seconds: float = 0.0
+    conditions: dict[str, str | int] = field(default_factory=dict)  # models, versions, device: see `conditions`
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,12 +74,33 @@ def check_rows_path(path: str | Path) -> None:
         path.unlink()
 
 
-def append_rows(path: str | Path, rows: Iterable[Row]) -> None:
-    """Append rows as JSON lines, each in a single write, so that a line is there whole or not at all."""
+def conditions(pair: tuple[LanguageModel, LanguageModel], draft_tokens: int, map_name: str | None) -> dict[str, str | int]:
+    """What a figure depends on beside the row's own fields."""
+    target, draft = pair
+    device = target.spec.device
+    return {
+        "target": f"{target.spec.name} {target.spec.digest}",
+        "draft": f"{draft.spec.name} {draft.spec.digest}",
+        "map": map_name or "the method's own",
+        "draft_tokens": draft_tokens,
+        "dtype": str(target.spec.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
+        "outrider": version("outrider"),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+    }
+
+
+def append_rows(path: str | Path, rows: Iterable[Row], command: str | None = None) -> None:
+    """Append rows as JSON lines, each in a single write, so that a line is there whole or not at all.
+
+    `command` is recorded among the conditions.
+    """
+    added = {} if command is None else {"command": command}
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         for row in rows:
-            os.write(descriptor, (json.dumps(row.as_dict()) + "\n").encode())
+            os.write(descriptor, (json.dumps(row.as_dict() | {"conditions": row.conditions | added}) + "\n").encode())
     finally:
         os.close(descriptor)
 
@@ -108,6 +135,7 @@ def _mean(rows: list[Row]) -> Row:
         keep=first.keep,
         top_p=first.top_p,
         context=first.context,
+        conditions=first.conditions,
         **{name: mean(name) for name in means},
         **{name: added(name) for name in counts},
     )

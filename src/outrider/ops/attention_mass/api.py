@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from outrider.ops.attention_mass import reference
@@ -50,13 +52,11 @@ def attention_mass(
     """
     sizes: dict[str, int] = {}
     check_tensor("queries", queries, shape="B T Hq D", sizes=sizes, dtypes=FLOATS)
-    same = {"sizes": sizes, "device": queries.device}
-    check_tensor(
-        "keys", keys, shape="B N Hkv D" if page_table is None else "pages page_size Hkv D", dtypes=[queries.dtype], **same
-    )
-    check_tensor("lengths", lengths, shape="B", dtypes=INTS, **same)
+    check = partial(check_tensor, sizes=sizes, device=queries.device)
+    check("keys", keys, shape="B N Hkv D" if page_table is None else "pages page_size Hkv D", dtypes=[queries.dtype])
+    check("lengths", lengths, shape="B", dtypes=INTS)
     if page_table is not None:
-        check_tensor("page_table", page_table, shape="B P", dtypes=INTS[:1], **same)
+        check("page_table", page_table, shape="B P", dtypes=INTS[:1])
     check_heads(sizes)
     check_choice("reduce", reduce, REDUCTIONS)
     check_choice("backend", backend, BACKENDS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from outrider.ops.checks import FLOATS, INTS, check_choice, check_heads, check_tensor
@@ -62,14 +64,14 @@ def sparse_attention(
     sizes: dict[str, int] = {}
     layout = "B N Hkv D" if page_table is None else "pages page_size Hkv D"
     check_tensor("queries", queries, shape="B T Hq D", sizes=sizes, dtypes=FLOATS)
-    same = {"sizes": sizes, "device": queries.device}
-    check_tensor("keys", keys, shape=layout, dtypes=[queries.dtype], **same)
-    check_tensor("values", values, shape=layout, dtypes=[queries.dtype], **same)
-    check_tensor("indices", indices, shape="B Hs M", dtypes=INTS[:1], **same)
-    check_tensor("counts", counts, shape="B Hs", dtypes=INTS[:1], **same)
-    check_tensor("lengths", lengths, shape="B", dtypes=INTS, **same)
+    check = partial(check_tensor, sizes=sizes, device=queries.device)
+    check("keys", keys, shape=layout, dtypes=[queries.dtype])
+    check("values", values, shape=layout, dtypes=[queries.dtype])
+    check("indices", indices, shape="B Hs M", dtypes=INTS[:1])
+    check("counts", counts, shape="B Hs", dtypes=INTS[:1])
+    check("lengths", lengths, shape="B", dtypes=INTS)
     if page_table is not None:
-        check_tensor("page_table", page_table, shape="B P", dtypes=INTS[:1], **same)
+        check("page_table", page_table, shape="B P", dtypes=INTS[:1])
     check_heads(sizes)
     if sizes["Hs"] not in (1, sizes["Hkv"], sizes["Hq"]):
         raise ValueError(f"indices: expected Hs of 1, Hkv={sizes['Hkv']} or Hq={sizes['Hq']} lists, got Hs={sizes['Hs']}")

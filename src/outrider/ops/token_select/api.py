@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -72,19 +73,19 @@ def token_select(
     """
     sizes: dict[str, int] = {}
     check_tensor("scores", scores, shape="B R S", sizes=sizes, dtypes=FLOATS)
-    same = {"sizes": sizes, "device": scores.device}
-    check_tensor("lengths", lengths, shape="B", dtypes=INTS, **same)
-    check_tensor("sources", sources, shape="Lt Hs G", dtypes=INTS[1:], **same)
+    check = partial(check_tensor, sizes=sizes, device=scores.device)
+    check("lengths", lengths, shape="B", dtypes=INTS)
+    check("sources", sources, shape="Lt Hs G", dtypes=INTS[1:])
     if 0 in sources.shape:
         raise ValueError(f"sources: expected at least one layer, head and score row, got shape {list(sources.shape)}")
     if (top_k is None) == (top_p is None):
         raise ValueError(f"expected exactly one of top_k and top_p, got top_k={top_k!r}, top_p={top_p!r}")
     if isinstance(top_k, Tensor):
-        check_tensor("top_k", top_k, shape="B", dtypes=INTS, **same)
+        check("top_k", top_k, shape="B", dtypes=INTS)
     elif top_k is not None:
         check_int("top_k", top_k)
     if isinstance(top_p, Tensor):
-        check_tensor("top_p", top_p, shape="B", dtypes=FLOATS[2:], **same)
+        check("top_p", top_p, shape="B", dtypes=FLOATS[2:])
     elif top_p is not None:
         if isinstance(top_p, bool) or not isinstance(top_p, (int, float)):
             raise TypeError(f"top_p: expected a float or a torch.Tensor, got {type(top_p).__name__}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -56,9 +57,9 @@ def token_verify(
     sizes: dict[str, int] = {}
     check_tensor("draft_tokens", draft_tokens, shape="B K", sizes=sizes, dtypes=[torch.int64])
     sizes["K+1"] = sizes["K"] + 1
-    same = {"sizes": sizes, "device": draft_tokens.device, "dtypes": [torch.float32]}
-    check_tensor("draft_probs", draft_probs, shape="B K V", **same)
-    check_tensor("target_probs", target_probs, shape="B K+1 V", **same)
-    check_tensor("uniforms", uniforms, shape="B K+1", **same)
+    check = partial(check_tensor, sizes=sizes, device=draft_tokens.device, dtypes=[torch.float32])
+    check("draft_probs", draft_probs, shape="B K V")
+    check("target_probs", target_probs, shape="B K+1 V")
+    check("uniforms", uniforms, shape="B K+1")
     check_choice("backend", backend, BACKENDS)
     return Verified(*reference.token_verify(draft_tokens, draft_probs, target_probs, uniforms))
