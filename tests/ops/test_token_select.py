@@ -151,7 +151,10 @@ def test_negative_and_nan_scores_count_as_zero():
     scores = torch.tensor([[[torch.nan, -1.0, 0.5, -torch.inf, -0.0, 0.25, torch.nan]]])
     lengths = torch.tensor([6])
     assert lists_of(token_select(scores, lengths, ONE_ROW, top_k=3)) == [[[[0, 2, 5]]]]
+    assert lists_of(token_select(scores, lengths, ONE_ROW, top_k=5)) == [[[[0, 1, 2, 3, 5]]]]
     assert lists_of(token_select(scores, lengths, ONE_ROW, top_p=0.9)) == [[[[2, 5]]]]
+    two_rows = torch.tensor([[[-9.0, 1.0, 0.0], [8.0, 2.0, torch.nan]]])  # merged: 4, 1.5, 0
+    assert lists_of(token_select(two_rows, torch.tensor([3]), torch.tensor([[[0, 1]]]), top_k=1)) == [[[[0]]]]
 
 
 def test_scores_behind_the_length_are_ignored():

@@ -38,6 +38,7 @@ class Chunk:
     index: int  # of the prompt
     text: str
     token_ids: list[int]
+    statistics: Statistics  # of the prompt so far
     result: Result | None  # set in the prompt's last chunk
 
 
@@ -135,7 +136,9 @@ class Outrider:
                     finish_reason=sequence.finish_reason,
                     statistics=sequence.statistics,
                 )
-            yield Chunk(index=sequence.index, text=text, token_ids=event.tokens, result=result)
+            yield Chunk(
+                index=sequence.index, text=text, token_ids=event.tokens, statistics=sequence.statistics, result=result
+            )
 
     def tokenize(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt as the target sees it. Raises PromptError when it is empty or no tokenizer is at hand."""

@@ -20,7 +20,6 @@ from outrider.guidance.selectors.base import Selector
 from outrider.models import LanguageModel
 
 Question = tuple[list[int], list[int]]  # tokens of the question up to "Answer:", tokens of the answer
-ROOM = 64  # tokens kept free at the end of the context for a question and its answer
 
 
 def evaluate(
@@ -44,12 +43,12 @@ def evaluate(
     tokens where the dense target chooses the same. All options are checked before any work: OptionError, PromptError.
     """
     check("facts", facts, facts >= 1, "a whole number >= 1")
-    check_context(context, pair, 2 * ROOM + 64 * facts)
+    check_context(context, pair, 2)
     selectors = [make_selector(case, pair, alignments, map_name) for case in cases]
     documents = []
     for number, text in enumerate(texts):
-        tokens = tokenize(pair[0], text.name, text.text, context - ROOM)
         rng = random.Random(f"{seed} {context} {number}")
+        tokens = tokenize(pair[0], text.name, text.text, context)
         documents.append((text.name, *plant(pair[0], tokens, draw_facts(rng, facts), rng)))
 
     common = conditions(pair, draft_tokens, map_name)
@@ -109,7 +108,8 @@ def _ask(reader: TeacherForced, questions: list[Question], selector: Selector | 
 def plant(model: LanguageModel, tokens: list[int], facts: list[Fact], rng: random.Random) -> tuple[list[int], list[Question]]:
     """Write the facts' statements over `tokens` at random places that do not overlap.
 
-    Returns the text and, per fact, the tokens of its question and of its answer.
+    Returns the text, cut so that the longest question and its answer have room behind it, and, per fact, the tokens of its
+    question and of its answer. Raises OptionError when the text is too short for that many facts.
     """
 
     tokenizer: Any = model.tokenizer
@@ -117,18 +117,20 @@ def plant(model: LanguageModel, tokens: list[int], facts: list[Fact], rng: rando
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    statements = [encode(fact.statement) for fact in facts]
-    free = len(tokens) - sum(map(len, statements))
-    if free < 0:
-        raise OptionError("facts", len(facts), f"as many as fit into {len(tokens)} tokens")
-    gaps = sorted(rng.randint(0, free) for _ in statements)
-    text, planted = list(tokens), 0
-    for gap, statement in zip(gaps, statements, strict=True):
-        text[gap + planted : gap + planted + len(statement)] = statement
-        planted += len(statement)
     questions = []
     for fact in facts:
         question, whole = encode(fact.question), encode(fact.question + fact.answer)
         together = whole[: len(question)] == question
         questions.append((question, whole[len(question) :] if together else encode(fact.answer)))
+    room = max(len(question) + len(answer) for question, answer in questions)
+    text = tokens[: max(0, len(tokens) - room)]
+    statements = [encode(fact.statement) for fact in facts]
+    free = len(text) - sum(map(len, statements))
+    if free < 0:
+        raise OptionError("facts", len(facts), f"as many as fit into a context of {len(tokens)} tokens")
+    gaps = sorted(rng.randint(0, free) for _ in statements)
+    planted = 0
+    for gap, statement in zip(gaps, statements, strict=True):
+        text[gap + planted : gap + planted + len(statement)] = statement
+        planted += len(statement)
     return text, questions

@@ -1,0 +1,145 @@
+"""Write the documents' tables from the result lines: every figure in a table is a line in `results/`.
+
+python -m benchmarks.tables            rewrite the blocks <!-- table: NAME --> ... <!-- end --> in README.md and docs/
+python -m benchmarks.tables --check    exit 1 if a block differs from its results
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+Line = dict[str, Any]
+
+
+def lines(name: str) -> list[Line]:
+    """The JSON lines of results/NAME.jsonl."""
+    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
+    """A Markdown table; the first column is text, the others are figures."""
+    form = ["|---" + "|---:" * (len(header) - 1) + "|"]
+    return "\n".join(["| " + " | ".join(header) + " |", *form, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def mean(rows: list[Line], field: str) -> float:
+    return sum(row[field] for row in rows) / len(rows)
+
+
+def budget(row: Line) -> str:
+    if row["top_p"] is not None:
+        return f"p = {row['top_p']:g}"
+    return "all" if row["keep"] is None else f"{100 * row['keep']:g}%"
+
+
+def grouped(rows: list[Line]) -> dict[tuple[str, str], list[Line]]:
+    """Rows by (method, budget), in order of appearance."""
+    groups: dict[tuple[str, str], list[Line]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], budget(row)), []).append(row)
+    return groups
+
+
+def perplexity_table(name: str) -> str:
+    header = ["method", "budget", "kept", "KV bytes read", "perplexity", "change", "agreement with dense"]
+    rows = [
+        [
+            method,
+            asked,
+            f"{100 * mean(group, 'kept_fraction'):.1f}%",
+            f"{100 * mean(group, 'kv_read_fraction'):.1f}%",
+            f"{mean(group, 'ppl'):.2f}",
+            f"{mean(group, 'delta_percent'):+.2f}%",
+            f"{mean(group, 'agreement'):.3f}",
+        ]
+        for (method, asked), group in grouped(lines(name)).items()
+    ]
+    return markdown(header, rows)
+
+
+def facts_table(name: str) -> str:
+    header = ["method", "budget", "context", "kept", "KV bytes read", "recalled"]
+    rows = []
+    for (method, asked), group in grouped(lines(name)).items():
+        for context in sorted({row["context"] for row in group}):
+            part = [row for row in group if row["context"] == context]
+            rows.append(
+                [
+                    method,
+                    asked,
+                    str(context),
+                    f"{100 * mean(part, 'kept_fraction'):.1f}%",
+                    f"{100 * mean(part, 'kv_read_fraction'):.1f}%",
+                    f"{sum(row['recalled'] for row in part)}/{sum(row['asked'] for row in part)}",
+                ]
+            )
+    return markdown(header, rows)
+
+
+def pair_table(name: str) -> str:
+    last = lines(name)[-1]
+    rows = [
+        ["perplexity, last 8K of 16K, mean of 17 held-out books", f"{last['target']:.2f}", f"{last['draft']:.2f}"],
+        *(
+            [
+                f"planted facts recalled at {length // 1024}K",
+                *("/".join(map(str, last[f"facts_{length}"][m])) for m in ("target", "draft")),
+            ]
+            for length in (16384, 32768)
+        ),
+        ["greedy agreement of draft and target", f"{last['agreement']:.3f}", ""],
+    ]
+    return markdown(["", "target", "draft"], rows)
+
+
+def generate_table(name: str) -> str:
+    runs = lines(name)
+    figures: list[tuple[str, Callable[[Line], str]]] = [
+        ("tokens/s (decoding)", lambda r: f"{r['tokens_per_second']:.1f}"),
+        ("accepted tokens a round, of 4 drafted", lambda r: f"{r['accepted_per_round']:.2f}"),
+        ("kept fraction", lambda r: f"{100 * r['kept_fraction']:.1f}%"),
+        ("share of KV bytes read, scoring counted", lambda r: f"{100 * r['kv_read_fraction']:.1f}%"),
+        *((f"{s}, s", lambda r, s=s: f"{r['seconds'][s]:.2f}") for s in ("prefill", "propose", "score", "select", "verify")),
+        ("tokens the dense target would also have chosen", lambda r: f"{r['agreed']} of {r['audited']}"),
+    ]
+    return markdown(["", *(run["mode"] for run in runs)], ([text, *(figure(run) for run in runs)] for text, figure in figures))
+
+
+TABLES: dict[str, Callable[[str], str]] = {
+    "perplexity": perplexity_table,
+    "specattn-top-p": perplexity_table,
+    "maps": perplexity_table,
+    "facts": facts_table,
+    "pair": pair_table,
+    "generate": generate_table,
+}
+
+
+def rewritten(text: str) -> str:
+    """A document with all its tables made anew."""
+    return BLOCK.sub(lambda block: block[1] + TABLES[block[2]](block[2]) + block[3], text)
+
+
+def main() -> None:
+    stale = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = path.read_text(encoding="utf-8")
+        if rewritten(text) != text:
+            stale.append(path.name)
+            if "--check" not in sys.argv:
+                path.write_text(rewritten(text), encoding="utf-8")
+    if stale:
+        print("stale tables in" if "--check" in sys.argv else "rewrote", *stale)
+    sys.exit(bool(stale) and "--check" in sys.argv)
+
+
+if __name__ == "__main__":
+    main()

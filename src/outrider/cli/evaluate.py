@@ -1,0 +1,138 @@
+"""outrider eval perplexity | facts"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from outrider.cli.files import read_text
+from outrider.cli.options import Flags, ModelOptions, takes
+from outrider.cli.screen import Screen
+from outrider.cli.tables import evaluation_table
+from outrider.config import Budget, EngineConfig, option
+from outrider.errors import OptionError
+
+if TYPE_CHECKING:
+    from outrider.eval.rows import Case, Row
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationOptions:
+    """What every task is given."""
+
+    text: tuple[Path, ...] = field(metadata={"help": "file of UTF-8 text to evaluate on"})
+    method: tuple[str, ...] = option(("outrider",), "dense, sts, specattn or outrider")
+    context: int = option(16384, "tokens of each text that are read")
+    json: Path | None = option(None, "append one JSON line for every text, method and budget to this file")
+
+
+EVALUATION = Flags(source=EvaluationOptions, panel="Evaluation")
+BUDGET = Flags(source=Budget, panel="Budget", repeat=("keep", "top_p"))
+MODELS = Flags(source=ModelOptions, panel="Models")
+ENGINE = Flags(
+    source=EngineConfig, panel="Models", only=("draft_tokens", "prefill_chunk", "backend"), short={"draft_tokens": "-K"}
+)
+
+app = typer.Typer(help="Measure what a method costs, teacher-forced through the same stages as generation.")
+
+
+@app.command()
+@takes(EVALUATION, BUDGET, MODELS, ENGINE)
+def perplexity(
+    scored_tokens: Annotated[int, typer.Option(help="last tokens of the context that are predicted")] = 1280,
+    **values: Any,
+) -> None:
+    """How well the target predicts a text when it reads only its lists."""
+
+    def task() -> Callable[..., Iterable[Row]]:
+        from outrider.eval.perplexity import evaluate
+
+        return evaluate
+
+    _evaluate(task, values, scored_tokens=scored_tokens)
+
+
+@app.command()
+@takes(EVALUATION, BUDGET, MODELS, ENGINE)
+def facts(
+    facts: Annotated[int, typer.Option(help="facts planted in each text, and asked for")] = 20,
+    seed: Annotated[int, typer.Option(help="seed of the facts and their places")] = 0,
+    **values: Any,
+) -> None:
+    """How many facts planted in a text the target recalls."""
+
+    def task() -> Callable[..., Iterable[Row]]:
+        from outrider.eval.facts_task import evaluate
+
+        return evaluate
+
+    _evaluate(task, values, facts=facts, seed=seed)
+
+
+def _evaluate(task: Callable[[], Callable[..., Iterable[Row]]], values: dict[str, Any], **own: Any) -> None:
+    """Check, load, run the task; prints a table per text and the means, appends rows as they come."""
+    from outrider.eval.rows import Row, Text, append_rows, check_rows_path, summarize
+
+    options, engine = EVALUATION.pick(values), ENGINE.pick(values)
+    EngineConfig(**engine)
+    cases = _cases(options["method"], BUDGET.pick(values))
+    texts = [Text(name=path.stem, text=read_text("--text", path)) for path in options["text"]]
+    path = options["json"]
+    if path is not None:
+        check_rows_path(path)
+    screen = Screen()
+    models = MODELS.pick(values)
+    with screen.waiting("loading models"):
+        evaluate = task()
+        from outrider.decoding.pair import find_alignment, load_pair
+
+        alignment, map_name = models.pop("alignment"), models.pop("map")
+        pair = load_pair(**models, backend=engine.pop("backend"))
+        alignments = find_alignment(alignment, *pair)
+        work = evaluate(
+            pair,
+            alignments,
+            texts,
+            cases,
+            context=options["context"],
+            map_name=map_name,
+            progress=screen.progress,
+            **engine,
+            **own,
+        )
+    rows: list[Row] = []
+    shown = 0
+    try:
+        with screen.working():
+            for row in work:
+                rows.append(row)
+                if path is not None:
+                    append_rows(path, [row])
+                if len(rows) == shown + len(cases):
+                    screen.show(evaluation_table(row.text, rows[shown:]))
+                    shown = len(rows)
+    except KeyboardInterrupt:
+        if rows[shown:]:
+            screen.show(evaluation_table(f"{rows[-1].text}, interrupted", rows[shown:]))
+        raise
+    if len(texts) > 1:
+        means = summarize(rows)
+        screen.show(evaluation_table(means[0].text, means))
+
+
+def _cases(methods: tuple[str, ...], budget: dict[str, Any]) -> list[Case]:
+    """Every method with every budget; dense has none."""
+    from outrider.eval.rows import Case
+
+    keeps, top_ps = budget.pop("keep"), budget.pop("top_p")
+    if keeps and top_ps:
+        raise OptionError("keep and top-p", (keeps, top_ps), "only one of the two")
+    named = [{"keep": keep} for keep in keeps] + [{"top_p": top_p} for top_p in top_ps]
+    budgets = [Budget(**budget, **one) for one in named or [{}]]
+    return [Case(method=method, budget=one) for method in methods for one in (budgets if method != DENSE else [None])]

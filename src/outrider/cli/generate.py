@@ -1,0 +1,159 @@
+"""outrider generate"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from outrider.cli.files import read_text, writable_file, write_json
+from outrider.cli.options import Flags, ModelOptions, takes
+from outrider.cli.screen import Screen
+from outrider.cli.tables import run_table
+from outrider.config import Budget, EngineConfig, SamplingParams, check, engine_config
+from outrider.errors import PromptError
+
+if TYPE_CHECKING:
+    from outrider.decoding.outrider import Chunk, Outrider
+    from outrider.decoding.statistics import Statistics
+
+MODELS = Flags(source=ModelOptions, panel="Models")
+ENGINE = Flags(source=EngineConfig, panel="Engine", skip=("budget",), repeat=("mode",), short={"draft_tokens": "-K"})
+BUDGET = Flags(source=Budget, panel="Budget")
+SAMPLING = Flags(source=SamplingParams, panel="Sampling", rename={"top_k": "sampling_top_k", "top_p": "sampling_top_p"})
+
+
+@takes(MODELS, ENGINE, BUDGET, SAMPLING)
+def generate(
+    prompt: Annotated[list[str] | None, typer.Option(help="text to continue (repeatable)")] = None,
+    prompt_file: Annotated[list[Path] | None, typer.Option(help="file of UTF-8 text to continue (repeatable)")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(help="use only the first tokens of each prompt, this many")] = None,
+    stats_json: Annotated[Path | None, typer.Option(help="write the figures of the run to this file")] = None,
+    **values: Any,
+) -> None:
+    """Continue prompts; several run as one batch. With several modes, each runs in turn on the same models.
+
+    Text goes to stdout. Headings and the closing table go there too if it is a terminal, to stderr otherwise.
+    """
+    modes = ENGINE.pick(values)["mode"]
+    options = ENGINE.pick(values) | BUDGET.pick(values)
+    for mode in modes:
+        engine_config(**(options | {"mode": mode}))
+    params = SamplingParams(**SAMPLING.pick(values))
+    check("prompt-tokens", prompt_tokens, prompt_tokens is None or prompt_tokens >= 1, "a whole number >= 1")
+    texts = _prompts(prompt or [], prompt_file or [])
+    stats = writable_file("stats-json", stats_json) if stats_json else None
+
+    screen = Screen()
+    with screen.waiting("loading models"):
+        engines = _load(modes, MODELS.pick(values), options)
+        tokens = [_tokens(engines[0], name, text, prompt_tokens) for name, text in texts.items()]
+    runs, interrupted = [], False
+    for engine in engines:
+        if len(engines) > 1:
+            screen.heading(engine.config.mode)
+        run, interrupted = _run(engine, tokens, params, screen)
+        runs += [run] if run is not None else []
+        if interrupted:
+            break
+    if stats and not interrupted:
+        figures = [run.as_dict() for run in runs]
+        write_json("stats-json", stats, figures if len(figures) > 1 else figures[0])
+    if runs:
+        screen.note(run_table(runs))
+    if interrupted:
+        raise typer.Exit(130)
+
+
+def _prompts(texts: list[str], files: list[Path]) -> dict[str, str]:
+    """All prompts by the names that errors give them."""
+    if not texts and not files:
+        raise PromptError("--prompt, --prompt-file: got neither; allowed: at least one of them")
+    prompts = {f"--prompt {number}": text for number, text in enumerate(texts, start=1)}
+    for name, text in prompts.items():
+        if not text:
+            raise PromptError(f"{name}: got an empty text; allowed: at least one token")
+    return prompts | {
+        f"--prompt-file {path} ({at})": read_text("--prompt-file", path) for at, path in enumerate(files, start=1)
+    }
+
+
+def _load(modes: tuple[str, ...], models: dict[str, Any], options: dict[str, Any]) -> list[Outrider]:
+    """One engine a mode, all on the same models: what is wrong with a later mode shows before the first one runs."""
+    from outrider.decoding.outrider import Outrider
+    from outrider.guidance.selectors import SELECTORS
+
+    check("method", options["method"], options["method"] in SELECTORS, ", ".join(SELECTORS))
+    first = Outrider.load(**models, **(options | {"mode": modes[0]}))
+    return [first, *(first.with_options(mode=mode) for mode in modes[1:])]
+
+
+def _tokens(engine: Outrider, name: str, text: str, limit: int | None) -> list[int]:
+    """The tokens of a prompt, or the first `limit` of them."""
+    tokens = engine.tokenize(text)
+    if limit is not None and len(tokens) < limit:
+        raise PromptError(f"--prompt-tokens: got {limit}, but {name} has {len(tokens)} tokens; allowed: at most that many")
+    return tokens[:limit]
+
+
+def _run(engine: Outrider, prompts: list[list[int]], params: SamplingParams, screen: Screen) -> tuple[Statistics | None, bool]:
+    """Generate in one mode. Returns the figures, of what there is when it was interrupted, and whether it was."""
+    transcript = _Transcript(screen, len(prompts))
+    chunks = engine.stream(list(prompts), params, progress=screen.progress)
+    started = time.perf_counter()
+    interrupted = False
+    with screen.working():
+        try:
+            for chunk in chunks:
+                transcript.add(chunk)
+                if not (transcript.streams and screen.interactive):
+                    screen.progress("generate", transcript.tokens, len(prompts) * params.max_new_tokens)
+        except KeyboardInterrupt:
+            interrupted = True
+    transcript.close()
+    return transcript.summary(time.perf_counter() - started), interrupted
+
+
+class _Transcript:
+    """Shows the text of one run, as it comes for a single prompt, prompt by prompt for several; keeps the figures."""
+
+    def __init__(self, screen: Screen, prompts: int) -> None:
+        self.streams = prompts == 1
+        self.tokens = 0
+        self._screen = screen
+        self._waiting: dict[int, str] = {}  # text not shown yet, by prompt
+        self._statistics: dict[int, Statistics] = {}
+
+    def add(self, chunk: Chunk) -> None:
+        self.tokens += len(chunk.token_ids)
+        self._statistics[chunk.index] = chunk.statistics
+        self._waiting[chunk.index] = self._waiting.get(chunk.index, "") + chunk.text
+        if self.streams:
+            self._screen.write(chunk.text)
+        elif chunk.result is not None:
+            self._show(chunk.index, chunk.result.finish_reason)
+
+    def close(self) -> None:
+        """Show what prompts have that did not finish."""
+        if self.streams:
+            self._screen.write("\n" if self._waiting else "")
+            return
+        for index in sorted(self._waiting):
+            self._show(index, "interrupted")
+
+    def summary(self, seconds: float) -> Statistics | None:
+        """The figures of all prompts, in a run of so many seconds; None when nothing was generated."""
+        from outrider.decoding.statistics import total
+
+        parts = list(self._statistics.values())
+        if not parts:
+            return None
+        prefill = sum(part.seconds["prefill"] for part in parts)
+        return total(parts, parts[0].decode_seconds if self.streams else seconds - prefill)
+
+    def _show(self, index: int, reason: str) -> None:
+        text = self._waiting.pop(index)
+        self._screen.heading(f"prompt {index + 1}: {self._statistics[index].generated_tokens} tokens, {reason}")
+        self._screen.write(text + "\n")

@@ -1,0 +1,98 @@
+"""The closing tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from outrider.decoding.statistics import Statistics
+    from outrider.eval.rows import Row
+    from outrider.guidance.alignment import AlignmentFile
+
+NONE = "-"
+
+
+def run_table(runs: Sequence[Statistics]) -> Table:
+    """One column a mode: what was read, what was accepted, where the time went."""
+    rows: list[tuple[str, Callable[[Statistics], str]]] = [
+        ("prompt tokens", lambda s: str(s.prompt_tokens)),
+        ("generated tokens", lambda s: str(s.generated_tokens)),
+        ("rounds", lambda s: str(s.rounds)),
+        ("tokens/s", lambda s: f"{s.tokens_per_second:.1f}"),
+        ("accepted tokens per round", lambda s: f"{s.accepted_per_round:.2f}"),
+        ("kept fraction", lambda s: _percent(s.kept_fraction)),
+        ("KV bytes read, of dense", lambda s: _percent(s.kv_read_fraction)),
+        *((f"seconds: {stage}", _seconds_of(stage)) for stage in runs[0].seconds),
+    ]
+    if any(run.audited for run in runs):
+        rows.append(("agreement with the dense target", _agreement))
+    headers = [run.mode if run.method is None else f"{run.mode} ({run.method})" for run in runs]
+    return _table("", ["", *headers], [[name, *(cell(run) for run in runs)] for name, cell in rows])
+
+
+def quality_table(file: AlignmentFile) -> Table:
+    """The held-out figures of every map of an alignment file."""
+    title = f"{file.rounds} rounds of {file.queries_per_round} queries, {file.tokens} tokens of {file.text}, recall at {file.keep:g} kept"
+    figures = list(dict.fromkeys(name for entry in file.maps.values() for name in entry.quality))
+    rows = [
+        [name, *(f"{entry.quality[figure]:.4f}" if figure in entry.quality else NONE for figure in figures)]
+        for name, entry in file.maps.items()
+    ]
+    return _table(title, ["map", *figures], rows)
+
+
+def evaluation_table(title: str, rows: Sequence[Row]) -> Table:
+    """One row a method and budget; columns that the task does not measure are left out."""
+    columns: list[tuple[str, Callable[[Row], str]]] = [
+        ("method", lambda r: r.method),
+        ("budget", _budget),
+        ("ppl", lambda r: _number(r.ppl, ".3f")),
+        ("vs dense", lambda r: _number(r.delta_percent, "+.2f", "%")),
+        ("recalled", lambda r: NONE if r.recalled is None else f"{r.recalled}/{r.asked}"),
+        ("agreement", lambda r: _number(r.agreement, ".4f")),
+        ("kept", lambda r: _percent(r.kept_fraction)),
+        ("KV read", lambda r: _percent(r.kv_read_fraction)),
+        ("seconds", lambda r: f"{r.seconds:.1f}"),
+    ]
+    cells = [[cell(row) for row in rows] for _, cell in columns]
+    shown = [i for i, column in enumerate(cells) if any(cell != NONE for cell in column) or columns[i][0] == "budget"]
+    return _table(title, [columns[i][0] for i in shown], [[cells[i][at] for i in shown] for at in range(len(rows))])
+
+
+def _table(title: str, headers: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """First column to the left, figures to the right. Names come from users: none is read as markup."""
+    table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, header in enumerate(headers):
+        table.add_column(Text(header), justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return NONE if value is None else f"{value:{form}}{unit}"
+
+
+def _seconds_of(stage: str) -> Callable[[Statistics], str]:
+    return lambda statistics: f"{statistics.seconds[stage]:.2f}"
+
+
+def _agreement(statistics: Statistics) -> str:
+    if statistics.agreement is None:
+        return NONE
+    return f"{statistics.agreed} of {statistics.audited} ({_percent(statistics.agreement)})"
+
+
+def _budget(row: Row) -> str:
+    if row.keep is not None:
+        return f"keep {row.keep:g}"
+    return NONE if row.top_p is None else f"top-p {row.top_p:g}"

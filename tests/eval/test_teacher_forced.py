@@ -1,0 +1,139 @@
+"""The evaluation runs the same stages as generation: dense equals transformers, keep-everything equals dense, nothing leaks."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from outrider.config import Budget
+from outrider.errors import OptionError, PromptError
+from outrider.eval import facts_task, perplexity
+from outrider.eval.facts import draw_facts
+from outrider.eval.rows import Case, Text
+from outrider.eval.teacher_forced import TeacherForced, make_selector
+
+TEXT = Text(name="noise", text="".join(random.Random(3).choices("abcdefgh \n.,", k=900)))
+EVERYTHING = Budget(keep=1.0, min_context=0)
+METHODS = ("outrider", "sts", "specattn")
+
+
+def test_dense_perplexity_is_that_of_transformers(pair, alignments):
+    [row] = perplexity.evaluate(pair, alignments, [TEXT], [Case(method="dense")], context=400, scored_tokens=57)
+    target = pair[0]
+    module = copy.deepcopy(target.module)
+    module.set_attn_implementation("eager")
+    tokens = torch.tensor([target.tokenizer(TEXT.text)["input_ids"][:400]])
+    with torch.inference_mode():
+        logits = module(input_ids=tokens, use_cache=False).logits[0, -58:-1]
+    expected = float(cross_entropy(logits, tokens[0, -57:]).exp())
+    assert row.ppl == pytest.approx(expected, rel=1e-4)
+    assert (row.delta_percent, row.agreement, row.kept_fraction, row.kv_read_fraction) == (0, 1, 1, 1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_keeping_everything_changes_nothing(pair, alignments, method):
+    cases = [Case(method=method, budget=EVERYTHING)]
+    [row] = perplexity.evaluate(pair, alignments, [TEXT], cases, context=300, scored_tokens=41)
+    assert row.ppl == pytest.approx(row.ppl_dense, rel=1e-5)
+    assert row.agreement == 1
+    assert row.kept_fraction == 1
+    assert row.kv_read_fraction > 1  # everything, and the scoring pass on top
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_small_budget_is_reported_as_read(pair, alignments, method):
+    cases = [Case(method=method, budget=Budget(keep=0.25, sinks=2, recent=8, min_context=0))]
+    [row] = perplexity.evaluate(pair, alignments, [TEXT], cases, context=500, scored_tokens=40)
+    assert 0.25 <= row.kept_fraction < 0.256  # the ceiling of 25% of some 460 tokens
+    assert row.ppl != row.ppl_dense
+
+
+def test_contexts_below_min_context_stay_dense(pair, alignments):
+    cases = [Case(method="outrider", budget=Budget(keep=0.1, min_context=1024))]
+    [row] = perplexity.evaluate(pair, alignments, [TEXT], cases, context=300, scored_tokens=20)
+    assert (row.kept_fraction, row.kv_read_fraction, row.delta_percent) == (1, 1, pytest.approx(0, abs=1e-3))
+
+
+def test_cases_do_not_see_each_other(pair, alignments):
+    """A sparse case writes approximate rows into the cache; the next case must not find them."""
+    sparse = Case(method="outrider", budget=Budget(keep=0.1, sinks=1, recent=4, min_context=0))
+    options = {"context": 300, "scored_tokens": 33}
+    both = list(perplexity.evaluate(pair, alignments, [TEXT], [sparse, Case(method="dense"), sparse], **options))
+    [alone] = perplexity.evaluate(pair, alignments, [TEXT], [sparse], **options)
+    assert both[0].ppl == both[2].ppl == alone.ppl
+    assert both[1].ppl == alone.ppl_dense
+
+
+def test_rounds_equal_one_query_at_a_time_when_dense(pair):
+    tokens = pair[0].tokenizer(TEXT.text)["input_ids"][:120]
+    logits = []
+    for draft_tokens in (1, 4, 30):
+        reader = TeacherForced(pair, 120, draft_tokens)
+        reader.read(tokens[:100], 64)
+        logits.append(reader.run(tokens[100:], None).logits)
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits[0], logits[2], rtol=1e-4, atol=1e-4)
+
+
+def test_selector_of_an_unknown_method_names_the_known(pair, alignments):
+    with pytest.raises(OptionError, match=r"method: got 'quest'; allowed: dense, outrider, sts, specattn"):
+        make_selector(Case(method="quest"), pair, alignments, None)
+    with pytest.raises(OptionError, match="alignment"):
+        make_selector(Case(method="sts"), pair, None, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"context": 5000, "scored_tokens": 10}, OptionError, "context: got 5000; allowed: 2 .. 4096"),
+        ({"context": 1000, "scored_tokens": 10}, PromptError, "noise: got 900 tokens; allowed: at least 1000"),
+        ({"context": 100, "scored_tokens": 100}, OptionError, "scored-tokens: got 100"),
+        ({"context": 100, "scored_tokens": 0}, OptionError, "scored-tokens: got 0"),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(pair, alignments, options, error, says):
+    with pytest.raises(error, match=says):
+        perplexity.evaluate(pair, alignments, [TEXT], [Case(method="dense")], **options)  # not even iterated
+
+
+class TestFacts:
+    def test_statements_are_planted_whole_and_apart(self, pair):
+        rng = random.Random(5)
+        facts = draw_facts(rng, 6)
+        tokens = pair[0].tokenizer(TEXT.text)["input_ids"]
+        text, questions = facts_task.plant(pair[0], tokens, facts, rng)
+        written = pair[0].tokenizer.decode(text)
+        assert len(text) + max(len(q) + len(a) for q, a in questions) == len(tokens)
+        assert all(written.count(fact.statement) == 1 for fact in facts)
+        for fact, (question, answer) in zip(facts, questions, strict=True):
+            assert pair[0].tokenizer.decode(question) == fact.question
+            assert pair[0].tokenizer.decode(answer) == fact.answer
+
+    def test_too_many_facts_for_the_text(self, pair):
+        with pytest.raises(OptionError, match="facts: got 9; allowed: as many as fit into a context of 100 tokens"):
+            facts_task.plant(pair[0], list(range(100)), draw_facts(random.Random(0), 9), random.Random(0))
+
+    def test_everything_kept_answers_like_dense(self, pair, alignments):
+        cases = [Case(method="dense"), *(Case(method=m, budget=EVERYTHING) for m in METHODS)]
+        rows = list(facts_task.evaluate(pair, alignments, [TEXT], cases, context=800, facts=3, seed=2))
+        assert [row.method for row in rows] == ["dense", *METHODS]
+        assert {row.agreement for row in rows} == {1}
+        assert {(row.asked, row.scored_tokens) for row in rows} == {(3, 3 * 7)}  # a space and six digits, in bytes
+        assert len({row.recalled for row in rows}) == 1
+
+    def test_seed_decides_where_and_what(self, pair, alignments):
+        cases = [Case(method="outrider", budget=Budget(keep=0.2, min_context=0))]
+
+        def agreement(seed: int) -> list[float]:
+            rows = facts_task.evaluate(pair, alignments, [TEXT], cases, context=800, facts=3, seed=seed)
+            return [(row.agreement, row.kept_fraction) for row in rows]
+
+        assert agreement(1) == agreement(1)
+
+    def test_context_too_short_for_the_facts(self, pair, alignments):
+        with pytest.raises(OptionError, match="facts: got 20"):
+            facts_task.evaluate(pair, alignments, [TEXT], [Case(method="dense")], context=300, facts=20)
