@@ -69,12 +69,16 @@ DRAFT = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "n
 METHODS = ("outrider", "sts", "specattn")  # lists per KV head, per query head, shared by all heads
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that asks for `family` or `method` runs once for each, unless it names its own."""
-    for name, values in (("family", FAMILIES), ("method", METHODS)):
-        marked = any(name in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
-        if name in metafunc.fixturenames and not marked:
-            metafunc.parametrize(name, list(values))
+@pytest.fixture(scope="session", params=list(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    """A test that asks for it runs for every model family."""
+    return request.param
+
+
+@pytest.fixture(scope="session", params=METHODS)
+def method(request: pytest.FixtureRequest) -> str:
+    """A test that asks for it runs for every selection method."""
+    return request.param
 
 
 @pytest.fixture(scope="session")
@@ -110,10 +114,10 @@ def make_model(make_module: Callable[..., torch.nn.Module]) -> Callable[..., Lan
 
 @pytest.fixture(scope="session")
 def noisy() -> Callable[..., LanguageModel]:
-    """`noisy(model, amount=0.06)`: a draft that agrees with `model` on about half of the tokens."""
+    """`noisy(model, amount=0.04)`: a draft that agrees with `model` on about half of the tokens."""
     made: dict[tuple[int, float], tuple[LanguageModel, LanguageModel]] = {}  # the original too, so that its id stays its own
 
-    def make(model: LanguageModel, amount: float = 0.06) -> LanguageModel:
+    def make(model: LanguageModel, amount: float = 0.04) -> LanguageModel:
         key = (id(model), amount)
         if key not in made:
             module = copy.deepcopy(model.module)

@@ -29,7 +29,9 @@ class EvaluationOptions:
     text: tuple[Path, ...] = field(metadata={"help": "file of UTF-8 text to evaluate on"})
     method: tuple[str, ...] = option(("outrider",), "dense, sts, specattn or outrider")
     context: int = option(16384, "tokens of each text that are read")
-    json: Path | None = option(None, "append one JSON line for every text, method and budget to this file")
+    json: Path | None = field(
+        default=None, metadata={"help": "append one JSON line for every text, method and budget to this file"}
+    )
 
 
 EVALUATION = Flags(source=EvaluationOptions, panel="Evaluation")
@@ -77,7 +79,7 @@ def facts(
 
 def _evaluate(task: Callable[[], Callable[..., Iterable[Row]]], values: dict[str, Any], **own: Any) -> None:
     """Check, load, run the task; prints a table per text and the means, appends rows as they come."""
-    from outrider.eval.rows import Row, Text, append_rows, check_rows_path, summarize
+    from outrider.eval.rows import Text, append_rows, check_rows_path, summarize
 
     options, engine = EVALUATION.pick(values), ENGINE.pick(values)
     EngineConfig(**engine)

@@ -16,7 +16,7 @@ from outrider.config import Budget, EngineConfig, SamplingParams, check, engine_
 from outrider.errors import PromptError
 
 if TYPE_CHECKING:
-    from outrider.decoding.outrider import Chunk, Outrider
+    from outrider.decoding.outrider import Chunk, Outrider, Prompt
     from outrider.decoding.statistics import Statistics
 
 MODELS = Flags(source=ModelOptions, panel="Models")
@@ -49,7 +49,7 @@ def generate(
     screen = Screen()
     with screen.waiting("loading models"):
         engines = _load(modes, MODELS.pick(values), options)
-        tokens = [_tokens(engines[0], name, text, prompt_tokens) for name, text in texts.items()]
+        tokens: list[Prompt] = [_tokens(engines[0], name, text, prompt_tokens) for name, text in texts.items()]
     runs, interrupted = [], False
     for engine in engines:
         if len(engines) > 1:
@@ -98,10 +98,10 @@ def _tokens(engine: Outrider, name: str, text: str, limit: int | None) -> list[i
     return tokens[:limit]
 
 
-def _run(engine: Outrider, prompts: list[list[int]], params: SamplingParams, screen: Screen) -> tuple[Statistics | None, bool]:
+def _run(engine: Outrider, prompts: list[Prompt], params: SamplingParams, screen: Screen) -> tuple[Statistics | None, bool]:
     """Generate in one mode. Returns the figures, of what there is when it was interrupted, and whether it was."""
     transcript = _Transcript(screen, len(prompts))
-    chunks = engine.stream(list(prompts), params, progress=screen.progress)
+    chunks = engine.stream(prompts, params, progress=screen.progress)
     started = time.perf_counter()
     interrupted = False
     with screen.working():

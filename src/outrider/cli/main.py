@@ -70,7 +70,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _fail(message: str) -> int:
-    print(f"outrider: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"outrider: error: {' '.join(line.strip() for line in message.splitlines())}", file=sys.stderr)
     return BAD_INPUT
 
 

@@ -22,7 +22,9 @@ class ModelOptions:
 
     target: str = option("builtin", "target model: a folder, a hub id, or builtin")
     draft: str | None = option(None, "draft model: a folder or hub id; target builtin brings its own")
-    alignment: Path | None = option(None, "file made by outrider calibrate for this pair; the built-in pair has its own")
+    alignment: Path | None = field(
+        default=None, metadata={"help": "file made by outrider calibrate for this pair; the built-in pair has its own"}
+    )
     map: str | None = option(None, "map of the alignment to follow in place of the method's own, such as joint+recall")
     dtype: str = option("float32", "float32, bfloat16 or float16")
     device: str = option("cpu", "cpu, or cuda where there is a GPU")

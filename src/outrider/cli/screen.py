@@ -17,8 +17,8 @@ WIDE = 160  # columns of a table that goes to a file or a pipe
 class Screen:
     """Generated text goes to stdout; progress to stderr, if that is a terminal.
 
-    Headings and tables that go with the text (`note`) follow it to the terminal, and move to stderr when stdout is not one: piped
-    text stays text. Tables that are the result themselves (`show`) go to stdout always.
+    Headings and tables that go with the text (`note`) follow it to the terminal, and move to stderr when stdout is not one:
+    piped text stays text. Tables that are the result themselves (`show`) go to stdout always.
     """
 
     def __init__(self) -> None:

@@ -37,7 +37,8 @@ def run_table(runs: Sequence[Statistics]) -> Table:
 
 def quality_table(file: AlignmentFile) -> Table:
     """The held-out figures of every map of an alignment file."""
-    title = f"{file.rounds} rounds of {file.queries_per_round} queries, {file.tokens} tokens of {file.text}, recall at {file.keep:g} kept"
+    rounds = f"{file.rounds} rounds of {file.queries_per_round} queries"
+    title = f"{rounds}, {file.tokens} tokens of {file.text}, recall at {file.keep:g} kept"
     figures = list(dict.fromkeys(name for entry in file.maps.values() for name in entry.quality))
     rows = [
         [name, *(f"{entry.quality[figure]:.4f}" if figure in entry.quality else NONE for figure in figures)]
