@@ -7,9 +7,12 @@ and the best token leads by far more than rounding: comparing tokens one by one 
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a name that is no folder must fail at once
 
 import pytest
 import torch
@@ -83,16 +86,17 @@ def method(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def make_module() -> Callable[..., torch.nn.Module]:
-    """`make_module(family, seed=0, **config)`: a new transformers module with random weights, routed through Outrider."""
+    """`make_module(family, seed=0, dtype="float32", **config)`: a new transformers module, random, routed through Outrider."""
 
-    def make(family: str, seed: int = 0, **overrides: Any) -> torch.nn.Module:
+    def make(family: str, seed: int = 0, dtype: str = "float32", **overrides: Any) -> torch.nn.Module:
         import transformers
 
         register()
         config_class, own = FAMILIES[family] if family in FAMILIES else (family, {})
         config = getattr(transformers, config_class)(**(BASE | own | overrides))
         torch.manual_seed(seed)
-        return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=NAME).eval()
+        made = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=NAME, dtype=getattr(torch, dtype))
+        return made.eval()
 
     return make
 
@@ -105,8 +109,7 @@ def make_model(make_module: Callable[..., torch.nn.Module]) -> Callable[..., Lan
     def make(family: str, seed: int = 0, dtype: str = "float32", tokenizer: Any = None, **overrides: Any) -> LanguageModel:
         key = repr((family, seed, dtype, id(tokenizer), sorted(overrides.items())))
         if key not in made:
-            module = make_module(family, seed, **overrides).to(getattr(torch, dtype))
-            made[key] = wrap(module, tokenizer, name=f"tiny-{family}")
+            made[key] = wrap(make_module(family, seed, dtype, **overrides), tokenizer, name=f"tiny-{family}")
         return made[key]
 
     return make

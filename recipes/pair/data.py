@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from outrider.eval.facts import Fact, draw_facts
 from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
+from outrider.eval.facts import Fact, draw_facts
 from pair.tokenizer import END_OF_TEXT
 
 PLANTED_SHARE = 0.5

@@ -18,15 +18,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from outrider.eval.facts import DIGITS, Fact, draw_facts
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from outrider.eval.facts import DIGITS, Fact, draw_facts
 from pair.data import lay_out
 
 CONTEXT, SCORED = 16384, 8192
 FACTS_SEED = 1
 FACTS_PER_BOOK, FACTS_BOOKS = 8, 4
+LONG_ENOUGH = 400_000
+"""Characters read of each book; more than the longest context."""
 ROOM = 48
 """Tokens kept free at the end of a context for a question and its answer."""
 
@@ -49,7 +51,7 @@ def recalled(model: PreTrainedModel, context: Tensor, questions: list[Tensor]) -
         for _ in range(DIGITS):
             tokens = model(tokens, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
             answer.append(tokens.item())
-        cache.crop(context.shape[1])
+        cache.crop(1 - DIGITS - question.shape[1])
         answers.append(answer)
     return answers
 
@@ -102,7 +104,8 @@ def main() -> None:
         for name, folder in (("target", args.target), ("draft", args.draft))
     }
     paths = sorted(args.texts.glob("*.txt"))
-    books = [tokenizer.encode(path.read_text(encoding="utf-8")[:400_000], add_special_tokens=False) for path in paths]
+    texts = [path.read_text(encoding="utf-8")[:LONG_ENOUGH] for path in paths]
+    books = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     result: dict = {"benchmark": "pair", "context": CONTEXT, "scored": SCORED, "books": {}}
     for path, book in list(zip(paths, books, strict=True))[: args.books]:
         tokens = torch.tensor([book[:CONTEXT]], device=device)

@@ -1,6 +1,6 @@
 """Write a checkpoint as a Hugging Face folder: bf16 safetensors, configuration, tokenizer.
 
-    python -m pair.export --checkpoint target.pt --tokenizer tokenizer.json --out FOLDER
+python -m pair.export --checkpoint target.pt --tokenizer tokenizer.json --out FOLDER
 """
 
 from __future__ import annotations

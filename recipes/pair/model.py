@@ -34,8 +34,9 @@ class Config:
 
 
 CONFIGS = {
-    "target": Config(layers=6, width=384, heads=6, kv_heads=2, hidden=832),
-    "draft": Config(layers=3, width=192, heads=3, kv_heads=1, hidden=704),
+    "wide": Config(layers=6, width=384, heads=6, kv_heads=2, hidden=832),  # trained first, then pruned to "target"
+    "target": Config(layers=6, width=384, heads=6, kv_heads=2, hidden=576),
+    "draft": Config(layers=4, width=256, heads=4, kv_heads=1, hidden=672),
     "tiny": Config(layers=2, width=64, heads=2, kv_heads=1, hidden=96),
 }
 

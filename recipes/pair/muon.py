@@ -36,9 +36,7 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 class Muon(Optimizer):
     """Nesterov momentum, orthogonalised, for matrices alone; decoupled weight decay."""
 
-    def __init__(
-        self, matrices: Iterable[Tensor], lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0
-    ) -> None:
+    def __init__(self, matrices: Iterable[Tensor], lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
         matrices = list(matrices)
         if any(m.ndim != 2 for m in matrices):
             raise ValueError("Muon takes matrices; give embeddings, norms and biases to another optimiser")

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Train, export and evaluate the pair from two folders of texts. Continues where it stopped when run again.
-#   TEXTS=train DEV=dev OUT=run [GPUS=4] [TARGET_TOKENS=2.4e9] [DRAFT_TOKENS=1.6e9] bash pair/run.sh
+#   TEXTS=train DEV=dev OUT=run [GPUS=4] [TARGET_TOKENS=2.4e9] [DRAFT_TOKENS=2.8e9] [ATTENTION=cudnn] bash pair/run.sh
 # To be started in the folder above this one, with the `outrider` package importable.
 set -euo pipefail
 : "${TEXTS:?folder of training .txt files}" "${DEV:?folder of held-out .txt files}" "${OUT:?folder to write}"
-GPUS=${GPUS:-4} TARGET_TOKENS=${TARGET_TOKENS:-2.4e9} DRAFT_TOKENS=${DRAFT_TOKENS:-1.6e9} ATTENTION=${ATTENTION:-any}
+GPUS=${GPUS:-4} TARGET_TOKENS=${TARGET_TOKENS:-2.4e9} DRAFT_TOKENS=${DRAFT_TOKENS:-2.8e9} ATTENTION=${ATTENTION:-any}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} TOKENIZERS_PARALLELISM=false
 mkdir -p "$OUT"
 tokenizer=$OUT/tokenizer.json tokens=$OUT/tokens.bin

@@ -12,8 +12,9 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from outrider.eval.facts import draw_facts
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from outrider.eval.facts import draw_facts
 
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_SIZE = 8192

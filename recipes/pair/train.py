@@ -1,7 +1,8 @@
-"""Train one model of the pair, from scratch or by distillation from the other.
+"""Train one model of the pair: from scratch, from given weights, or by distillation from the other.
 
-    python -m pair.train --data tokens.bin --tokenizer tokenizer.json --model target --tokens 2e9 --out RUN
-    torchrun --nproc-per-node 4 -m pair.train ... --model draft --teacher RUN/target.pt
+    python -m pair.train --data tokens.bin --tokenizer tokenizer.json --model wide --tokens 2e9 --out RUN/wide.pt
+    torchrun --nproc-per-node 4 -m pair.train ... --model target --init RUN/pruned.pt --rate 0.5 --out RUN/target.pt
+    torchrun --nproc-per-node 4 -m pair.train ... --model draft --teacher RUN/target.pt --out RUN/draft.pt
 
 A run that stops continues from its last checkpoint when the same command is given again; data and order are
 those of an uninterrupted run. Without a GPU it runs on the CPU in fp32, good for trying things out.
@@ -10,6 +11,7 @@ those of an uninterrupted run. Without a GPU it runs on the CPU in fp32, good fo
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -40,6 +43,7 @@ class Settings:
     matrix_decay: float = 0.01
     other_rate: float = 3e-3
     sharpen: float = 0.2
+    rate: float = 1.0  # multiple of both learning rates
 
 
 @dataclass(frozen=True)
@@ -59,17 +63,21 @@ class Processes:
         if cuda:
             torch.cuda.set_device(device)
         if world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if cuda else "gloo")
+            dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
         return cls(rank, world, device)
 
 
 class Run:
     """One model in training: weights, optimisers and the step it has reached."""
 
-    def __init__(self, settings: Settings, processes: Processes, teacher: Model | None, micro_tokens: int) -> None:
+    def __init__(
+        self, settings: Settings, processes: Processes, init: Model | None, teacher: Model | None, micro_tokens: int
+    ) -> None:
         torch.manual_seed(settings.seed)
         self.settings, self.processes, self.micro_tokens, self.step = settings, processes, micro_tokens, 0
-        self.model = Model(settings.model).to(processes.device)
+        if init is not None and init.config != settings.model:
+            raise ValueError(f"the initial weights are of another model: {init.config}, not {settings.model}")
+        self.model = (init or Model(settings.model)).to(processes.device)
         inner = {id(p): p for p in self.model.layers.parameters() if p.ndim == 2}
         rest = [p for p in self.model.parameters() if id(p) not in inner]
         self.muon = Muon(inner.values(), lr=settings.matrix_rate, weight_decay=settings.matrix_decay)
@@ -94,7 +102,7 @@ class Run:
             loss.backward()
             total += loss.detach()
         self._average_gradients()
-        rate = self.settings.schedule.rate(self.step)
+        rate = self.settings.rate * self.settings.schedule.rate(self.step)
         for optimiser, full in ((self.muon, self.settings.matrix_rate), (self.adam, self.settings.other_rate)):
             optimiser.param_groups[0]["lr"] = full * rate
             optimiser.step()
@@ -138,7 +146,9 @@ class Run:
 
 
 def load_model(path: Path) -> Model:
-    """The model of a checkpoint, in fp32 on the CPU."""
+    """The model of a checkpoint, or of a folder written by `pair.export`, in fp32 on the CPU."""
+    if path.is_dir():
+        return load_export(path)
     state = torch.load(path, map_location="cpu")
     model = Model(Config(**state["config"]))
     model.load_state_dict(state["model"])
@@ -151,6 +161,7 @@ def train(
     tokenizer: Path,
     out: Path,
     teacher: Path | None = None,
+    init: Path | None = None,
     *,
     max_steps: int | None = None,
     micro_tokens: int = 65_536,
@@ -160,7 +171,7 @@ def train(
 ) -> Run:
     """Train until the schedule ends, or ``max_steps`` steps from here; leaves a checkpoint in ``out``."""
     processes = Processes.join()
-    run = Run(settings, processes, load_model(teacher) if teacher else None, micro_tokens)
+    run = Run(settings, processes, *(load_model(path) if path else None for path in (init, teacher)), micro_tokens)
     if out.exists():
         run.load(out)
     first, schedule = run.step, settings.schedule
@@ -182,6 +193,23 @@ def train(
     if processes.world > 1:
         dist.barrier()
     return run
+
+
+def load_export(folder: Path) -> Model:
+    """The model of a Hugging Face folder with the sizes of `Config`."""
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = Config(
+        layers=stored["num_hidden_layers"],
+        width=stored["hidden_size"],
+        heads=stored["num_attention_heads"],
+        kv_heads=stored["num_key_value_heads"],
+        hidden=stored["intermediate_size"],
+        vocab=stored["vocab_size"],
+    )
+    model = Model(config)
+    weights = load_file(folder / "model.safetensors")
+    model.load_state_dict({name.removeprefix("model."): weight.float() for name, weight in weights.items()})
+    return model
 
 
 class Log:
@@ -217,6 +245,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="checkpoint to write, and to continue if it exists")
     parser.add_argument("--model", choices=CONFIGS, required=True)
     parser.add_argument("--teacher", type=Path, help="checkpoint to distil from")
+    parser.add_argument("--init", type=Path, help="checkpoint whose weights to start from")
+    parser.add_argument("--rate", type=float, default=Settings.rate, help="multiple of the learning rates")
     parser.add_argument("--tokens", type=float, required=True, help="length of the whole run, such as 2e9")
     parser.add_argument("--batch-tokens", type=int, default=Schedule.batch_tokens)
     parser.add_argument("--long-share", type=float, default=Schedule.long_share, help="share of tokens in long windows")
@@ -234,13 +264,14 @@ def main() -> None:
         torch.backends.cuda.enable_mem_efficient_sdp(False)
         torch.backends.cuda.enable_math_sdp(False)
     schedule = Schedule(int(args.tokens), args.batch_tokens, long_share=args.long_share)
-    settings = Settings(CONFIGS[args.model], schedule, args.seed, sharpen=args.sharpen)
+    settings = Settings(CONFIGS[args.model], schedule, args.seed, sharpen=args.sharpen, rate=args.rate)
     train(
         settings,
         args.data,
         args.tokenizer,
         args.out,
         args.teacher,
+        args.init,
         max_steps=args.max_steps,
         micro_tokens=args.micro_tokens,
         log_every=args.log_every,

@@ -20,7 +20,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of three documents of random sentences."""
     folder = tmp_path_factory.mktemp("texts")
     rng = random.Random(0)
-    words = "the a sea river house man woman said went over under quietly never always old young".split()
+    words = ["the", "a", "sea", "river", "house", "man", "woman", "said", "went", "over", "under", "quietly", "never", "always"]
     for name in ("one", "two", "three"):
         sentences = (" ".join(rng.choices(words, k=9)).capitalize() + "." for _ in range(400))
         (folder / f"{name}.txt").write_text("\n\n".join(sentences), encoding="utf-8")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from outrider.eval.facts import draw_facts
 from tokenizers import Tokenizer
+
+from outrider.eval.facts import draw_facts
 
 PAIR = Path(__file__).parents[2] / "src" / "outrider" / "pair"
 SHIPPED = [PAIR / name / "tokenizer.json" for name in ("target", "draft")]

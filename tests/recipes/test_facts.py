@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+
 from outrider.eval.facts import FIRST_NAMES, KINDS, SURNAMES, Fact, draw_facts
 
 

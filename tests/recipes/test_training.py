@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -70,8 +71,6 @@ def test_training_lowers_the_loss(settings, token_file: Path, tokenizer_file: Pa
     options = {"workers": 0, "log_every": 1000}
     settings = replace(settings, schedule=replace(settings.schedule, tokens=40 * 512))
     run = train(settings, token_file, tokenizer_file, tmp_path / "run.pt", **options)
-    import numpy as np
-
     windows = Windows(np.fromfile(token_file, dtype="<u2"), Tokenizer.from_file(str(tokenizer_file)), 128, seed=99)
     with torch.no_grad():
         assert next_token_loss(run.model, Batches(windows, 8)[0]) < 4.5 < torch.log(torch.tensor(512.0))

@@ -17,7 +17,7 @@ from outrider.config import Budget, EngineConfig, option
 from outrider.errors import OptionError
 
 if TYPE_CHECKING:
-    from outrider.eval.rows import Case, Row
+    from outrider.eval.rows import Row
 
 DENSE = "dense"
 
@@ -78,36 +78,33 @@ def facts(
 
 
 def _evaluate(task: Callable[[], Callable[..., Iterable[Row]]], values: dict[str, Any], **own: Any) -> None:
-    """Check, load, run the task; prints a table per text and the means, appends rows as they come."""
-    from outrider.eval.rows import Text, append_rows, check_rows_path, summarize
-
-    options, engine = EVALUATION.pick(values), ENGINE.pick(values)
+    """Check, load, run the task."""
+    options, models, engine = EVALUATION.pick(values), MODELS.pick(values), ENGINE.pick(values)
     EngineConfig(**engine)
-    cases = _cases(options["method"], BUDGET.pick(values))
-    texts = [Text(name=path.stem, text=read_text("--text", path)) for path in options["text"]]
-    path = options["json"]
-    if path is not None:
-        check_rows_path(path)
+    budgets = _budgets(BUDGET.pick(values))
+    contents = [(file.stem, read_text("--text", file)) for file in options["text"]]
     screen = Screen()
-    models = MODELS.pick(values)
     with screen.waiting("loading models"):
-        evaluate = task()
         from outrider.decoding.pair import find_alignment, load_pair
+        from outrider.eval.rows import Case, Text, check_rows_path
 
-        alignment, map_name = models.pop("alignment"), models.pop("map")
+        evaluate = task()
+        if options["json"] is not None:
+            check_rows_path(options["json"])
+        texts = [Text(name=name, text=text) for name, text in contents]
+        # every method with every budget; dense has none
+        cases = [Case(method=m, budget=one) for m in options["method"] for one in (budgets if m != DENSE else [None])]
+        own |= {"context": options["context"], "map_name": models.pop("map"), "progress": screen.progress}
+        alignment = models.pop("alignment")
         pair = load_pair(**models, backend=engine.pop("backend"))
-        alignments = find_alignment(alignment, *pair)
-        work = evaluate(
-            pair,
-            alignments,
-            texts,
-            cases,
-            context=options["context"],
-            map_name=map_name,
-            progress=screen.progress,
-            **engine,
-            **own,
-        )
+        rows = evaluate(pair, find_alignment(alignment, *pair), texts, cases, **engine, **own)
+    _report(rows, len(cases), options["json"], screen)
+
+
+def _report(work: Iterable[Row], per_text: int, path: Path | None, screen: Screen) -> None:
+    """Append rows as they come; print a table when a text is done, and the means in the end."""
+    from outrider.eval.rows import append_rows, summarize
+
     rows: list[Row] = []
     shown = 0
     try:
@@ -116,25 +113,22 @@ def _evaluate(task: Callable[[], Callable[..., Iterable[Row]]], values: dict[str
                 rows.append(row)
                 if path is not None:
                     append_rows(path, [row])
-                if len(rows) == shown + len(cases):
+                if len(rows) == shown + per_text:
                     screen.show(evaluation_table(row.text, rows[shown:]))
                     shown = len(rows)
     except KeyboardInterrupt:
         if rows[shown:]:
             screen.show(evaluation_table(f"{rows[-1].text}, interrupted", rows[shown:]))
         raise
-    if len(texts) > 1:
+    if len(rows) > per_text:
         means = summarize(rows)
         screen.show(evaluation_table(means[0].text, means))
 
 
-def _cases(methods: tuple[str, ...], budget: dict[str, Any]) -> list[Case]:
-    """Every method with every budget; dense has none."""
-    from outrider.eval.rows import Case
-
-    keeps, top_ps = budget.pop("keep"), budget.pop("top_p")
+def _budgets(given: dict[str, Any]) -> list[Budget]:
+    """One budget for every `keep` or `top_p` given, the default one without any."""
+    keeps, top_ps = given.pop("keep"), given.pop("top_p")
     if keeps and top_ps:
         raise OptionError("keep and top-p", (keeps, top_ps), "only one of the two")
     named = [{"keep": keep} for keep in keeps] + [{"top_p": top_p} for top_p in top_ps]
-    budgets = [Budget(**budget, **one) for one in named or [{}]]
-    return [Case(method=method, budget=one) for method in methods for one in (budgets if method != DENSE else [None])]
+    return [Budget(**given, **one) for one in named or [{}]]

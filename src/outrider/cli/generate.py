@@ -129,17 +129,17 @@ class _Transcript:
     def add(self, chunk: Chunk) -> None:
         self.tokens += len(chunk.token_ids)
         self._statistics[chunk.index] = chunk.statistics
-        self._waiting[chunk.index] = self._waiting.get(chunk.index, "") + chunk.text
         if self.streams:
             self._screen.write(chunk.text)
-        elif chunk.result is not None:
+            return
+        self._waiting[chunk.index] = self._waiting.get(chunk.index, "") + chunk.text
+        if chunk.result is not None:
             self._show(chunk.index, chunk.result.finish_reason)
 
     def close(self) -> None:
-        """Show what prompts have that did not finish."""
-        if self.streams:
-            self._screen.write("\n" if self._waiting else "")
-            return
+        """Show what prompts have that did not finish; a streamed text ends its line."""
+        if self.streams and self._statistics:
+            self._screen.write("\n")
         for index in sorted(self._waiting):
             self._show(index, "interrupted")
 

@@ -78,7 +78,10 @@ def _usage(error: Exception) -> str:
     """What is wrong with the command line, and where its help is."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "outrider"
-    return f"{error.format_message().rstrip('.')}; see {command} --help"  # type: ignore[attr-defined]
+    message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
+    refused = getattr(error.__cause__, "errors", None)  # where typer leaves the check to pydantic, it does not say what came
+    came = f" (got {refused()[0]['input']!r})" if refused is not None else ""
+    return f"{message}{came}; see {command} --help"
 
 
 def _show_warning(

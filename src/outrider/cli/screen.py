@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.rule import Rule
 from rich.text import Text
 
@@ -35,7 +35,8 @@ class Screen:
 
     def write(self, text: str) -> None:
         """Generated text, at once."""
-        self.clear()
+        if self.interactive:
+            self.clear()
         sys.stdout.write(text)
         sys.stdout.flush()
 
@@ -57,7 +58,8 @@ class Screen:
         if not self._stderr.is_terminal:
             yield
             return
-        with self._stderr.status(Text(text)):
+        with self._live(SpinnerColumn(), TextColumn("{task.description}", markup=False)) as spinner:
+            spinner.add_task(text, total=None)
             yield
 
     @contextmanager
@@ -74,15 +76,17 @@ class Screen:
             return
         if self._bar is None or self._what != what:
             self.clear()
-            columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            # the text on stdout must not be drawn into the bar
-            self._bar = Progress(*columns, console=self._stderr, transient=True, redirect_stdout=False)
-            self._what = what
+            description = TextColumn("{task.description}", markup=False)
+            self._bar, self._what = self._live(description, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()), what
             self._bar.add_task(what, total=of)
             self._bar.start()
         self._bar.update(self._bar.task_ids[0], completed=done, total=of)
         if done >= of:
             self.clear()
+
+    def _live(self, *columns: ProgressColumn) -> Progress:
+        """Drawn on stderr until it ends; what is written to stdout meanwhile stays on stdout."""
+        return Progress(*columns, console=self._stderr, transient=True, redirect_stdout=False)
 
     def clear(self) -> None:
         """Take the progress bar away."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -35,7 +36,7 @@ def run_table(runs: Sequence[Statistics]) -> Table:
     return _table("", ["", *headers], [[name, *(cell(run) for run in runs)] for name, cell in rows])
 
 
-def quality_table(file: AlignmentFile) -> Table:
+def quality_table(file: AlignmentFile) -> Group:
     """The held-out figures of every map of an alignment file."""
     rounds = f"{file.rounds} rounds of {file.queries_per_round} queries"
     title = f"{rounds}, {file.tokens} tokens of {file.text}, recall at {file.keep:g} kept"
@@ -44,7 +45,7 @@ def quality_table(file: AlignmentFile) -> Table:
         [name, *(f"{entry.quality[figure]:.4f}" if figure in entry.quality else NONE for figure in figures)]
         for name, entry in file.maps.items()
     ]
-    return _table(title, ["map", *figures], rows)
+    return Group(Text(title), _table("", ["map", *figures], rows))
 
 
 def evaluation_table(title: str, rows: Sequence[Row]) -> Table:
@@ -62,14 +63,14 @@ def evaluation_table(title: str, rows: Sequence[Row]) -> Table:
     ]
     cells = [[cell(row) for row in rows] for _, cell in columns]
     shown = [i for i, column in enumerate(cells) if any(cell != NONE for cell in column) or columns[i][0] == "budget"]
-    return _table(title, [columns[i][0] for i in shown], [[cells[i][at] for i in shown] for at in range(len(rows))])
+    return _table(title, [columns[i][0] for i in shown], [[cells[i][at] for i in shown] for at in range(len(rows))], names=2)
 
 
-def _table(title: str, headers: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """First column to the left, figures to the right. Names come from users: none is read as markup."""
+def _table(title: str, headers: Sequence[str], rows: Iterable[Sequence[str]], names: int = 1) -> Table:
+    """The first columns hold names and stand to the left, figures to the right. What users named is not read as markup."""
     table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, header in enumerate(headers):
-        table.add_column(Text(header), justify="right" if i else "left", overflow="fold")
+        table.add_column(Text(header), justify="left" if i < names else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     return table

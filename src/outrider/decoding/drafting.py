@@ -24,7 +24,8 @@ def propose(
     k = uniforms.shape[1]
     token, tokens, probs, queries = pending, [], [], []
     for step in range(k + 1):
-        output = draft.forward(token[:, None], cache, record_queries=True)
+        known = token.clamp(max=draft.spec.vocabulary - 1)  # the target may emit padding that a narrower draft does not have
+        output = draft.forward(known[:, None], cache, record_queries=True)
         cache.advance(1)
         queries.append(output.queries)
         if step < k:

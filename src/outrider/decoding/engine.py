@@ -88,7 +88,8 @@ class _Rounds:
                 for model, cache in zip((self.target, self.draft), self.caches, strict=True):
                     row = cache.rows(slot, slot + 1)
                     row.truncate(0)
-                    prefill(model, row, tokens, self.config.prefill_chunk, self.progress)
+                    known = tokens.clamp(max=model.spec.vocabulary - 1)  # see propose
+                    prefill(model, row, known, self.config.prefill_chunk, self.progress)
             sequence.statistics.seconds["prefill"] += self.clock.seconds["prefill"] - before
 
     def step(self) -> Iterator[Event]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
-from outrider.config import Budget, EngineConfig, SamplingParams, engine_config
+from outrider.config import Budget, EngineConfig, SamplingParams, check, engine_config
 from outrider.decoding.engine import Engine, ProgressCallback
 from outrider.decoding.pair import BUILTIN, find_alignment, load_pair
 from outrider.decoding.sequence import Sequence
@@ -87,8 +87,7 @@ class Outrider:
         Raises OptionError, ModelError, PairError or AlignmentError before any work starts.
         """
         config = engine_config(**options)
-        if config.mode == "sparse" and config.method not in SELECTORS:
-            raise OptionError("method", config.method, ", ".join(SELECTORS))
+        check("method", config.method, config.method in SELECTORS, ", ".join(SELECTORS))
         models = load_pair(target, draft, dtype=dtype, device=device, backend=config.backend)
         return cls(*models, config, find_alignment(alignment, *models), map)
 
@@ -148,11 +147,14 @@ class Outrider:
                     f"prompt: got text, but {self.target.spec.name!r} has no tokenizer; allowed: lists of token ids"
                 )
             tokens = self.target.tokenizer(prompt, verbose=False)["input_ids"]
-        else:
+        elif isinstance(prompt, (list, tuple)):
             tokens = list(prompt)
+        else:
+            raise PromptError(f"prompt: got {prompt!r}; allowed: a text or a list of token ids")
         if not tokens or (isinstance(prompt, str) and not prompt):
             raise PromptError("prompt: got an empty one; allowed: at least one token")
-        wrong = [t for t in tokens if not isinstance(t, int) or not 0 <= t < self.target.spec.vocabulary]
+        vocabulary = range(self.target.spec.vocabulary)
+        wrong = [t for t in tokens if isinstance(t, bool) or not isinstance(t, int) or t not in vocabulary]
         if wrong:
             raise PromptError(
                 f"prompt: got token {wrong[0]!r}; allowed: whole numbers in 0 .. {self.target.spec.vocabulary - 1}"
@@ -185,10 +187,9 @@ class Outrider:
         return sequences
 
     def _alignment(self) -> Alignment | None:
+        check("method", self.config.method, self.config.method in SELECTORS, ", ".join(SELECTORS))
         if self.config.mode != "sparse" or self.alignments is None:
             return None
-        if self.config.method not in SELECTORS:
-            raise OptionError("method", self.config.method, ", ".join(SELECTORS))
         return self.alignments.map(self.map_name or SELECTORS[self.config.method].default_map).alignment
 
 

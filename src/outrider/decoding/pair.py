@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from outrider.errors import OptionError
+from outrider.errors import AlignmentError, OptionError
 from outrider.guidance.alignment import AlignmentFile, ModelIdentity, load
 from outrider.models import LanguageModel, check_pair, load_model
 
@@ -44,6 +44,9 @@ def find_alignment(
 ) -> AlignmentFile | None:
     """The alignment asked for, or the built-in pair's own; None when there is none."""
     if isinstance(given, AlignmentFile):
+        for role, wanted, found in (("target", identity(target), given.target), ("draft", identity(draft), given.draft)):
+            if wanted != found:
+                raise AlignmentError(f"alignment: made for the {role} {found}, but the {role} here is {wanted}")
         return given
     if given is not None:
         return load(given, target=identity(target), draft=identity(draft))

@@ -22,7 +22,7 @@ def _distribution(logits: Tensor, params: SamplingParams) -> Tensor:
     """[T, V] -> [T, V]: temperature, then top-k, then top-p, each renormalised."""
     if params.temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
-    logits = logits / params.temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(params.temperature, 1e-30)  # no overflow however low it is
     if 0 < params.top_k < logits.shape[-1]:
         kth = logits.topk(params.top_k).values[..., -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))

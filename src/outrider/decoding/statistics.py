@@ -128,20 +128,20 @@ def count_reads(
     union = _rows_per_kv_head(selection, target).cpu() if selection is not None else torch.empty(0)
     for layer, shape in enumerate(target.layers):
         row_bytes = 2 * shape.head_dim * size  # key and value
-        whole = lengths if shape.window is None else lengths.clamp(max=shape.window)
+        whole = lengths if shape.window is None else lengths.clamp(max=shape.window - 1)  # a query sees itself too
         dense += (whole + t) * shape.kv_heads * row_bytes
         if selection is None or layer not in selection.layers:
             read += (whole + t) * shape.kv_heads * row_bytes
-            listed += lengths / len(full) if shape.window is None else 0.0
+            listed += lengths if shape.window is None else 0
         else:
             row = selection.layers.index(layer)
             read += (union[row].sum(-1) + t * shape.kv_heads) * row_bytes
-            listed += selection.counts[row].cpu().double().mean(-1) / len(full)
+            listed += selection.counts[row].cpu().double().mean(-1)
     if selection is not None:
         for layer in scored_layers:
             shape = draft.layers[layer]
             read += (lengths + t) * shape.kv_heads * shape.head_dim * draft.dtype.itemsize
-    return Reads(listed=listed, bytes_read=read, bytes_dense=dense)
+    return Reads(listed=listed / len(full) if full else lengths.double(), bytes_read=read, bytes_dense=dense)
 
 
 def _rows_per_kv_head(selection: Selection, target: ModelSpec) -> Tensor:

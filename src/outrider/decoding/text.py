@@ -29,16 +29,17 @@ class TextStream:
             return False
         before = self._decode(self._window, self._read)
         now = self._decode(self._window, len(self._tokens))
-        if now.endswith("\ufffd"):
-            return False
+        whole = now.rstrip("\ufffd")  # without a last character that is incomplete
         searched = max((len(s) for s in self._stop), default=0) - 1
         start = max(0, len(self.text) - searched)
-        self.text += now[len(before) :]
-        self._window, self._read = self._read, len(self._tokens)
-        found = [at for s in self._stop if (at := self.text.find(s, start)) >= 0]
+        text = self.text + whole[len(before) :]
+        found = [at for s in self._stop if (at := text.find(s, start)) >= 0]
         if found:
-            self.text = self.text[: min(found)]
+            self.text = text[: min(found)]
             self.stopped = True
+        elif whole == now:
+            self.text = text
+            self._window, self._read = self._read, len(self._tokens)
         return self.stopped
 
     def take(self, *, final: bool = False) -> str:

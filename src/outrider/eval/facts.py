@@ -39,28 +39,24 @@ KINDS = (
     "fortune",
 )
 
-FIRST_NAMES = tuple(
-    """
-    Ada Agnes Albert Alice Ambrose Amelia Arthur Barnaby Beatrice Bertram Bridget Caleb Caroline Cecil
-    Charlotte Clara Clement Constance Cyril Daniel Dorothea Edgar Edith Edmund Eleanor Elias Emmeline Ernest
-    Esther Eugenia Felix Flora Frances Gabriel Geoffrey Gertrude Gilbert Harriet Hector Helena Henrietta
-    Horace Hugh Ida Isaac Isabel Jasper Josephine Julian Laura Leonard Louisa Lydia Mabel Magnus Margery
-    Martin Matilda Miriam Nathaniel Nora Octavia Oliver Oswald Percival Philippa Phoebe Quentin Rachel
-    Reginald Rosalind Rufus Sabina Silas Stella Sylvia Theodore Ursula Victor Winifred
-    """.split()
-)
-
-SURNAMES = tuple(
-    """
-    Abernathy Ainsworth Aldridge Appleby Ashdown Atwater Barlow Beckett Blackwood Bramwell Brightwell
-    Caldwell Carlisle Chadwick Cheswick Clifton Colebrook Cranston Dalton Danvers Denholm Drummond Eastman
-    Ellery Everard Fairfax Farnham Fenwick Garland Gladwin Goodwin Grantham Hadley Halloran Harcourt
-    Hathaway Hollis Ingram Jessop Keating Kendrick Kingsley Langdon Lockhart Loxley Mallory Marchbanks
-    Merriman Middleton Norwood Oakley Ormsby Pemberton Penrose Pickering Prescott Quimby Radcliffe Ravenhill
-    Redfern Rutherford Saltmarsh Sheffield Stanhope Sterling Talbot Thackeray Thornton Tremaine Underhill
-    Vane Wadsworth Wainwright Walcott Westbrook Whitcombe Winslow Woodruff Yardley Yorke
-    """.split()
-)
+_FIRST_NAMES = """
+Ada Agnes Albert Alice Ambrose Amelia Arthur Barnaby Beatrice Bertram Bridget Caleb Caroline Cecil Charlotte
+Clara Clement Constance Cyril Daniel Dorothea Edgar Edith Edmund Eleanor Elias Emmeline Ernest Esther Eugenia
+Felix Flora Frances Gabriel Geoffrey Gertrude Gilbert Harriet Hector Helena Henrietta Horace Hugh Ida Isaac
+Isabel Jasper Josephine Julian Laura Leonard Louisa Lydia Mabel Magnus Margery Martin Matilda Miriam Nathaniel
+Nora Octavia Oliver Oswald Percival Philippa Phoebe Quentin Rachel Reginald Rosalind Rufus Sabina Silas Stella
+Sylvia Theodore Ursula Victor Winifred
+"""
+_SURNAMES = """
+Abernathy Ainsworth Aldridge Appleby Ashdown Atwater Barlow Beckett Blackwood Bramwell Brightwell Caldwell
+Carlisle Chadwick Cheswick Clifton Colebrook Cranston Dalton Danvers Denholm Drummond Eastman Ellery Everard
+Fairfax Farnham Fenwick Garland Gladwin Goodwin Grantham Hadley Halloran Harcourt Hathaway Hollis Ingram
+Jessop Keating Kendrick Kingsley Langdon Lockhart Loxley Mallory Marchbanks Merriman Middleton Norwood Oakley
+Ormsby Pemberton Penrose Pickering Prescott Quimby Radcliffe Ravenhill Redfern Rutherford Saltmarsh Sheffield
+Stanhope Sterling Talbot Thackeray Thornton Tremaine Underhill Vane Wadsworth Wainwright Walcott Westbrook
+Whitcombe Winslow Woodruff Yardley Yorke
+"""
+FIRST_NAMES, SURNAMES = tuple(_FIRST_NAMES.split()), tuple(_SURNAMES.split())
 
 
 @dataclass(frozen=True)

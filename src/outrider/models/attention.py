@@ -69,6 +69,8 @@ def attend(
         raise ModelError(
             f"layer {module.layer_idx} of {type(module).__name__} uses {', '.join(unroutable)}, which Outrider cannot route"
         )
+    if not getattr(module, "is_causal", True):
+        raise ModelError(f"layer {module.layer_idx} of {type(module).__name__} is not causal, which Outrider cannot route")
     layer = int(module.layer_idx)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if value.shape != key.shape or query.shape[1] % key.shape[1]:

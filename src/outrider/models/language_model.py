@@ -74,6 +74,7 @@ class LanguageModel:
             cache=cache, lengths=lengths, selection=selection, queries=[] if record_queries else None, backend=self.backend
         )
         positions = lengths[:, None] + torch.arange(tokens.shape[1], device=self.spec.device)
+        positions.clamp_(max=self.spec.context - 1)  # the last round may run past the context; what it finds there is dropped
         logits = self.module(
             input_ids=tokens,
             position_ids=positions,

@@ -39,10 +39,8 @@ def load_model(
     except OutriderError:
         raise
     except Exception as error:  # transformers raises many types here; each becomes one clear error
-        reason = str(error).strip().splitlines()
-        raise ModelError(
-            f"{role} {path!r}: cannot be loaded with attention routed through Outrider: {reason[0] if reason else error!r}"
-        ) from error
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ModelError(f"{role} {path!r}: cannot be loaded with attention routed through Outrider: {reason}") from error
     return wrap(module.eval().to(device), _load_tokenizer(path), name=model_name(path), backend=backend, role=role)
 
 
@@ -57,7 +55,7 @@ def wrap(module: Any, tokenizer: Any | None, *, name: str, backend: str = "auto"
         digest=config_digest(config, layers),
         layers=layers,
         vocabulary=config.vocab_size,
-        context=getattr(config, "max_position_embeddings", None) or 2**31,
+        context=_context(config),
         eos_tokens=_as_tuple(eos),
         dtype=next(module.parameters()).dtype,
         device=next(module.parameters()).device,
@@ -111,7 +109,10 @@ def _probe(module: nn.Module, config: Any, what: str) -> tuple[LayerShape, ...]:
     forward = Forward(cache=empty, lengths=empty.lengths.to(device), probe=found)
     with torch.inference_mode():
         tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
-        module(input_ids=tokens, position_ids=torch.arange(2, device=device)[None], use_cache=False, outrider=forward)
+        try:
+            module(input_ids=tokens, position_ids=torch.arange(2, device=device)[None], use_cache=False, outrider=forward)
+        except Exception as error:  # whatever a model without AttentionInterface stumbles over
+            raise ModelError(f"{what} ({config.model_type}): cannot be routed through Outrider: {error!s}") from error
     missing = sorted(set(range(config.num_hidden_layers)) - set(found))
     if missing:
         raise ModelError(
@@ -121,14 +122,24 @@ def _probe(module: nn.Module, config: Any, what: str) -> tuple[LayerShape, ...]:
     return tuple(found[i] for i in range(config.num_hidden_layers))
 
 
+def _context(config: Any) -> int:
+    """Tokens the model can hold. "longrope" is cut to its original length: past it, transformers rotates queries and keys by
+    other frequencies, and a cache filled before would not fit them."""
+    context = getattr(config, "max_position_embeddings", None) or 2**31
+    rope = getattr(config, "rope_parameters", None) or {}
+    return min(context, rope["original_max_position_embeddings"]) if rope.get("rope_type") == "longrope" else context
+
+
 def _load_tokenizer(path: str) -> Any | None:
     """The checkpoint's tokenizer, or None when it ships none (then prompts must be token ids)."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    # some families get a tokenizer of special tokens alone when there is no file to read
+    return tokenizer if tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens) else None
 
 
 def _check_device(device: str) -> None:

@@ -1,0 +1,121 @@
+"""`outrider eval`: tables on stdout, JSON lines in a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+
+from outrider.cli.screen import Screen
+from outrider.eval.rows import append_rows
+
+ROW = {
+    *("task", "text", "method", "keep", "top_p", "context", "scored_tokens", "ppl", "ppl_dense", "delta_percent"),
+    *("agreement", "recalled", "asked", "kept_fraction", "kv_read_fraction", "seconds"),
+}
+
+
+@pytest.fixture
+def flags(pair, folder, alignment) -> list[str]:
+    """What both tasks need."""
+    models = [*pair, "--alignment", alignment, "--min-context", "8", "--recent", "4"]
+    return [*models, "--text", str(folder / "text.txt"), "--text", str(folder / "other.txt")]
+
+
+PERPLEXITY = ["eval", "perplexity", "--context", "160", "--scored-tokens", "12"]
+FACTS = ["eval", "facts", "--context", "640", "--facts", "2", "--seed", "3"]
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_perplexity_appends_a_line_for_every_text_method_and_budget(outrider, flags, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"old": true}\n')
+    methods = [flag for method in ("dense", "sts", "outrider") for flag in ("--method", method)]
+    outcome = outrider(*PERPLEXITY, *flags, *methods, "--keep", "0.2", "--keep", "1", "--json", path)
+    assert outcome.code == 0 and outcome.err == ""
+    old, *rows = lines(path)
+    assert old == {"old": True}
+    cases = [("dense", None), ("sts", 0.2), ("sts", 1.0), ("outrider", 0.2), ("outrider", 1.0)]
+    assert [(row["text"], row["method"], row["keep"]) for row in rows] == [(t, *c) for t in ("text", "other") for c in cases]
+    for row in rows:
+        assert set(row) >= ROW and row["task"] == "perplexity" and row["top_p"] is None
+        assert (row["context"], row["scored_tokens"]) == (160, 12)
+        if row["method"] == "dense" or row["keep"] == 1:
+            assert abs(row["delta_percent"]) < 0.1
+    assert {"text", "other", "mean of 2"} <= {line.strip() for line in outcome.out.splitlines()}
+    assert f"{rows[1]['ppl']:.3f}" in outcome.out and "keep 0.2" in outcome.out and "recalled" not in outcome.out
+
+
+def test_facts_counts_what_is_recalled(outrider, flags, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    outcome = outrider(*FACTS, *flags, "--top-p", "0.9", "--json", path)
+    assert outcome.code == 0, outcome.err
+    rows = lines(path)
+    assert [(row["task"], row["method"], row["top_p"], row["keep"]) for row in rows] == [("facts", "outrider", 0.9, None)] * 2
+    assert all(set(row) >= ROW and row["asked"] == 2 and 0 <= row["recalled"] <= 2 for row in rows)
+    assert "/2" in outcome.out and "/4" in outcome.out and "ppl" not in outcome.out
+
+
+def test_default_is_outrider_at_a_tenth(outrider, flags):
+    outcome = outrider(*PERPLEXITY, *flags[:-2])
+    assert outcome.code == 0
+    assert "outrider" in outcome.out and "keep 0.1" in outcome.out and "mean of" not in outcome.out
+
+
+def test_dense_needs_no_alignment(outrider, pair, folder):
+    assert outrider(*PERPLEXITY, *pair, "--text", folder / "text.txt", "--method", "dense").code == 0
+
+
+def test_interrupt_keeps_the_rows_that_were_done(outrider, flags, tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+
+    def append_then_interrupt(path, rows):
+        append_rows(path, rows)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("outrider.eval.rows.append_rows", append_then_interrupt)
+    outcome = outrider(*PERPLEXITY, *flags, "--keep", "0.2", "--keep", "0.3", "--json", path)
+    assert outcome.code == 130 and outcome.err == "outrider: interrupted\n"
+    assert "text, interrupted" in outcome.out and len(lines(path)) == 1
+
+
+def test_interrupt_before_the_first_row_leaves_no_file(outrider, flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(Screen, "progress", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    outcome = outrider(*PERPLEXITY, *flags, "--json", tmp_path / "rows.jsonl")
+    assert (outcome.code, outcome.out) == (130, "") and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--method", "magic"], "method: got 'magic'; allowed: dense, outrider, sts, specattn"),
+        (["--keep", "2"], "keep: got 2.0; allowed: a number in (0, 1]"),
+        (["--keep", "0.1", "--top-p", "0.9"], "keep and top-p: got ((0.1,), (0.9,)); allowed: only one of the two"),
+        (["-K", "0"], "K (draft-tokens): got 0; allowed: "),
+        (["--context", "100000"], "context: got 100000; allowed: "),
+        (["--dtype", "int8"], "dtype: got 'int8'; allowed: "),
+        (["--map", "joint+magic"], "alignment map: got 'joint+magic'; allowed"),
+    ],
+)
+@pytest.mark.parametrize("task", [PERPLEXITY, FACTS], ids=["perplexity", "facts"])
+def test_bad_options(fails, flags, task, wrong, message, tmp_path):
+    assert fails(*task, *flags, *wrong, "--json", tmp_path / "rows.jsonl").startswith(message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_numbers_of_one_task(fails, flags):
+    assert fails(*PERPLEXITY, *flags, "--scored-tokens", "0").startswith("scored-tokens: got 0; allowed: ")
+    assert fails(*FACTS, *flags, "--facts", "0").startswith("facts: got 0; allowed: ")
+
+
+def test_bad_texts_and_places(fails, flags, pair, folder, tmp_path):
+    assert "No such file" in fails(*PERPLEXITY, *flags, "--text", tmp_path / "none.txt")
+    assert "at least 160" in fails(*PERPLEXITY, *flags, "--text", folder / "short.txt")
+    assert fails(*PERPLEXITY, *flags, "--json", tmp_path / "none" / "rows.jsonl").startswith("json: got ")
+    assert fails(*PERPLEXITY, *pair, "--text", folder / "text.txt").startswith("alignment: got None; allowed: ")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,101 @@
+"""The calibration run: real forwards, real scores, maps that hold what the models show."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from outrider.decoding.calibrate import DEFAULT_MAPS, calibrate
+from outrider.decoding.outrider import Outrider
+from outrider.decoding.pair import find_alignment, identity
+from outrider.errors import OptionError, PromptError
+from outrider.guidance.alignment import save
+
+SMALL = {"text_name": "book", "tokens": 300, "rounds": 16, "queries_per_round": 3, "keep": 0.1}
+
+
+@pytest.fixture(scope="module")
+def found(text_pair, book):
+    """Both default maps and the joint Jaccard map of a small pair."""
+    return calibrate(*text_pair, book[2000:3000], maps=(*DEFAULT_MAPS, "joint+jaccard"), **SMALL)
+
+
+@pytest.mark.parametrize("family_of_itself", ["llama", "llama-mha", "gemma3"])
+def test_a_model_is_mapped_onto_itself(family_of_itself, make_model, byte_tokenizer, book):
+    """Nothing overlaps with a head more than the head itself: target == draft gives the identity."""
+    model = make_model(family_of_itself, vocab_size=257, tokenizer=byte_tokenizer)
+    maps = ("joint+jaccard", "monotone+average")
+    file = calibrate(model, model, book[2000:3000], maps=maps, **SMALL)
+    heads = model.spec.layers[0].query_heads
+    jaccard, average = (file.maps[name].alignment.sources for name in maps)
+    for layer, shape in enumerate(model.spec.layers):
+        if shape.window is None:
+            assert jaccard[layer].tolist() == [[[layer, head]] for head in range(heads)]
+            assert average[layer, ..., 0].unique().tolist() == [layer]
+        else:
+            assert (jaccard[layer] == -1).all()
+    assert file.maps["joint+jaccard"].quality["jaccard"] == 1
+    assert file.maps["monotone+average"].quality["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_copy_with_noise_is_mapped_mostly_onto_itself(found, text_pair):
+    sources = found.maps["joint+jaccard"].alignment.sources[:, :, 0]
+    layers, heads = sources.shape[:2]
+    wanted = torch.cartesian_prod(torch.arange(layers), torch.arange(heads)).view(layers, heads, 2)
+    assert (sources == wanted).all(-1).float().mean() > 0.6
+
+
+def test_file_names_what_was_calibrated(found, text_pair):
+    assert (found.target, found.draft) == tuple(map(identity, text_pair))
+    assert (found.text, found.tokens, found.rounds, found.queries_per_round, found.keep) == ("book", 300, 16, 3, 0.1)
+    for entry in found.maps.values():
+        assert 0 < entry.quality["recall"] <= 1
+
+
+def test_file_survives_the_disk_and_guides_a_run(found, text_pair, method, tmp_path, make_engine):
+    save(found, tmp_path / "a.json")
+    loaded = find_alignment(tmp_path / "a.json", *text_pair)
+    assert (loaded.target, loaded.draft, loaded.text_digest) == (found.target, found.draft, found.text_digest)
+    for name, entry in found.maps.items():
+        assert torch.equal(loaded.maps[name].alignment.sources, entry.alignment.sources)
+        assert loaded.maps[name].quality == entry.quality
+    config = make_engine(text_pair, mode="sparse", method=method).config
+    [result] = Outrider(*text_pair, config, loaded).generate("A prompt of a few words", None)
+    assert result.statistics.kept_fraction < 0.9
+
+
+def test_the_same_run_twice_is_the_same_file(found, text_pair, book):
+    again = calibrate(*text_pair, book[2000:3000], maps=("joint+recall",), **(SMALL | {"prefill_chunk": 77}))
+    first = found.maps["joint+recall"].alignment.sources
+    assert torch.equal(again.maps["joint+recall"].alignment.sources, first), "and chunks do not matter"
+    assert again.text_digest == found.text_digest
+
+
+def test_progress(text_pair, book):
+    seen = []
+    calibrate(*text_pair, book[2000:3000], maps=("joint+recall",), progress=lambda *step: seen.append(step), **SMALL)
+    assert {what for what, _, _ in seen} == {"read text with the draft", "read text with the target", "compare layers"}
+    assert all(done <= of for _, done, of in seen)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"maps": ("joint+magic",)}, OptionError, r"maps: got 'joint\+magic'; allowed: .*joint\+recall"),
+        ({"maps": ("joint",)}, OptionError, "maps: got 'joint'"),
+        ({"keep": 0.0}, OptionError, "keep: got 0.0"),
+        ({"rounds": 1}, OptionError, "rounds: got 1"),
+        ({"queries_per_round": 0}, OptionError, "queries-per-round: got 0"),
+        ({"tokens": 20}, OptionError, "tokens: got 20; allowed: .*16 rounds"),
+        ({"tokens": 513}, OptionError, "tokens: got 513; allowed: .* 512"),
+        ({"tokens": 400}, PromptError, "text book: got 350 tokens; allowed: at least --tokens 400"),
+    ],
+)
+def test_bad_options(options, error, message, text_pair, book):
+    with pytest.raises(error, match=message):
+        calibrate(*text_pair, "x" * 350, **(SMALL | options))
+
+
+def test_text_needs_a_tokenizer(make_pair):
+    with pytest.raises(PromptError, match="has no tokenizer"):
+        calibrate(*make_pair("llama"), "text" * 200, **SMALL)

@@ -1,0 +1,47 @@
+"""The scheduler against a simulation of what its moves do to the caches."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from outrider.decoding.scheduler import Scheduler
+
+
+@given(st.integers(1, 4), st.lists(st.integers(1, 5), max_size=9))
+def test_slots_follow_the_moves(slots, lives):
+    """Sequence i runs `lives[i]` rounds. A cache that only obeys admit and release always holds the running ones."""
+    sequences = [SimpleNamespace(index=i, left=n, finish_reason=None) for i, n in enumerate(lives)]
+    scheduler = Scheduler(sequences, slots)
+    cache: list[int | None] = [None] * slots
+    admitted_order, rounds = [], 0
+    while scheduler.unfinished:
+        for slot, sequence in scheduler.admit():
+            assert cache[slot] is None, "a slot in use is never filled"
+            cache[slot] = sequence.index
+            admitted_order.append(sequence.index)
+        running = [sequence.index for sequence in scheduler.running]
+        assert cache[: len(running)] == running
+        assert len(running) == min(slots, len(running) + len(scheduler.waiting)), "no slot stays empty while others wait"
+        for sequence in scheduler.running:
+            sequence.left -= 1
+            sequence.finish_reason = None if sequence.left else "length"
+        for slot, sequence in enumerate(scheduler.running):
+            if sequence.finish_reason is not None:
+                cache[slot] = None
+        for source, slot in scheduler.release():
+            assert source > slot
+            cache[slot], cache[source] = cache[source], None
+        assert cache[: len(scheduler.running)] == [sequence.index for sequence in scheduler.running]
+        rounds += 1
+        assert rounds <= sum(lives)
+    assert admitted_order == list(range(len(lives))), "first come, first served"
+    assert cache == [None] * slots
+
+
+def test_nothing_to_do():
+    scheduler = Scheduler([], 3)
+    assert not scheduler.unfinished
+    assert scheduler.admit() == scheduler.release() == []
