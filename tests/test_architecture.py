@@ -1,6 +1,6 @@
 """The shape of the package: who may import whom, how long a module may be, and what `import outrider` costs.
 
-    cli -> eval, integrations -> decoding -> {models, guidance} -> ops
+cli -> eval, integrations -> decoding -> {models, guidance} -> ops
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Train one model of the pair: from scratch, from given weights, or by distillation from the other.
 
     python -m pair.train --data tokens.bin --tokenizer tokenizer.json --model wide --tokens 2e9 --out RUN/wide.pt
-    torchrun --nproc-per-node 4 -m pair.train ... --model target --init RUN/pruned.pt --rate 0.5 --out RUN/target.pt
+    torchrun --nproc-per-node 4 -m pair.train ... --model target --init RUN/pruned.pt --teacher RUN/wide.pt --out RUN/target.pt
     torchrun --nproc-per-node 4 -m pair.train ... --model draft --teacher RUN/target.pt --out RUN/draft.pt
 
 A run that stops continues from its last checkpoint when the same command is given again; data and order are

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from outrider.config import SamplingParams
 from outrider.decoding.calibrate import DEFAULT_MAPS, calibrate
 from outrider.decoding.outrider import Outrider
 from outrider.decoding.pair import find_alignment, identity
@@ -60,7 +61,7 @@ def test_file_survives_the_disk_and_guides_a_run(found, text_pair, method, tmp_p
         assert torch.equal(loaded.maps[name].alignment.sources, entry.alignment.sources)
         assert loaded.maps[name].quality == entry.quality
     config = make_engine(text_pair, mode="sparse", method=method).config
-    [result] = Outrider(*text_pair, config, loaded).generate("A prompt of a few words", None)
+    [result] = Outrider(*text_pair, config, loaded).generate("A prompt of a few words", SamplingParams(max_new_tokens=8))
     assert result.statistics.kept_fraction < 0.9
 
 

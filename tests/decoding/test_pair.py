@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from outrider.config import SamplingParams
 from outrider.decoding.outrider import Outrider
 from outrider.decoding.pair import find_alignment, identity, load_pair
 from outrider.errors import AlignmentError, ModelError, OptionError, PairError
@@ -27,7 +28,7 @@ def folders(tmp_path_factory, make_module, byte_tokenizer):
 def test_pair_from_folders(folders):
     target, draft = load_pair(str(folders / "target"), str(folders / "draft"))
     assert (target.spec.name, draft.spec.name) == ("target", "draft")
-    assert target.tokenizer("ab")["input_ids"] == [97 - 33, 98 - 33] or target.tokenizer is not None
+    assert target.tokenizer("ab")["input_ids"] == draft.tokenizer("ab")["input_ids"] != []
 
 
 def test_padding_of_the_logits_may_differ(folders):
@@ -37,13 +38,13 @@ def test_padding_of_the_logits_may_differ(folders):
 
 def test_same_checkpoint_is_allowed_and_warns(folders):
     path = str(folders / "target")
-    with pytest.warns(UserWarning, match="same checkpoint"):
+    with pytest.warns(UserWarning, match=r"same checkpoint"):
         target, draft = load_pair(path, path)
     assert target is draft
 
 
 def test_a_draft_must_be_named(folders):
-    with pytest.raises(OptionError, match="draft: got None; allowed: .*builtin"):
+    with pytest.raises(OptionError, match=r"draft: got None; allowed: .*builtin"):
         load_pair(str(folders / "target"), None)
 
 
@@ -53,7 +54,7 @@ def test_sizes_must_agree_when_there_is_no_tokenizer(folders):
 
 
 def test_missing_checkpoint_is_named(folders):
-    with pytest.raises(ModelError, match="draft '.*nowhere'"):
+    with pytest.raises(ModelError, match=r"draft '.*nowhere'"):
         load_pair(str(folders / "target"), str(folders / "nowhere"))
 
 
@@ -64,9 +65,16 @@ def test_alignment_file_of_this_pair(folders, align, tmp_path):
     found = find_alignment(tmp_path / "alignment.json", *pair)
     assert found.maps.keys() == made.maps.keys()
     engine = Outrider.load(
-        str(folders / "target"), str(folders / "draft"), alignment=tmp_path / "alignment.json", min_context=8, keep=0.3
+        str(folders / "target"),
+        str(folders / "draft"),
+        alignment=tmp_path / "alignment.json",
+        min_context=8,
+        recent=4,
+        keep=0.3,
     )
-    assert len(engine.generate("A prompt of some length")[0].token_ids) == 128
+    [result] = engine.generate("A prompt of some length", SamplingParams(max_new_tokens=8))
+    assert len(result.token_ids) == 8
+    assert result.statistics.kept_fraction < 1
 
 
 @pytest.mark.parametrize("role", ["target", "draft"])
@@ -89,6 +97,6 @@ def test_a_foreign_pair_does_not_get_the_builtin_alignment(make_pair):
 def test_builtin_pair(builtin_pair, builtin_alignment):
     target, draft = builtin_pair
     assert (builtin_alignment.target, builtin_alignment.draft) == (identity(target), identity(draft))
-    assert {"joint+recall", "proportional+jaccard", "monotone+average"} <= builtin_alignment.maps.keys()
+    assert {"joint+divergence", "proportional+jaccard", "monotone+average"} <= builtin_alignment.maps.keys()
     assert target.spec.context == draft.spec.context == 32768
     assert all(shape.head_dim == 64 for spec in (target.spec, draft.spec) for shape in spec.layers)

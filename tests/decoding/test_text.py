@@ -34,7 +34,10 @@ def stops_for(draw, pieces):
     """Stop strings, most of them cut out of the text itself."""
     text = part(pieces)
     spans = draw(st.lists(st.tuples(st.integers(0, len(text)), st.integers(1, 4)), max_size=3))
-    return (*(text[at : at + n] for at, n in spans if text[at : at + n]), *draw(st.lists(st.text("ab é“𝄞", min_size=1), max_size=1)))
+    return (
+        *(text[at : at + n] for at, n in spans if text[at : at + n]),
+        *draw(st.lists(st.text("ab é“𝄞", min_size=1), max_size=1)),
+    )
 
 
 def part(pieces):
@@ -71,7 +74,8 @@ def test_valid_text(case):
     if found:  # ends at the first token that completes a stop string, before the earliest one complete by then
         first = next(n for n in range(len(pieces) + 1) if any(s in part(pieces[:n]) for s in stop))
         assert (stream.stopped, pushed) == (True, first)
-        assert shown == text[: min(at for s in stop if (at := part(pieces[:first]).find(s)) >= 0)]
+        by_then = part(pieces[:first])
+        assert shown == text[: min(by_then.find(s) for s in stop if s in by_then)]
     else:
         assert (stream.stopped, shown) == (False, text)
 
@@ -114,7 +118,7 @@ def test_what_was_shown_is_never_taken_back(case):
     ],
 )
 def test_what_is_held_back(pieces, stop, chunks, last):
-    stream, found, rest, _ = run([piece.encode() for piece in pieces], stop)
+    _, found, rest, _ = run([piece.encode() for piece in pieces], stop)
     assert (found, rest) == (chunks, last)
 
 

@@ -12,7 +12,7 @@ from outrider.models import LanguageModel, wrap
 from outrider.models.attention import NAME, register
 from outrider.types import Alignment
 
-MAPS = {"joint+recall": (2, 2), "proportional+jaccard": (4, 1), "monotone+average": (1, 3)}  # Hs, G of the target's 4 heads
+MAPS = {"joint+divergence": (2, 2), "proportional+jaccard": (4, 1), "monotone+average": (1, 3)}  # Hs, G of the target's 4 heads
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

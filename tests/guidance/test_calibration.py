@@ -42,8 +42,9 @@ def test_joint_maps_find_layer_and_head(masses, layer_of):
     assert by_jaccard.alignment.sources.shape == (Lt, Hq, 1, 2)
     assert torch.equal(by_jaccard.alignment.sources[:, :, 0], expected)
     by_recall = calibration.fit("joint", "recall")
-    assert by_recall.alignment.sources.shape[1] == Hkv
-    assert torch.equal(by_recall.alignment.sources[:, :, 0], expected[:, :: Hq // Hkv])
+    for greedy in (by_recall, calibration.fit("joint", "divergence")):
+        assert greedy.alignment.sources.shape[1] == Hkv
+        assert torch.equal(greedy.alignment.sources[:, :, 0], expected[:, :: Hq // Hkv])
     assert by_recall.quality["recall"] > 0.6 and by_jaccard.quality["recall"] > 0.6 and by_jaccard.quality["jaccard"] > 0.4
 
 
@@ -83,9 +84,11 @@ def test_every_pair_of_maps(masses):
                 assert (sources[..., 0].flatten(1).amax(1) == sources[..., 0].flatten(1).amin(1)).all()
             assert 0 <= fitted.quality["recall"] <= 1
             assert ("jaccard" in fitted.quality) == (head_map == "jaccard")
-            assert ("kl" in fitted.quality) == (layer_map != "joint" or head_map == "average")
+            assert ("kl" in fitted.quality) == (layer_map != "joint" or head_map in ("average", "divergence"))
     recall = {(a, b): calibration.fit(a, b).quality["recall"] for a in LAYER_MAPS for b in HEAD_MAPS}
     assert recall["joint", "recall"] > recall["proportional", "recall"]
+    kl = {(a, b): calibration.fit(a, b).quality.get("kl") for a in LAYER_MAPS for b in HEAD_MAPS}
+    assert kl["joint", "divergence"] < kl["proportional", "divergence"]
 
 
 def test_quality_is_judged_on_rounds_not_fitted_on(masses):
@@ -118,7 +121,7 @@ def test_options(masses):
     with pytest.raises(OptionError, match="target layers"):
         calibration.fit("joint", "recall")
     calibration.add_target_layer(0, target[0])
-    with pytest.raises(OptionError, match="'best'; allowed: average, jaccard, recall"):
+    with pytest.raises(OptionError, match="'best'; allowed: average, jaccard, recall, divergence"):
         calibration.fit("joint", "best")
     with pytest.raises(OptionError, match="'depth'; allowed: proportional, monotone, joint"):
         calibration.fit("depth", "recall")

@@ -262,7 +262,7 @@ def test_unknown_method():
 
 def test_default_maps():
     assert {name: cls.default_map for name, cls in SELECTORS.items()} == {
-        "outrider": "joint+recall",
+        "outrider": "joint+divergence",
         "sts": "proportional+jaccard",
         "specattn": "monotone+average",
     }

@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-
 PROMPTS = [44, 1, 27, 9, 33]  # no cached token, and fewer than any shortest context, among them
 SHARES = st.floats(0.01, 1.0)
 BUDGETS = st.builds(
@@ -97,9 +96,7 @@ def test_scores_are_the_mass_on_cached_tokens(method, pair, begun, make_selector
 
 
 @pytest.mark.parametrize("draft_family", ["llama", "qwen3"])
-def test_scores_equal_the_attention_weights_of_the_draft(
-    draft_family, make_model, begin_round, random_prompts, independent
-):
+def test_scores_equal_the_attention_weights_of_the_draft(draft_family, make_model, begin_round, random_prompts, independent):
     """Every row of the scores equals the attention weights that transformers itself reports."""
     pair, [prompt] = (make_model("llama"), make_model(draft_family, 3)), random_prompts([30])
     round_ = begin_round(pair, [prompt], "specattn", keep=0.5)

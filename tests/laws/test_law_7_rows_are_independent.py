@@ -44,8 +44,8 @@ def test_dense(setting, make_pair, make_engine, random_prompts):
 @pytest.mark.parametrize("setting", ["greedy", "sampled"])
 @pytest.mark.parametrize("budget", [{"keep": 0.3}, {"top_p": 0.5}], ids=["keep", "top_p"])
 def test_sparse(method, budget, setting, make_pair, make_engine, random_prompts):
-    engine = make_engine(make_pair("llama"), mode="sparse", method=method, batch_size=3, **budget)
-    together = check_rows(engine, random_prompts(LENGTHS), params_for(LENGTHS, **SETTINGS[setting]))
+    engine = make_engine(make_pair("llama"), mode="sparse", method=method, batch_size=2, **budget)
+    together = check_rows(engine, random_prompts(LENGTHS[:5]), params_for(LENGTHS[:5], **SETTINGS[setting]))
     assert min(result.statistics.kept_fraction for result in together) < 0.9
 
 
@@ -59,7 +59,7 @@ def test_every_family(family, mode, make_pair, make_engine, random_prompts):
     check_rows(engine, random_prompts(lengths), params_for(lengths))
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5, 16])
+@pytest.mark.parametrize("batch_size", [1, 5, 16])
 def test_any_number_of_slots(batch_size, make_pair, make_engine, random_prompts):
     pair, prompts = make_pair("mistral"), random_prompts(LENGTHS)
     wanted = make_engine(pair, mode="sparse", batch_size=3).generate(prompts, params_for(LENGTHS))

@@ -66,12 +66,12 @@ def damaged(folder, tmp_path, name, content):
     ],
 )
 def test_broken_checkpoints_are_named(name, content, folder, tmp_path):
-    with pytest.raises(ModelError, match="target '.*damaged'"):
+    with pytest.raises(ModelError, match=r"target '.*damaged'"):
         load_model(damaged(folder, tmp_path, name, content), role="target")
 
 
 def test_missing_folder_is_named(tmp_path):
-    with pytest.raises(ModelError, match="draft '.*nothing-here'"):
+    with pytest.raises(ModelError, match=r"draft '.*nothing-here'"):
         load_model(str(tmp_path / "nothing-here"), role="draft")
 
 
@@ -173,7 +173,7 @@ def test_a_longer_vocabulary_names_the_first_token_too_many(make_model, byte_tok
     longer.add_tokens(["extra"])
     target = make_model("llama", vocab_size=260, tokenizer=byte_tokenizer)
     draft = make_model("qwen3", vocab_size=260, tokenizer=longer)
-    with pytest.raises(PairError, match="draft: token 257 is 'extra' in draft 'tiny-qwen3' but None in target 'tiny-llama'"):
+    with pytest.raises(PairError, match=r"draft: token 257 is 'extra' in draft 'tiny-qwen3' but None in target 'tiny-llama'"):
         check_pair(target, draft)
 
 

@@ -20,7 +20,7 @@ from outrider.config import EngineConfig, option
 class CalibrationOptions:
     """What is fitted, and on how much: the parameters of `decoding.calibrate.calibrate`."""
 
-    maps: str = option("joint+recall,proportional+jaccard,monotone+average", "maps to fit: layer_map+head_map, by commas")
+    maps: str = option("joint+divergence,proportional+jaccard,monotone+average", "maps to fit: layer_map+head_map, by commas")
     tokens: int = option(4096, "tokens of the text that are read")
     rounds: int = option(96, "rounds scored, spread over the text; half are held out")
     queries_per_round: int = option(5, "query rows of a round; one more than the tokens drafted")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,7 +114,7 @@ def _report(work: Iterable[Row], per_text: int, path: Path | None, screen: Scree
             for row in work:
                 rows.append(row)
                 if path is not None:
-                    append_rows(path, [row])
+                    append_rows(path, [row], command=shlex.join(["outrider", *sys.argv[1:]]))
                 if len(rows) == shown + per_text:
                     screen.show(evaluation_table(row.text, rows[shown:]))
                     shown = len(rows)

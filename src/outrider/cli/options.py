@@ -25,7 +25,7 @@ class ModelOptions:
     alignment: Path | None = field(
         default=None, metadata={"help": "file made by outrider calibrate for this pair; the built-in pair has its own"}
     )
-    map: str | None = option(None, "map of the alignment to follow in place of the method's own, such as joint+recall")
+    map: str | None = option(None, "map of the alignment to follow in place of the method's own, such as joint+divergence")
     dtype: str = option("float32", "float32, bfloat16 or float16")
     device: str = option("cpu", "cpu, or cuda where there is a GPU")
 

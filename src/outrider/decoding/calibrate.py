@@ -19,7 +19,7 @@ from outrider.guidance.layer_map import LAYER_MAPS
 from outrider.models import KVCache, LanguageModel
 from outrider.ops import attention_mass
 
-DEFAULT_MAPS = ("joint+recall", "proportional+jaccard", "monotone+average")  # of outrider, sts and specattn
+DEFAULT_MAPS = ("joint+divergence", "proportional+jaccard", "monotone+average")  # of outrider, sts and specattn
 ROUNDS_AT_ONCE = 16  # rounds scored in one call: bounds the memory of large models
 
 
@@ -37,7 +37,7 @@ def calibrate(
     prefill_chunk: int = 2048,
     progress: ProgressCallback | None = None,
 ) -> AlignmentFile:
-    """Fit alignment maps ("joint+recall", "monotone+average", ...) on the first `tokens` tokens of a text.
+    """Fit alignment maps ("joint+divergence", "monotone+average", ...) on the first `tokens` tokens of a text.
 
     Scores `rounds` rounds of `queries_per_round` consecutive query rows, spread evenly over the text behind its first eighth;
     recall is measured for lists of the share `keep`. Raises, before any work, OptionError for unknown maps or numbers out of

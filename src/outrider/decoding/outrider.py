@@ -83,7 +83,7 @@ class Outrider:
         """Load a pair from folders or hub ids; "builtin" is the pair that ships with Outrider.
 
         `alignment` is a file made by `outrider calibrate` for this pair (the built-in pair has its own); `map` picks one of its
-        maps, such as "joint+recall", in place of the method's own. `options` are fields of `EngineConfig` and `Budget`.
+        maps, such as "joint+divergence", in place of the method's own. `options` are fields of `EngineConfig` and `Budget`.
         Raises OptionError, ModelError, PairError or AlignmentError before any work starts.
         """
         config = engine_config(**options)
@@ -135,9 +135,7 @@ class Outrider:
                     finish_reason=sequence.finish_reason,
                     statistics=sequence.statistics,
                 )
-            yield Chunk(
-                index=sequence.index, text=text, token_ids=event.tokens, statistics=sequence.statistics, result=result
-            )
+            yield Chunk(index=sequence.index, text=text, token_ids=event.tokens, statistics=sequence.statistics, result=result)
 
     def tokenize(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt as the target sees it. Raises PromptError when it is empty or no tokenizer is at hand."""

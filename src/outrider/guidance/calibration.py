@@ -10,9 +10,9 @@ from torch import Tensor
 
 from outrider.errors import OptionError
 from outrider.guidance.alignment import AlignmentMap
-from outrider.guidance.head_map import HEAD_MAPS, average, best_overlap, greedy_recall, repeated
+from outrider.guidance.head_map import HEAD_MAPS, average, best_overlap, greedy_mean, repeated
 from outrider.guidance.layer_map import candidates
-from outrider.guidance.similarity import forced_mask, jaccard, kl_layers, recall, top_sets
+from outrider.guidance.similarity import forced_mask, jaccard, kl_layers, kl_rows, recall, top_sets
 from outrider.types import Alignment
 
 FIT, JUDGE = slice(0, None, 2), slice(1, None, 2)  # rounds to fit on, and to judge by
@@ -20,10 +20,11 @@ FIT, JUDGE = slice(0, None, 2), slice(1, None, 2)  # rounds to fit on, and to ju
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """Result of the greedy search for one target layer within one set of draft layers."""
+    """Result of a greedy search for one target layer within one set of draft layers."""
 
     rows: list[list[int]]  # per KV head
     recall: float  # held out, mean over query heads
+    kl: float  # held out, mean over KV heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class _Layer:
     overlap_judge: Tensor
     recall_judge: Tensor  # [Hq, Ld, Hd] recall of each draft head's list alone
     recall_average: Tensor  # [Ld] recall of each draft layer's head-averaged list, held out, mean over query heads
-    found: dict[tuple[int, ...], _Found]  # by candidate draft layers: each alone, and all
+    found: dict[tuple[str, tuple[int, ...]], _Found]  # by head map and candidate draft layers: each alone, and all
 
 
 class Calibration:
@@ -101,15 +102,16 @@ class Calibration:
             overlap_judge=jaccard(overlap_sets[JUDGE], self._overlap_sets[JUDGE]).view(grid).cpu(),
             recall_judge=recall(judged, self._sets[JUDGE]).view(grid).cpu(),
             recall_average=recall(judged, self._average_sets[JUDGE]).mean(0).cpu(),
-            found=self._search(open_mass),
+            found=self._search(mass, open_mass),
         )
 
     def fit(self, layer_map: str, head_map: str) -> AlignmentMap:
-        """The alignment of a layer map (proportional, monotone, joint) and a head map (average, jaccard, recall).
+        """The alignment of a layer map (proportional, monotone, joint) and a head map (average, jaccard, recall, divergence).
 
         Target layers that were never added have sources (-1, -1). Quality, on the rounds not fitted on, mean over target
         layers: "recall", share of a query head's mass outside the forced tokens that its list holds, mean over heads; "kl"
-        in nats, where a target layer follows one draft layer; "jaccard", for that head map. Raises OptionError for unknown
+        in nats, of layers where a target layer follows one draft layer, of KV heads for the head map divergence; "jaccard", for
+        that head map. Raises OptionError for unknown
         names or when no layer was added.
         """
         if head_map not in HEAD_MAPS:
@@ -119,7 +121,7 @@ class Calibration:
         numbers = sorted(self._layers)
         layers = [self._layers[number] for number in numbers]
         allowed = candidates(layer_map, torch.stack([layer.kl for layer in layers]))
-        rows, recalls, overlaps = [], [], []
+        rows, recalls, overlaps, kls = [], [], [], []
         for layer, mask in zip(layers, allowed, strict=True):
             if head_map == "average":
                 rows.append(average(layer.kl, mask, self.draft_heads))
@@ -130,13 +132,16 @@ class Calibration:
                 recalls.append(float(layer.recall_judge.flatten(1).gather(1, chosen).mean()))
                 overlaps.append(float(layer.overlap_judge.flatten(1).gather(1, chosen).mean()))
             else:
-                found = layer.found[tuple(mask.nonzero().flatten().tolist())]
+                found = layer.found[head_map, tuple(mask.nonzero().flatten().tolist())]
                 rows.append(found.rows)
                 recalls.append(found.recall)
+                kls.append(found.kl)
         quality = {"recall": _mean(recalls)}
         if overlaps:
             quality["jaccard"] = _mean(overlaps)
-        if head_map == "average" or layer_map != "joint":
+        if head_map == "divergence":
+            quality["kl"] = _mean(kls)
+        elif head_map == "average" or layer_map != "joint":
             followed = [layer_rows[0][0] // self.draft_heads for layer_rows in rows]
             quality["kl"] = _mean([float(layer.kl_judge[d]) for layer, d in zip(layers, followed, strict=True)])
         return AlignmentMap(layer_map, head_map, Alignment(sources=self._sources(numbers, rows)), quality)
@@ -155,24 +160,45 @@ class Calibration:
 
         return choose
 
-    def _search(self, open_mass: Tensor) -> dict[tuple[int, ...], _Found]:
-        """Greedy recall search within each draft layer and within all; the layer map is not known yet."""
-        groups = open_mass.unflatten(1, (self.kv_heads, -1))  # [N, Hkv, Hq / Hkv, S]
-        shared = groups.sum(2)
+    def _search(self, mass: Tensor, open_mass: Tensor) -> dict[tuple[str, tuple[int, ...]], _Found]:
+        """Greedy searches within each draft layer and within all; the layer map is not known yet.
+
+        Recall looks at what the lists hold outside the forced tokens, divergence at the whole distribution.
+        """
+        shared, shared_open = (m.unflatten(1, (self.kv_heads, -1)).sum(2) for m in (mass, open_mass))  # [N, Hkv, S]
         rows = self.draft.flatten(1, 2)
-        singles = recall(shared[FIT], self._sets[FIT])  # [Hkv, R]
+        singles = {
+            "recall": recall(shared_open[FIT], self._sets[FIT]),  # [Hkv, R]
+            "divergence": torch.stack([-kl_rows(shared[FIT, head], rows[FIT]) for head in range(self.kv_heads)]),
+        }
+        choose = self._choose(FIT)
         every = tuple(range(self.num_draft_layers))
         result = {}
         for layers in {*((layer,) for layer in every), every}:
             first, last = layers[0] * self.draft_heads, (layers[-1] + 1) * self.draft_heads
-            chosen, recalls = [], []
-            for head in range(self.kv_heads):
-                found = greedy_recall(shared[FIT, head], rows[FIT, first:last], singles[head, first:last], self._choose(FIT))
-                chosen.append([first + row for row in found])
-                sets = self._choose(JUDGE)(rows[JUDGE, chosen[-1]].mean(1, keepdim=True))
-                recalls.append(float(recall(groups[JUDGE, head], sets).mean()))
-            result[layers] = _Found(chosen, _mean(recalls))
+            for name, alone in singles.items():
+                chosen = []
+                for head in range(self.kv_heads):
+                    open_, whole = shared_open[FIT, head : head + 1], shared[FIT, head]
+                    score = {
+                        "recall": lambda merged, t=open_: recall(t, choose(merged))[0],
+                        "divergence": lambda merged, t=whole: -kl_rows(t, merged),
+                    }[name]
+                    found = greedy_mean(rows[FIT, first:last], alone[head, first:last], score)
+                    chosen.append([first + row for row in found])
+                result[name, layers] = self._judge(chosen, shared, open_mass)
         return result
+
+    def _judge(self, chosen: list[list[int]], shared: Tensor, open_mass: Tensor) -> _Found:
+        """Held-out figures of the rows chosen for each KV head."""
+        rows = self.draft[JUDGE].flatten(1, 2)
+        groups = open_mass[JUDGE].unflatten(1, (self.kv_heads, -1))
+        recalls, kls = [], []
+        for head, own in enumerate(chosen):
+            merged = rows[:, own].mean(1, keepdim=True)
+            recalls.append(float(recall(groups[:, head], self._choose(JUDGE)(merged)).mean()))
+            kls.append(float(kl_rows(shared[JUDGE, head], merged)))
+        return _Found(chosen, _mean(recalls), _mean(kls))
 
 
 def _mean(values: list[float]) -> float:

@@ -10,9 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from outrider.guidance.similarity import recall
-
-HEAD_MAPS = ("average", "jaccard", "recall")
+HEAD_MAPS = ("average", "jaccard", "recall", "divergence")
 MAX_SOURCES = 4
 SHORTLIST = 16
 MIN_GAIN = 1e-3
@@ -36,14 +34,11 @@ def best_overlap(table: Tensor, allowed: Tensor) -> list[list[int]]:
     return [[int(row)] for row in rows]
 
 
-def greedy_recall(
-    target: Tensor, draft: Tensor, singles: Tensor, choose: Callable[[Tensor], Tensor], max_sources: int = MAX_SOURCES
-) -> list[int]:
-    """The draft heads whose mean of masses recalls most of one KV head's mass, found by adding one head at a time.
+def greedy_mean(draft: Tensor, singles: Tensor, score: Callable[[Tensor], Tensor], max_sources: int = MAX_SOURCES) -> list[int]:
+    """The draft heads whose mean of masses scores best, found by adding one head at a time.
 
-    target [N, S]: mass of the KV head's query heads, summed, forced tokens zero. draft [N, C, S]: masses of the candidate
-    heads. singles [C]: recall of each alone. `choose` turns masses [N, C, S] into the kept sets [N, C, S] bool. Returns
-    indices into the candidates, best first.
+    draft [N, C, S]: masses of the candidate heads. singles [C]: the score of each alone. `score` rates merged masses
+    [N, c, S] (up to a factor) -> [c], higher is better. Returns indices into the candidates, best first.
 
     Only the 16 best single heads are tried, and an addition must gain 0.001. An alignment holds the same number G of sources
     for every head and takes their plain mean, so a shorter list is repeated to fill it (`repeated`), which leaves its mean
@@ -56,13 +51,12 @@ def greedy_recall(
     masses = draft[:, shortlist]
     merged = masses[:, 0]
     while len(path) < min(max_sources, len(shortlist)):
-        sets = choose(merged.unsqueeze(1) + masses)
-        gained = recall(target.unsqueeze(1), sets)[0]
-        gained[path] = -torch.inf
-        place = int(gained.argmax())
-        if gained[place] - best < MIN_GAIN:
+        scores = score(merged.unsqueeze(1) + masses)
+        scores[path] = -torch.inf
+        place = int(scores.argmax())
+        if scores[place] - best < MIN_GAIN:
             break
-        best = gained[place]
+        best = scores[place]
         path.append(place)
         merged = merged + masses[:, place]
     size = max(d for d in range(1, len(path) + 1) if max_sources % d == 0)

@@ -20,10 +20,18 @@ def kl_layers(target: Tensor, draft: Tensor) -> Tensor:
     heads and normalised over the cached tokens. The paper does not say whether heads are averaged; a single distribution
     per layer implies it.
     """
-    t = _normalised(target.float().mean(1))  # [N, S]
-    d = _normalised(draft.float().mean(2))  # [N, Ld, S]
-    gap = (t + KL_EPSILON).log().unsqueeze(1) - (d + KL_EPSILON).log()
-    return (t.unsqueeze(1) * gap).sum(-1).mean(0)
+    return kl_rows(target.mean(1), draft.mean(2))
+
+
+def kl_rows(target: Tensor, rows: Tensor) -> Tensor:
+    """Mean over the rounds of KL(target || row) in nats, both normalised over the cached tokens.
+
+    target [N, S], rows [N, R, S] -> [R].
+    """
+    t = _normalised(target.float())  # [N, S]
+    entropy = (t * (t + KL_EPSILON).log()).sum(-1)  # [N], negative
+    cross = torch.einsum("ns,nrs->nr", t, (_normalised(rows.float()) + KL_EPSILON).log())
+    return (entropy.unsqueeze(1) - cross).mean(0)
 
 
 def forced_mask(lengths: Tensor, size: int, sinks: int, recent: int) -> Tensor:

@@ -32,7 +32,7 @@ class Outrider:
     towards `budget.keep`.
     """
 
-    default_map: ClassVar[str] = "joint+recall"
+    default_map: ClassVar[str] = "joint+divergence"
     per_query: ClassVar[bool] = False
 
     alignment: Alignment  # on the device of the scores; per query head, per KV head or shared
