@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from outrider.decoding.text import TextStream
 
@@ -150,3 +152,19 @@ def test_real_tokenizer(byte_tokenizer):
         stopped = stream.push(token)
         shown += stream.take()
     assert (shown, stopped) == ("Ein Bär sagt “é", True)
+
+
+def test_the_first_space_is_kept_where_a_tokenizer_drops_leading_ones():
+    """Tokenizers of the SentencePiece kind decode "▁word" without its space when nothing stands before it."""
+    pieces = {"▁It": 0, "▁was": 1, "▁dark": 2, "▁": 3}
+    tokenizer = Tokenizer(models.WordLevel(pieces, unk_token="▁"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    metaspace = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    stream = TextStream(metaspace, before=[0])
+    for token in (1, 2):
+        stream.push(token)
+    assert stream.take(final=True) == " was dark"
+    alone = TextStream(metaspace)
+    alone.push(1)
+    assert alone.take(final=True) == "was"

@@ -183,3 +183,9 @@ def test_equal_vocabularies_with_other_padding_fit(make_model, byte_tokenizer):
         make_model("qwen3", vocab_size=257, tokenizer=byte_tokenizer),
     )
     check_pair(make_model("llama"), make_model("qwen3"))
+
+
+@pytest.mark.parametrize("path", ["/nowhere/model", "./nowhere", "a/b/c"])
+def test_a_path_that_does_not_exist_is_not_looked_up_on_the_hub(path):
+    with pytest.raises(ModelError, match=f"target '{path}': no such folder; allowed: a folder that exists, or a hub id"):
+        load_model(path, role="target")

@@ -70,7 +70,7 @@ def calibrate(
         draft_mass,
         starts,
         num_target_layers=len(target.spec.layers),
-        kv_heads=target.spec.layers[0].kv_heads,
+        kv_heads=target.spec.full_shape.kv_heads,
         keep=keep,
         sinks=budget.sinks,
         recent=budget.recent,

@@ -51,8 +51,8 @@ class Engine:
                 alignment=alignment,
                 budget=config.budget,
                 target_layers=target.spec.full_layers,
-                kv_heads=target.spec.layers[0].kv_heads,
-                draft_heads=draft.spec.layers[0].query_heads,
+                kv_heads=target.spec.full_shape.kv_heads,
+                draft_heads=draft.spec.full_shape.query_heads,
                 backend=config.backend,
             )
 

@@ -11,6 +11,8 @@ from outrider.config import SamplingParams
 from outrider.decoding.statistics import Statistics
 from outrider.decoding.text import TextStream
 
+CONTINUED = 4  # prompt tokens decoded along with the first generated ones
+
 
 class Sequence:
     """A prompt and what was generated for it. Never sees a tensor of the batch, so its result cannot depend on neighbours."""
@@ -29,7 +31,7 @@ class Sequence:
         self.params = params
         self.tokens: list[int] = []  # generated
         self.finish_reason: str | None = None  # "length", "eos" or "stop" once finished
-        self.text = TextStream(tokenizer, params.stop)
+        self.text = TextStream(tokenizer, params.stop, before=prompt[-CONTINUED:])
         self.statistics = statistics
         self.started: float | None = None  # clock when the first round began
         self._eos = () if params.ignore_eos else eos

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -9,17 +10,20 @@ class TextStream:
     """Turns the tokens of one sequence into text that can be shown at once.
 
     Text is held back while its last character is incomplete (a token may end inside a UTF-8 character) and while its end could
-    still become a stop string. Without a tokenizer the text stays empty.
+    still become a stop string. Without a tokenizer the text stays empty. `before` are tokens that the text continues, such as
+    the last of the prompt: some tokenizers drop the space of whatever they decode first.
     """
 
-    def __init__(self, tokenizer: Any | None, stop: tuple[str, ...] = ()) -> None:
+    def __init__(self, tokenizer: Any | None, stop: tuple[str, ...] = (), before: Sequence[int] = ()) -> None:
         self.text = ""  # everything decided so far; ends before the stop string once one was found
         self.stopped = False
         self._tokenizer: Any = tokenizer
         self._stop = stop
-        self._tokens: list[int] = []
+        self._tokens = list(before)
         self._window = 0  # the tokens from here on are decoded together: spaces depend on the token before
-        self._read = 0  # the tokens before this one are in `text`
+        self._read = len(self._tokens)  # the tokens before this one are in `text`, or were there before it
+        if tokenizer is not None and self._decode(0, self._read).endswith("\ufffd"):
+            self._window = self._read  # the prompt ends inside a character: nothing to continue
         self._shown = 0  # characters of `text` that `take` has handed out
 
     def push(self, token: int) -> bool:

@@ -102,8 +102,8 @@ def make_selector(
         alignment=alignments.map(map_name or SELECTORS[case.method].default_map).alignment,
         budget=budget_of(case),
         target_layers=target.spec.full_layers,
-        kv_heads=target.spec.layers[0].kv_heads,
-        draft_heads=draft.spec.layers[0].query_heads,
+        kv_heads=target.spec.full_shape.kv_heads,
+        draft_heads=draft.spec.full_shape.query_heads,
         backend=target.backend,
     )
 

@@ -31,6 +31,11 @@ class ModelSpec:
         """Layers with full attention; the others look at a sliding window and stay as they are."""
         return tuple(i for i, layer in enumerate(self.layers) if layer.window is None)
 
+    @property
+    def full_shape(self) -> LayerShape:
+        """The shape of the layers with full attention (of the first layer when there are none)."""
+        return self.layers[self.full_layers[0] if self.full_layers else 0]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
