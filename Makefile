@@ -29,7 +29,7 @@ demo: $(READY)
 		--mode dense --mode sparse --keep 0.1 --audit
 
 test: $(READY)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

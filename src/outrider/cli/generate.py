@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -59,7 +61,7 @@ def generate(
         if interrupted:
             break
     if stats and not interrupted:
-        figures = [run.as_dict() for run in runs]
+        figures = [run.as_dict() | {"conditions": _conditions(engine)} for run, engine in zip(runs, engines, strict=True)]
         write_json("stats-json", stats, figures if len(figures) > 1 else figures[0])
     if runs:
         screen.note(run_table(runs))
@@ -96,6 +98,14 @@ def _tokens(engine: Outrider, name: str, text: str, limit: int | None) -> list[i
     if limit is not None and len(tokens) < limit:
         raise PromptError(f"--prompt-tokens: got {limit}, but {name} has {len(tokens)} tokens; allowed: at most that many")
     return tokens[:limit]
+
+
+def _conditions(engine: Outrider) -> dict[str, str | int]:
+    """What the figures depend on: models, versions, device, command."""
+    from outrider.eval.rows import conditions
+
+    made = conditions((engine.target, engine.draft), engine.config.draft_tokens, engine.map_name)
+    return made | {"command": shlex.join(["outrider", *sys.argv[1:]])}
 
 
 def _run(engine: Outrider, prompts: list[Prompt], params: SamplingParams, screen: Screen) -> tuple[Statistics | None, bool]:
