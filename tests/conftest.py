@@ -166,7 +166,7 @@ def align() -> Callable[..., AlignmentFile]:
         one_layer = torch.randint(len(draft.spec.layers), (layers, 1, 1), generator=generator).expand(-1, 1, heads)
         whole = torch.stack([one_layer, torch.arange(heads).expand(layers, 1, heads)], dim=-1)
         made = {
-            ("joint", "recall"): sources(shape.kv_heads, 2),
+            ("joint", "divergence"): sources(shape.kv_heads, 2),
             ("proportional", "jaccard"): sources(shape.query_heads, 1),
             ("monotone", "average"): whole,
         }

@@ -74,8 +74,8 @@ def test_dense_needs_no_alignment(outrider, pair, folder):
 def test_interrupt_keeps_the_rows_that_were_done(outrider, flags, tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
 
-    def append_then_interrupt(path, rows):
-        append_rows(path, rows)
+    def append_then_interrupt(path, rows, command):
+        append_rows(path, rows, command)
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr("outrider.eval.rows.append_rows", append_then_interrupt)

@@ -66,15 +66,15 @@ def test_file_survives_the_disk_and_guides_a_run(found, text_pair, method, tmp_p
 
 
 def test_the_same_run_twice_is_the_same_file(found, text_pair, book):
-    again = calibrate(*text_pair, book[2000:3000], maps=("joint+recall",), **(SMALL | {"prefill_chunk": 77}))
-    first = found.maps["joint+recall"].alignment.sources
-    assert torch.equal(again.maps["joint+recall"].alignment.sources, first), "and chunks do not matter"
+    again = calibrate(*text_pair, book[2000:3000], maps=("joint+divergence",), **(SMALL | {"prefill_chunk": 77}))
+    first = found.maps["joint+divergence"].alignment.sources
+    assert torch.equal(again.maps["joint+divergence"].alignment.sources, first), "and chunks do not matter"
     assert again.text_digest == found.text_digest
 
 
 def test_progress(text_pair, book):
     seen = []
-    calibrate(*text_pair, book[2000:3000], maps=("joint+recall",), progress=lambda *step: seen.append(step), **SMALL)
+    calibrate(*text_pair, book[2000:3000], maps=("joint+divergence",), progress=lambda *step: seen.append(step), **SMALL)
     assert {what for what, _, _ in seen} == {"read text with the draft", "read text with the target", "compare layers"}
     assert all(done <= of for _, done, of in seen)
 
@@ -82,7 +82,7 @@ def test_progress(text_pair, book):
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"maps": ("joint+magic",)}, OptionError, r"maps: got 'joint\+magic'; allowed: .*joint\+recall"),
+        ({"maps": ("joint+magic",)}, OptionError, r"maps: got 'joint\+magic'; allowed: .*joint\+divergence"),
         ({"maps": ("joint",)}, OptionError, "maps: got 'joint'"),
         ({"keep": 0.0}, OptionError, "keep: got 0.0"),
         ({"rounds": 1}, OptionError, "rounds: got 1"),

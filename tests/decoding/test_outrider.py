@@ -151,7 +151,7 @@ def test_unknown_method_is_refused_in_every_mode(mode, text_pair, engine):
 
 
 def test_unknown_map_names_those_present(text_pair, align):
-    with pytest.raises(AlignmentError, match=r"'joint[+]magic'; allowed .*joint[+]recall"):
+    with pytest.raises(AlignmentError, match=r"'joint[+]magic'; allowed .*joint[+]divergence"):
         Outrider(*text_pair, engine_config(mode="sparse"), align(*text_pair), "joint+magic")
 
 
