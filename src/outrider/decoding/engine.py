@@ -112,15 +112,7 @@ class _Rounds:
             tokens = torch.cat([pending.to(trace.tokens)[:, None], trace.tokens], dim=1)
             logits = self.target.forward(tokens, target_cache, selection=selection).logits
         with clock.stage("accept"):
-            target_probs = distributions(logits, params)
-            verified = token_verify(
-                trace.tokens.to(logits.device),
-                trace.probs,
-                target_probs,
-                uniforms[:, self.k :].to(logits),
-                backend=self.config.backend,
-            )
-            acceptance = Acceptance(accepted=verified.accepted.cpu(), next_token=verified.next_token.cpu())
+            acceptance = self._accept(trace, distributions(logits, params), uniforms[:, self.k :])
             target_cache.advance(acceptance.accepted + 1)
             draft_cache.truncate(target_cache.lengths)
 
@@ -137,6 +129,12 @@ class _Rounds:
             scores = score(self.draft, cache, trace.queries, lengths, selector.draft_layers, per_query=selector.per_query)
         with self.clock.stage("select"):
             return self.selector.select(scores)
+
+    def _accept(self, trace: DraftTrace, target_probs: Tensor, uniforms: Tensor) -> Acceptance:
+        """Speculative sampling; the outcome is wanted on the host."""
+        tokens, probs, uniforms = (x.to(target_probs.device) for x in (trace.tokens, trace.probs, uniforms))
+        verified = token_verify(tokens, probs, target_probs, uniforms, backend=self.config.backend)
+        return Acceptance(accepted=verified.accepted.cpu(), next_token=verified.next_token.cpu())
 
     def _record(self, selection: Selection | None, acceptance: Acceptance, lengths: Tensor, spent: dict[str, float]) -> None:
         running = self.scheduler.running
