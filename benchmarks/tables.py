@@ -116,10 +116,11 @@ def generate_table(name: str) -> str:
 TABLES: dict[str, Callable[[str], str]] = {
     "perplexity": perplexity_table,
     "specattn-top-p": perplexity_table,
-    "maps": perplexity_table,
+    "perplexity-unseen": perplexity_table,
     "facts": facts_table,
     "pair": pair_table,
     "generate": generate_table,
+    "generate-gpu": generate_table,
 }
 
 

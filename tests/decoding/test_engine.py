@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from outrider.config import SamplingParams
-from outrider.decoding.outrider import summarize
-from outrider.decoding.statistics import STAGES
+from outrider.decoding.statistics import STAGES, total
 from outrider.errors import OptionError
 from outrider.models import LanguageModel
 
@@ -165,7 +164,7 @@ def test_counts_of_a_run(make_pair, make_engine, random_prompts):
         assert set(counts.seconds) == set(STAGES)
         assert all(counts.seconds[stage] > 0 for stage in STAGES)
         assert counts.decode_seconds > 0
-    whole = summarize(results, 2.0)
+    whole = total([result.statistics for result in results], 2.0)
     assert whole.tokens_per_second == 33 / 2.0
     assert whole.rounds == sum(result.statistics.rounds for result in results)
 

@@ -79,6 +79,18 @@ def test_rounds_equal_one_query_at_a_time_when_dense(pair):
     torch.testing.assert_close(logits[0], logits[2], rtol=1e-4, atol=1e-4)
 
 
+def test_lists_that_begin_mid_text_find_the_draft_cache_whole(pair, alignments):
+    """Rounds below min_context are dense, but the draft must read them: later rounds score their tokens."""
+    tokens = pair[0].tokenizer(TEXT.text)["input_ids"][:120]
+    selector = make_selector(Case(method="outrider", budget=Budget(keep=0.5, min_context=0)), pair, alignments, None)
+    whole, late = (TeacherForced(pair, 120, 4) for _ in range(2))
+    whole.read(tokens, 64)
+    late.read(tokens[:60], 64)
+    late.run(tokens[60:], selector, min_context=100)
+    for layer in range(2):
+        torch.testing.assert_close(late.caches[1].keys(layer, 120), whole.caches[1].keys(layer, 120), rtol=1e-4, atol=1e-4)
+
+
 def test_selector_of_an_unknown_method_names_the_known(pair, alignments):
     with pytest.raises(OptionError, match=r"method: got 'quest'; allowed: dense, outrider, sts, specattn"):
         make_selector(Case(method="quest"), pair, alignments, None)

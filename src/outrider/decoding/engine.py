@@ -11,13 +11,14 @@ from torch import Tensor
 
 from outrider.config import EngineConfig
 from outrider.decoding.drafting import propose
+from outrider.decoding.pair import make_selector
 from outrider.decoding.sampling import distributions
 from outrider.decoding.scheduler import Scheduler
 from outrider.decoding.scoring import score
 from outrider.decoding.sequence import Sequence
 from outrider.decoding.statistics import StageClock, count_reads
 from outrider.errors import OptionError
-from outrider.guidance.selectors import build_selector
+from outrider.guidance.selectors.base import Selector
 from outrider.models import KVCache, LanguageModel
 from outrider.ops import token_verify
 from outrider.types import Acceptance, Alignment, DraftTrace, Selection
@@ -40,21 +41,13 @@ class Engine:
         self.target = target
         self.draft = draft
         self.config = config
-        self.selector = None
+        self.selector: Selector | None = None
         if config.mode == "sparse":
             if alignment is None:
                 raise OptionError(
                     "alignment", None, "a file made by `outrider calibrate` for this pair (mode dense needs none)"
                 )
-            self.selector = build_selector(
-                config.method,
-                alignment=alignment,
-                budget=config.budget,
-                target_layers=target.spec.full_layers,
-                kv_heads=target.spec.full_shape.kv_heads,
-                draft_heads=draft.spec.full_shape.query_heads,
-                backend=config.backend,
-            )
+            self.selector = make_selector(target, draft, config.method, alignment, config.budget, config.backend)
 
     def run(self, sequences: list[Sequence], progress: ProgressCallback | None = None) -> Iterator[Event]:
         """Continue all sequences to their end; yields the tokens of every sequence after every round."""

@@ -11,7 +11,7 @@ from outrider.config import Budget, EngineConfig, SamplingParams, check, engine_
 from outrider.decoding.engine import Engine, ProgressCallback
 from outrider.decoding.pair import BUILTIN, find_alignment, load_pair
 from outrider.decoding.sequence import Sequence
-from outrider.decoding.statistics import Statistics, total
+from outrider.decoding.statistics import Statistics
 from outrider.errors import OptionError, PromptError
 from outrider.guidance.alignment import AlignmentFile
 from outrider.guidance.selectors import SELECTORS
@@ -189,11 +189,6 @@ class Outrider:
         if self.config.mode != "sparse" or self.alignments is None:
             return None
         return self.alignments.map(self.map_name or SELECTORS[self.config.method].default_map).alignment
-
-
-def summarize(results: list[Result], wall_seconds: float) -> Statistics:
-    """The statistics of a whole run: counts added up, tokens per second over the wall clock of decoding."""
-    return total([result.statistics for result in results], wall_seconds)
 
 
 def _as_prompts(prompts: list[Prompt] | Prompt) -> list[Prompt]:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+from outrider.config import Budget
 from outrider.errors import AlignmentError, OptionError
 from outrider.guidance.alignment import AlignmentFile, ModelIdentity, load
+from outrider.guidance.selectors import build_selector
+from outrider.guidance.selectors.base import Selector
 from outrider.models import LanguageModel, check_pair, load_model
+from outrider.types import Alignment
 
 BUILTIN = "builtin"  # the name of the pair that ships with Outrider
 PAIR_FOLDER = Path(__file__).parents[1] / "pair"
@@ -32,6 +36,21 @@ def load_pair(
     draft_model = load_model(draft_path, dtype=dtype, device=device, backend=backend, role="draft")
     check_pair(target_model, draft_model)
     return target_model, draft_model
+
+
+def make_selector(
+    target: LanguageModel, draft: LanguageModel, method: str, alignment: Alignment, budget: Budget, backend: str
+) -> Selector:
+    """The selector of `method` for this pair's shapes. Raises OptionError for an unknown method, PairError for a misfit."""
+    return build_selector(
+        method,
+        alignment=alignment,
+        budget=budget,
+        target_layers=target.spec.full_layers,
+        kv_heads=target.spec.full_shape.kv_heads,
+        draft_heads=draft.spec.full_shape.query_heads,
+        backend=backend,
+    )
 
 
 def identity(model: LanguageModel) -> ModelIdentity:

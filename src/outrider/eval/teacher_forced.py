@@ -14,15 +14,15 @@ from torch import Tensor
 
 from outrider.config import Budget
 from outrider.decoding.engine import ProgressCallback, prefill
+from outrider.decoding.pair import make_selector as pair_selector
 from outrider.decoding.scoring import score
 from outrider.decoding.statistics import count_reads
 from outrider.errors import OptionError, PromptError
 from outrider.eval.rows import Case
 from outrider.guidance.alignment import AlignmentFile
-from outrider.guidance.selectors import SELECTORS, build_selector
+from outrider.guidance.selectors import SELECTORS
 from outrider.guidance.selectors.base import Selector
 from outrider.models import LanguageModel
-from outrider.types import Selection
 
 DENSE = "dense"
 
@@ -53,15 +53,19 @@ class TeacherForced:
 
     def run(self, tokens: list[int], selector: Selector | None, min_context: int = 0) -> Run:
         """Predict behind each of `tokens`, which follow the cached document; the caches come back as they were."""
-        target_cache = self.caches[0]
+        target_cache, draft_cache = self.caches
         prefix = target_cache.lengths.clone()
         started = time.perf_counter()
         logits, listed, cached, read, dense = [], 0.0, 0, 0, 0
         for part in torch.tensor([tokens]).split(self.t, dim=1):
             lengths = target_cache.lengths.clone()
             selection = None
-            if selector is not None and int(lengths) >= max(min_context, 1):
-                selection = self._select(part, lengths, selector)
+            if selector is not None:
+                queries = self.draft.forward(part, draft_cache, record_queries=True, last_only=True).queries
+                if int(lengths) >= max(min_context, 1):
+                    selection = selector.select(
+                        score(self.draft, draft_cache, queries, lengths, selector.draft_layers, per_query=selector.per_query)
+                    )
             logits.append(self.target.forward(part, target_cache, selection=selection).logits[0])
             layers = selector.draft_layers if selector is not None else ()
             reads = count_reads(selection, self.target.spec, self.draft.spec, layers, lengths, part.shape[1])
@@ -78,13 +82,6 @@ class TeacherForced:
             seconds=time.perf_counter() - started,
         )
 
-    def _select(self, tokens: Tensor, lengths: Tensor, selector: Selector) -> Selection:
-        draft_cache = self.caches[1]
-        queries = self.draft.forward(tokens, draft_cache, record_queries=True, last_only=True).queries
-        return selector.select(
-            score(self.draft, draft_cache, queries, lengths, selector.draft_layers, per_query=selector.per_query)
-        )
-
 
 def make_selector(
     case: Case, pair: tuple[LanguageModel, LanguageModel], alignments: AlignmentFile | None, map_name: str | None
@@ -96,16 +93,8 @@ def make_selector(
         raise OptionError("method", case.method, ", ".join((DENSE, *SELECTORS)))
     if alignments is None:
         raise OptionError("alignment", None, "a file made by `outrider calibrate` for this pair")
-    target, draft = pair
-    return build_selector(
-        case.method,
-        alignment=alignments.map(map_name or SELECTORS[case.method].default_map).alignment,
-        budget=budget_of(case),
-        target_layers=target.spec.full_layers,
-        kv_heads=target.spec.full_shape.kv_heads,
-        draft_heads=draft.spec.full_shape.query_heads,
-        backend=target.backend,
-    )
+    alignment = alignments.map(map_name or SELECTORS[case.method].default_map).alignment
+    return pair_selector(*pair, case.method, alignment, budget_of(case), pair[0].backend)
 
 
 def budget_of(case: Case) -> Budget:

@@ -110,9 +110,8 @@ class Calibration:
 
         Target layers that were never added have sources (-1, -1). Quality, on the rounds not fitted on, mean over target
         layers: "recall", share of a query head's mass outside the forced tokens that its list holds, mean over heads; "kl"
-        in nats, of layers where a target layer follows one draft layer, of KV heads for the head map divergence; "jaccard", for
-        that head map. Raises OptionError for unknown
-        names or when no layer was added.
+        in nats, of layers where a target layer follows one draft layer, of KV heads for the head map divergence; "jaccard",
+        for that head map. Raises OptionError for unknown names or when no layer was added.
         """
         if head_map not in HEAD_MAPS:
             raise OptionError("head map", head_map, ", ".join(HEAD_MAPS))

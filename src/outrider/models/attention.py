@@ -19,6 +19,7 @@ from outrider.ops import sparse_attention
 from outrider.types import Selection
 
 NAME = "outrider"
+FOLD_BELOW = 64  # query tokens up to which folding a group into its KV head is the faster form
 UNROUTABLE = ("softcap", "s_aux", "position_bias", "head_mask")  # change the scores in ways that our ops do not compute
 
 
@@ -126,9 +127,6 @@ def dense_attention(query: Tensor, forward: Forward, layer: int, scale: float, w
     folded = query.reshape(b, -1, group * t, d)
     output = scaled_dot_product_attention(folded, keys, values, attn_mask=bias.repeat(1, 1, group, 1), scale=scale)
     return output.reshape(b, hq, t, -1).transpose(1, 2)
-
-
-FOLD_BELOW = 64  # query tokens up to which folding a group into its KV head is the faster form
 
 
 def _causal_bias(lengths: Tensor, t: int, stop: int, window: int | None, dtype: torch.dtype) -> Tensor:
