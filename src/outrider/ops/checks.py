@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+FP8 = torch.float8_e4m3fn
 INTS = (torch.int32, torch.int64)
 
 
@@ -60,8 +61,24 @@ def check_heads(sizes: dict[str, int]) -> None:
         raise ValueError(f"queries: expected at least one sequence and query token, got B={sizes['B']}, T={sizes['T']}")
 
 
+def check_head_dim(name: str, cache: Tensor) -> None:
+    """Raise ValueError unless the head dim of a cache, its last axis, is contiguous."""
+    if cache.shape[-1] > 1 and cache.stride(-1) != 1:
+        raise ValueError(f"{name}: expected a contiguous head dim (stride 1), got stride {cache.stride(-1)}")
+
+
+def check_scale(name: str, scale: Tensor | None, cache: Tensor, sizes: dict[str, int]) -> None:
+    """A cache of 8-bit floats needs a factor per KV head, float32 `[Hkv]`; other caches take none."""
+    if cache.dtype == FP8:
+        if scale is None:
+            raise ValueError(f"{name}: expected float32 [Hkv] with a cache of {_names([FP8])}, got None")
+        check_tensor(name, scale, shape="Hkv", sizes=sizes, dtypes=[torch.float32], device=cache.device)
+    elif scale is not None:
+        raise ValueError(f"{name}: expected None with a cache of {_names([cache.dtype])}, got a tensor")
+
+
 def check_range(name: str, x: Tensor, low: int, high: int) -> None:
-    """Raise ValueError unless low <= x <= high everywhere. Reads `x` on the host: for references, not for kernels."""
+    """Raise ValueError unless low <= x <= high everywhere. Reads `x` on the host."""
     if x.numel():
         least, most = (int(v) for v in x.aminmax())
         if least < low or most > high:
@@ -70,3 +87,10 @@ def check_range(name: str, x: Tensor, low: int, high: int) -> None:
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
     return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def check_pages(page_table: Tensor | None, ends: Tensor, page_size: int, pages: int) -> None:
+    """Raise ValueError unless the entries of `page_table [B, P]` that hold the first `ends [B]` tokens name one of `pages`."""
+    if page_table is not None:
+        used = torch.arange(page_table.shape[1], device=ends.device) * page_size < ends.unsqueeze(1)
+        check_range("page_table", page_table[used], 0, pages - 1)

@@ -5,7 +5,7 @@ In order:
     past, tail     keys 0 .. lengths[b]-1, and lengths[b] .. lengths[b]+T-1
     logits         scale * queries @ keys^T                       in fp32, or fp64 for fp64 inputs
     visible        key position <= lengths[b] + t                 the past, and the tail up to the query itself
-    mass           softmax(logits over visible), cut to the past, reduced over t
+    mass           softmax(logits over visible), cut to the past, reduced over t, summed over groups of heads
 """
 
 from __future__ import annotations
@@ -13,21 +13,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from outrider.ops.checks import check_range
 
 
 def attention_mass(
-    queries: Tensor, keys: Tensor, lengths: Tensor, *, scale: float, reduce: str, page_table: Tensor | None
+    queries: Tensor,
+    keys: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float,
+    reduce: str,
+    heads: Tensor | None,
+    key_scale: Tensor | None,
+    page_table: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     B, T, Hq, D = queries.shape
     Hkv = keys.shape[2]
     N = keys.shape[1] if page_table is None else page_table.shape[1] * keys.shape[1]
-    check_range("lengths", lengths, 0, N - T)
     shortest, end = int(lengths.min()), int(lengths.max()) + T  # rows at and past `end` are never touched
-    dtype = torch.promote_types(queries.dtype, torch.float32)
+    wide = torch.promote_types(queries.dtype, torch.float32)
 
-    keys = (keys if page_table is None else _gather_pages(keys, page_table, end))[:, :end].to(dtype)
-    queries = queries.to(dtype).reshape(B, T, Hkv, Hq // Hkv, D).permute(0, 2, 3, 1, 4) * scale
+    keys = (keys if page_table is None else _gather_pages(keys, page_table, end))[:, :end].to(wide)
+    if key_scale is not None:
+        keys = keys * key_scale.view(-1, 1).to(wide)
+    queries = queries.to(wide).reshape(B, T, Hkv, Hq // Hkv, D).permute(0, 2, 3, 1, 4) * scale
     logits = queries.reshape(B, Hkv, -1, D) @ keys.permute(0, 2, 3, 1)
     logits = logits.view(B, Hq, T, end)
 
@@ -37,7 +46,9 @@ def attention_mass(
     mass = logits.softmax(-1)
     mass = mass.mean(2) if reduce == "mean" else mass.amax(2) if reduce == "max" else mass.transpose(1, 2)
     mass[..., shortest:].masked_fill_(position >= lengths.view([B] + [1] * (mass.ndim - 1)), 0)
-    return torch.nn.functional.pad(mass, (0, N - end))
+    if heads is not None:
+        mass = mass[..., heads, :].sum(-2)
+    return torch.nn.functional.pad(mass, (0, N - end)).to(dtype)
 
 
 def _gather_pages(keys: Tensor, page_table: Tensor, end: int) -> Tensor:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
-from outrider.ops.checks import FLOATS, INTS, check_choice, check_heads, check_tensor
+from outrider.ops.backends import choose, debug
+from outrider.ops.checks import FLOATS, FP8, INTS, check_head_dim, check_heads, check_pages, check_range, check_scale, check_tensor
 from outrider.ops.sparse_attention import reference
-
-BACKENDS = ("auto", "reference")
 
 
 def sparse_attention(
@@ -21,6 +21,8 @@ def sparse_attention(
     lengths: Tensor,
     *,
     scale: float,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
     page_table: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -35,29 +37,32 @@ def sparse_attention(
         t=1   x . . x x .    x x .
         t=2   x . . x x .    x x x
 
-    With every past token listed this is dense causal attention. Rows that a query does not attend to change nothing, be
-    they NaN: unlisted rows and rows behind the tail are not read at all.
+    With every past token listed this is dense causal attention. Unlisted rows and rows behind the tail are not read at all,
+    so they may hold anything, NaN too.
 
     Args:
         queries: `[B, T, Hq, D]`, bfloat16, float16, float32 or float64; position encoding applied.
-        keys, values: `[B, N, Hkv, D]`, or with a page table `[pages, page_size, Hkv, D]`; dtype of `queries`. Any strides,
-            head dim contiguous. Query head h uses KV head `h // (Hq // Hkv)`.
-        indices: `[B, Hs, M]` int32, distinct positions below `lengths[b]`; entries at and past the count are ignored.
+        keys, values: `[B, N, Hkv, D]`, or with a page table `[pages, page_size, Hkv, D]`; dtype of `queries`, or
+            float8_e4m3fn. Any strides, head dim contiguous; keys and values of a token interleaved in memory (two views of
+            one `[..., 2, D]`) read fastest. Query head h uses KV head `h // (Hq // Hkv)`.
+        indices: `[B, Hs, M]` int32, ascending positions below `lengths[b]`; entries at and past the count are ignored. M <= N.
             Hs is 1 (one list for all heads), Hkv (one per KV head) or Hq (one per query head).
         counts: `[B, Hs]` int32, `0 <= counts <= M`; an empty list leaves the tail alone.
         lengths: `[B]`, int32 or int64, number of cached tokens, `0 <= lengths[b] <= N - T`.
         scale: factor on the logits, usually `D ** -0.5`.
+        key_scale, value_scale: `[Hkv]` float32, the factor per head that a float8 cache is multiplied with.
         page_table: `[B, P]` int32; token i of sequence b lies in page `page_table[b, i // page_size]`, slot
             `i % page_size`, and N is `P * page_size`. Entries past the page of the last tail token may hold anything.
-        backend: "auto" picks by device (today always the reference), or "reference". No silent fall-back.
+        backend: "auto" (see `ops/README.md`), "reference", "triton" or "cuda". No silent fall-back.
 
     Returns:
         `[B, T, Hq, D]` in the dtype of `queries`; computed in float32 (float64 for float64 inputs).
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, device or `backend`; the reference also checks the values of `lengths`, `counts` and
-            `indices`.
+        ValueError: a wrong shape, device, stride or choice, or a backend that cannot run the call; the reference, and with
+            `OUTRIDER_DEBUG=1` every backend, also checks the values of `lengths`, `counts`, `indices` and `page_table`
+            (debug mode: that lists ascend, too).
 
     Source: sparse verification of STS (arXiv 2605.15508) and SpecAttn (arXiv 2510.27641), with lists per KV head.
     """
@@ -65,8 +70,12 @@ def sparse_attention(
     layout = "B N Hkv D" if page_table is None else "pages page_size Hkv D"
     check_tensor("queries", queries, shape="B T Hq D", sizes=sizes, dtypes=FLOATS)
     check = partial(check_tensor, sizes=sizes, device=queries.device)
-    check("keys", keys, shape=layout, dtypes=[queries.dtype])
-    check("values", values, shape=layout, dtypes=[queries.dtype])
+    check("keys", keys, shape=layout, dtypes=[queries.dtype, FP8])
+    check("values", values, shape=layout, dtypes=[keys.dtype])
+    check_head_dim("keys", keys)
+    check_head_dim("values", values)
+    check_scale("key_scale", key_scale, keys, sizes)
+    check_scale("value_scale", value_scale, values, sizes)
     check("indices", indices, shape="B Hs M", dtypes=INTS[:1])
     check("counts", counts, shape="B Hs", dtypes=INTS[:1])
     check("lengths", lengths, shape="B", dtypes=INTS)
@@ -75,5 +84,42 @@ def sparse_attention(
     check_heads(sizes)
     if sizes["Hs"] not in (1, sizes["Hkv"], sizes["Hq"]):
         raise ValueError(f"indices: expected Hs of 1, Hkv={sizes['Hkv']} or Hq={sizes['Hq']} lists, got Hs={sizes['Hs']}")
-    check_choice("backend", backend, BACKENDS)
-    return reference.sparse_attention(queries, keys, values, indices, counts, lengths, scale=scale, page_table=page_table)
+    capacity = keys.shape[1] if page_table is None else page_table.shape[1] * keys.shape[1]
+    if sizes["M"] > capacity:
+        raise ValueError(f"indices: expected lists of at most N={capacity} tokens, got width M={sizes['M']}")
+    arguments = {"scale": scale, "key_scale": key_scale, "value_scale": value_scale, "page_table": page_table}
+    chosen = choose(
+        backend,
+        queries.device,
+        {
+            "cuda": lambda: _cuda().obstacle(queries, keys, values, indices, page_table=page_table),
+            "triton": lambda: _triton().obstacle(queries, keys),
+        },
+    )
+    if chosen == "reference" or debug():
+        check_range("lengths", lengths, 0, capacity - sizes["T"])
+        check_range("counts", counts, 0, sizes["M"])
+        check_pages(page_table, lengths + sizes["T"], keys.shape[1], keys.shape[0])
+        _check_lists(indices, counts, lengths)
+    run = {"cuda": _cuda, "triton": _triton, "reference": lambda: reference}[chosen]().sparse_attention
+    return run(queries, keys, values, indices, counts, lengths, **arguments)
+
+
+def _cuda():
+    from outrider.ops.sparse_attention import cuda
+
+    return cuda
+
+
+def _triton():
+    from outrider.ops.sparse_attention import triton
+
+    return triton
+
+
+def _check_lists(indices: Tensor, counts: Tensor, lengths: Tensor) -> None:
+    listed = torch.arange(indices.shape[2], device=indices.device) < counts.unsqueeze(-1)
+    if bool((listed & ((indices < 0) | (indices >= lengths.view(-1, 1, 1)))).any()):
+        raise ValueError("indices: expected listed positions in 0 .. lengths[b] - 1")
+    if debug() and bool((listed[..., 1:] & (indices[..., 1:] <= indices[..., :-1])).any()):
+        raise ValueError("indices: expected ascending positions in every list")

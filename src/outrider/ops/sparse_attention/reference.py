@@ -16,8 +16,6 @@ import math
 import torch
 from torch import Tensor
 
-from outrider.ops.checks import check_range
-
 
 def sparse_attention(
     queries: Tensor,
@@ -28,44 +26,42 @@ def sparse_attention(
     lengths: Tensor,
     *,
     scale: float,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
     page_table: Tensor | None,
 ) -> Tensor:
     B, T, Hq, D = queries.shape
     Hkv, M = keys.shape[2], indices.shape[2]
     H = max(indices.shape[1], Hkv)  # heads that own gathered rows: a shared list is gathered once per KV head
-    N = keys.shape[1] if page_table is None else page_table.shape[1] * keys.shape[1]
-    dtype, device = torch.promote_types(queries.dtype, torch.float32), queries.device
-    check_range("lengths", lengths, 0, N - T)
-    check_range("counts", counts, 0, M)
+    output, dtype, device = queries.dtype, torch.promote_types(queries.dtype, torch.float32), queries.device
 
     first = lengths.view(B, 1, 1).to(indices.dtype)
     listed = torch.arange(M, device=device) < counts.unsqueeze(-1)  # [B, Hs, M]
     past = torch.where(listed, indices, first)
-    if bool((listed & ((indices < 0) | (indices >= first))).any()):
-        raise ValueError("indices: expected listed positions in 0 .. lengths[b] - 1")
     step = torch.arange(T, device=device, dtype=indices.dtype)
     tail = (first + step).expand(B, Hkv, T)
     owner = torch.arange(H, device=device) // (H // Hkv)  # KV head of each gathered head
 
-    def rows(cache: Tensor, positions: Tensor, heads: Tensor) -> Tensor:
+    def rows(cache: Tensor, factor: Tensor | None, positions: Tensor, heads: Tensor) -> Tensor:
         """`[B, heads, tokens, D]`: the cache rows at the positions `[B, heads or 1, tokens]`."""
         outer, inner = _locate(positions, cache.shape[1], page_table)
-        return _take_rows(cache, outer, inner, heads.view(-1, 1)).view(B, len(heads), positions.shape[2], D).to(dtype)
+        taken = _take_rows(cache, outer, inner, heads.view(-1, 1)).view(B, len(heads), positions.shape[2], D).to(dtype)
+        return taken if factor is None else taken * factor.to(dtype)[heads].view(-1, 1, 1)
 
     queries = queries.to(dtype).mul(scale).reshape(B, T, H, Hq // H, D).permute(0, 2, 3, 1, 4)  # [B, H, group, T, D]
-    past_logits = queries.reshape(B, H, Hq // H * T, D) @ rows(keys, past, owner).transpose(-1, -2)
+    past_logits = queries.reshape(B, H, Hq // H * T, D) @ rows(keys, key_scale, past, owner).transpose(-1, -2)
     past_logits = past_logits.masked_fill(~listed.unsqueeze(2), -torch.inf).view(B, Hkv, Hq // Hkv, T, M)
 
     all_kv = torch.arange(Hkv, device=device)
     visible = step <= step.view(T, 1)
-    tail_logits = queries.reshape(B, Hkv, Hq // Hkv * T, D) @ rows(keys, tail, all_kv).transpose(-1, -2)
+    tail_logits = queries.reshape(B, Hkv, Hq // Hkv * T, D) @ rows(keys, key_scale, tail, all_kv).transpose(-1, -2)
     tail_logits = tail_logits.view(B, Hkv, Hq // Hkv, T, T).masked_fill(~visible, -torch.inf)
 
     weights = torch.cat([past_logits, tail_logits], dim=-1).softmax(-1)  # [B, Hkv, group, T, M + T]
-    out = weights[..., :M].reshape(B, H, Hq // H * T, M) @ rows(values, past, owner)
-    terms = weights[..., M:].unsqueeze(-1) * rows(values, tail, all_kv).view(B, Hkv, 1, 1, T, D)
+    out = weights[..., :M].reshape(B, H, Hq // H * T, M) @ rows(values, value_scale, past, owner)
+    terms = weights[..., M:].unsqueeze(-1) * rows(values, value_scale, tail, all_kv).view(B, Hkv, 1, 1, T, D)
     out = out.view(B, Hkv, Hq // Hkv, T, D) + terms.masked_fill(~visible.unsqueeze(-1), 0).sum(-2)
-    return out.permute(0, 3, 1, 2, 4).reshape(B, T, Hq, D).to(values.dtype)
+    return out.permute(0, 3, 1, 2, 4).reshape(B, T, Hq, D).to(output)
 
 
 def _locate(positions: Tensor, page_size: int, page_table: Tensor | None) -> tuple[Tensor, Tensor]:

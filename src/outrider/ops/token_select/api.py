@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from outrider.ops.checks import FLOATS, INTS, check_choice, check_int, check_tensor
+from outrider.ops.backends import choose, debug
+from outrider.ops.checks import FLOATS, INTS, check_choice, check_int, check_range, check_tensor
 from outrider.ops.token_select import reference
 
 MERGES = ("mean", "max")
-BACKENDS = ("auto", "reference")
 
 
 class TokenLists(NamedTuple):
@@ -48,6 +48,11 @@ def token_select(
     Among equal scores the lower position is kept first, and only as many as are needed. The result is a function of the
     arguments alone, the same in every run.
 
+    Resolution: the reference compares merged scores exactly; kernels compare their upper 16 bits (the sign, exponent and 7 bits
+    of the fraction: bfloat16 rounded towards 0), so scores within one part in 128 may count as equal. Counts stay exact, and a
+    top-p list still holds its mass, as the smallest list at that resolution. For bfloat16 scores that are not merged nothing is
+    lost.
+
     Args:
         scores: `[B, R, S]`, bfloat16, float16, float32 or float64; nonnegative and finite (unit free; usually softmax
             mass). Negative scores and NaN are treated as 0. Entries at and past `lengths[b]` are ignored.
@@ -57,8 +62,9 @@ def token_select(
         top_p: mass fraction per list, a float or `[B]` float32 or float64.
         sinks, recent: numbers of always kept first and last cached tokens.
         merge: "mean" or "max" over the G rows of a list, in float32 (float64 scores: float64), rows in the order of G.
-        width: M of the result; None takes the longest list's count, which reads the counts on the host.
-        backend: "auto" picks by device (today always the reference), or "reference". No silent fall-back.
+        width: M of the result. The reference raises where a list is longer; kernels, which cannot, keep its best `width`
+            tokens. None: as long as needed, which for any budget but an int `top_k` reads the counts on the host.
+        backend: "auto" (see `ops/README.md`), "reference", "triton" or "cuda". No silent fall-back.
 
     Returns:
         TokenLists of `indices [Lt, B, Hs, M]` int32 (ascending, unique, below `lengths[b]`, then -1) and
@@ -66,8 +72,9 @@ def token_select(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, device, choice or range; both or neither of `top_k` and `top_p`; in the reference, also
-            lengths or sources out of range and a list longer than `width`.
+        ValueError: a wrong shape, device, choice or range; both or neither of `top_k` and `top_p`; a backend that cannot run
+            the call; in the reference, and with `OUTRIDER_DEBUG=1` in every backend, lengths or sources out of range; in the
+            reference, a list longer than `width`.
 
     Source: top-k per head of STS (arXiv 2605.15508); sorting-free top-p of SpecAttn (arXiv 2510.27641), made exact.
     """
@@ -96,11 +103,37 @@ def token_select(
     if width is not None:
         check_int("width", width)
     check_choice("merge", merge, MERGES)
-    check_choice("backend", backend, BACKENDS)
-    lists = reference.token_select(
-        scores, lengths, sources, top_k=top_k, top_p=top_p, sinks=sinks, recent=recent, merge=merge, width=width
+    chosen = choose(
+        backend,
+        scores.device,
+        {"cuda": lambda: _cuda().obstacle(scores, sources), "triton": lambda: _triton().obstacle(scores, sources)},
     )
-    return TokenLists(*lists)
+    if chosen == "reference" or debug():
+        check_range("lengths", lengths, 0, sizes["S"])
+        check_range("sources", sources, 0, sizes["R"] - 1)
+    if width is None and chosen != "reference":
+        bound = sizes["S"] if not isinstance(top_k, int) else min(max(top_k, sinks + recent), sizes["S"])
+    else:
+        bound = width
+    run = {"cuda": _cuda, "triton": _triton, "reference": lambda: reference}[chosen]().token_select
+    indices, counts = run(
+        scores, lengths, sources, top_k=top_k, top_p=top_p, sinks=sinks, recent=recent, merge=merge, width=bound
+    )
+    if width is None and not isinstance(top_k, int):
+        indices = indices[..., : int(counts.max())]
+    return TokenLists(indices, counts)
+
+
+def _cuda():
+    from outrider.ops.token_select import cuda
+
+    return cuda
+
+
+def _triton():
+    from outrider.ops.token_select import triton
+
+    return triton
 
 
 def union_lists(indices: Tensor, counts: Tensor, length: int) -> TokenLists:

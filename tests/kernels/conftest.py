@@ -1,0 +1,104 @@
+"""The kernels' matrix: the same tests run tiny shapes in Triton's interpreter on a CPU, and the full matrix on a GPU.
+
+    pytest tests/kernels                                            what this machine can run
+    pytest tests/kernels --kernel-summary FILE                      and one JSON line per op and backend into FILE
+
+A test reports how near it came to its tolerance through the fixture `margin`: the largest error over the allowed error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+GPU = torch.cuda.is_available()
+if not GPU:  # read by triton when a kernel is defined
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kernel-summary", metavar="FILE", help="write one JSON line per op and backend into FILE")
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if GPU else "cpu")
+
+
+@pytest.fixture(scope="module", params=["triton", "cuda"] if GPU else ["triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend this machine can run. A test calls `run_or_skip` where a backend does not take all arguments."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def run_or_skip() -> Callable[[Callable[[], Tensor]], Tensor]:
+    """Runs a kernel; skips the test where the backend says that it cannot run this call."""
+
+    def run(call: Callable):
+        try:
+            return call()
+        except ValueError as error:
+            if "cannot run this call" in str(error):
+                pytest.skip(str(error))
+            raise
+
+    return run
+
+
+@pytest.fixture
+def margin(record_property) -> Callable[[Tensor, Tensor, Tensor], None]:
+    """The tolerance rule: an error of at most twice that of PyTorch's own low-precision result, and one rounding."""
+
+    def check(got: Tensor, low_precision: Tensor, oracle: Tensor) -> None:
+        assert got.isfinite().all()
+        error = (got.double() - oracle).abs().max().item()
+        allowed = 2 * (low_precision.double() - oracle).abs().max().item()
+        allowed += torch.finfo(got.dtype).eps * oracle.abs().max().item()
+        record_property("margin", error / allowed if allowed else 0.0)
+        assert error <= allowed, f"error {error:.3g} exceeds {allowed:.3g}"
+
+    return check
+
+
+class Summary:
+    """Counts outcomes per op and backend, from the names of the test files and of the backend parameter."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[tuple[str, str], dict] = defaultdict(lambda: {"passed": 0, "failed": 0, "skipped": 0, "margin": 0.0})
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call" and report.outcome == "passed":
+            return
+        op = Path(report.location[0]).stem.removeprefix("test_")
+        if op not in ("attention_mass", "token_select", "sparse_attention"):
+            return
+        backend = "cuda" if "cuda" in report.nodeid.split("[")[-1].rstrip("]").split("-") else "triton"
+        row = self.rows[op, backend]
+        row[report.outcome] += 1
+        row["margin"] = max([row["margin"], *(value for name, value in report.user_properties if name == "margin")])
+
+    def pytest_sessionfinish(self) -> None:
+        import triton
+
+        conditions = {"torch": torch.__version__, "triton": triton.__version__}
+        conditions["device"] = torch.cuda.get_device_name() if GPU else "cpu, interpreted"
+        text = "".join(
+            json.dumps({"op": op, "backend": backend, **row, "conditions": conditions}) + "\n"
+            for (op, backend), row in sorted(self.rows.items())
+        )
+        self.path.write_text(text, encoding="utf-8")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--kernel-summary", default=None)
+    if path and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Summary(Path(path)))
