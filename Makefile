@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BOOK := examples/books/persuasion.txt
+# torch for CUDA brings its own triton (so no constraint names one); torch for the CPU does not, and tests interpret the kernels
+TRITON := triton==3.6.0
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint test-gpu bench-kernels clean
 
 help:
 	@echo "make demo   generate from a real book with the built-in pair: dense, then sparse at 10% kept"
 	@echo "make test   run the test suite"
 	@echo "make lint   ruff and mypy"
+	@echo "make test-gpu, make bench-kernels   on a machine with a GPU, with its own python3, torch and triton"
 
 setup: $(READY)
 
@@ -21,7 +24,9 @@ $(READY): pyproject.toml constraints.txt
 	@echo "setting up $(VENV), once: downloads can take minutes"
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools \
-		pytest pytest-xdist hypothesis ruff mypy transformers safetensors tokenizers typer rich
+		pytest pytest-xdist hypothesis ruff mypy numpy transformers safetensors tokenizers typer rich
+	$(BIN)/python -c 'import sys, importlib.util as u; sys.exit(sys.platform == "linux" and u.find_spec("triton") is None)' \
+		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check $(TRITON)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	touch $(READY)
 
@@ -36,6 +41,13 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+test-gpu:
+	PYTHONPATH=src $(PYTHON) -m pytest tests/kernels --kernel-summary benchmarks/results/kernel-matrix.jsonl
+
+# make bench-kernels ARGS="--only sparse --peer-fa3 /tmp/fa3.so"
+bench-kernels:
+	PYTHONPATH=src $(PYTHON) -m benchmarks kernels $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist

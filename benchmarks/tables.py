@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.kernels.rows import best_peer
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -113,6 +115,48 @@ def generate_table(name: str) -> str:
     return markdown(["", *(run["mode"] for run in runs)], ([text, *(figure(run) for run in runs)] for text, figure in figures))
 
 
+NOT_MEASURED = "Not measured yet.\n"
+
+
+def lines_if_any(name: str) -> list[Line]:
+    return lines(name) if (RESULTS / f"{name}.jsonl").exists() else []
+
+
+def microseconds(alone: float | None, chained: float | None) -> str:
+    """ "31.5 / 29.8": a call alone, and one of a chain in a single graph."""
+    return " / ".join(f"{us:.{0 if us >= 100 else 1}f}" for us in (alone, chained) if us is not None)
+
+
+def kernels_table(name: str) -> str:
+    """Name "kernels" for all rows, each with its best peer; "kernels-OP" for one op, with a column a peer."""
+    op = name.removeprefix("kernels").removeprefix("-")
+    found = [row for row in lines_if_any("kernels") if row["id"].startswith(op)]
+    if not found:
+        return NOT_MEASURED
+    names = list(dict.fromkeys(peer for row in found for peer in [*row["peers"], *row["peers_chained"]]))
+    columns = [f"{peer}, us" for peer in names] if op else ["best peer", "its us"]
+    rows = []
+    for row in found:
+        times = {peer: microseconds(row["peers"].get(peer), row["peers_chained"].get(peer)) for peer in names}
+        best = best_peer(row["peers"])
+        shown = list(times.values()) if op else ["", ""] if best is None else [best[0], times[best[0]]]
+        ours = [microseconds(row["us"], row["us_chained"]), f"{row['gb']:.3f}", f"{row['gb_s']:.0f}"]
+        share, ratio = f"{100 * row['stream_fraction']:.0f}%", "" if row["ratio"] is None else f"{row['ratio']:.2f}x"
+        rows.append([row["id"].removeprefix(f"{op}-"), row["backend"], *ours, share, *shown, ratio])
+    header = ["case", "backend", "us, alone / in a chain", "GB", "GB/s", "of streaming rate", *columns, "best peer / ours"]
+    return markdown(header, rows)
+
+
+def kernel_matrix_table(name: str) -> str:
+    header = ["op", "backend", "passed", "failed", "skipped", "largest error / allowed", "device"]
+    rows = [
+        [row["op"], row["backend"], *(str(row[count]) for count in ("passed", "failed", "skipped")), f"{row['margin']:.2f}",
+         row["conditions"]["device"]]
+        for row in lines_if_any(name)
+    ]  # fmt: skip
+    return markdown(header, rows) if rows else NOT_MEASURED
+
+
 TABLES: dict[str, Callable[[str], str]] = {
     "perplexity": perplexity_table,
     "specattn-top-p": perplexity_table,
@@ -121,6 +165,11 @@ TABLES: dict[str, Callable[[str], str]] = {
     "pair": pair_table,
     "generate": generate_table,
     "generate-gpu": generate_table,
+    "kernels": kernels_table,
+    "kernels-sparse_attention": kernels_table,
+    "kernels-token_select": kernels_table,
+    "kernels-attention_mass": kernels_table,
+    "kernel-matrix": kernel_matrix_table,
 }
 
 

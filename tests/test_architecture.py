@@ -161,7 +161,11 @@ def test_import_arrows_let_pass_what_is_allowed(module, source):
     assert violations(Path(module), source) == []
 
 
-@pytest.mark.parametrize("module", modules(), ids=str)
+def kernel_sources(package: Path = PACKAGE) -> list[Path]:
+    return sorted(path.relative_to(package) for pattern in ("*.cu", "*.cuh") for path in package.rglob(pattern))
+
+
+@pytest.mark.parametrize("module", modules() + kernel_sources(), ids=str)
 def test_module_is_short(module):
     lines = len((PACKAGE / module).read_text(encoding="utf-8").splitlines())
     assert not too_long(module, lines), f"{module} has {lines} lines"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +15,8 @@ from outrider.ops import attention_mass
 
 HEADS = [pytest.param(4, 4, id="mha"), pytest.param(6, 2, id="gqa"), pytest.param(5, 1, id="mqa")]
 LENGTHS = [0, 20, 33]
+FP8 = torch.float8_e4m3fn
+api = importlib.import_module("outrider.ops.attention_mass.api")
 
 
 def make(dtype: torch.dtype, Hq: int = 6, Hkv: int = 2, T: int = 4, D: int = 8, lengths: list[int] | None = None):
@@ -125,20 +130,69 @@ def test_arguments_are_left_as_they_were():
     assert all(torch.equal(x.nan_to_num(9), y.nan_to_num(9)) for x, y in zip(args, before, strict=True))
 
 
+@pytest.mark.parametrize("how", ["mean", "max", "none"])
+def test_heads_are_summed_after_the_reduction(lay_out, how):
+    queries, rows, lengths = make(torch.float64)
+    keys, page_table = lay_out(rows)
+    heads = torch.tensor([[0, 5, 2], [3, 3, 1]])
+    got = attention_mass(queries, keys, lengths, scale=0.3, reduce=how, heads=heads, page_table=page_table)
+    mass = reduced(oracle(queries, rows, lengths, 0.3), how)
+    expected = torch.stack([sum(mass[..., h, :] for h in group) for group in heads.tolist()], -2)
+    torch.testing.assert_close(got[..., : rows.shape[1]], expected, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_result_has_the_dtype_asked_for(dtype):
+    queries, keys, lengths = make(torch.float32)
+    got = attention_mass(queries, keys, lengths, scale=0.3, dtype=dtype)
+    assert got.dtype == dtype
+    assert torch.equal(got, attention_mass(queries, keys, lengths, scale=0.3).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["fp32", "bf16", "fp64"])
+def test_float8_keys_are_scaled_per_head(lay_out, dtype):
+    queries, rows, lengths = make(dtype)
+    rows, key_scale = rows.to(FP8), torch.tensor([0.5, 3.0])
+    wide = rows.double() * key_scale.double().view(2, 1)
+    keys, page_table = lay_out(rows.to(dtype))
+    got = attention_mass(queries, keys.to(FP8), lengths, scale=0.3, key_scale=key_scale, page_table=page_table)
+    exact = oracle(queries.double(), wide, lengths, 0.3).mean(1)
+    rounding = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(got[..., : rows.shape[1]].double(), exact, rtol=rounding, atol=rounding / 100)
+
+
 BAD = [
     pytest.param({"queries": torch.zeros(1, 2, 3, 4)}, ValueError, "multiple of Hkv=2", id="heads"),
     pytest.param({"queries": torch.zeros(1, 0, 4, 4)}, ValueError, "T=0", id="no_query"),
     pytest.param({"queries": torch.zeros(2, 4, 4)}, ValueError, r"queries: expected shape \[B, T, Hq, D\]", id="rank"),
     pytest.param({"queries": [1.0]}, TypeError, "queries: expected a torch.Tensor, got list", id="no_tensor"),
     pytest.param({"keys": torch.zeros(1, 9, 2, 5)}, ValueError, r"keys: .* with B=1, D=4, got \[1, 9, 2, 5\]", id="head_dim"),
-    pytest.param({"keys": torch.zeros(1, 9, 2, 4).half()}, TypeError, "keys: expected dtype float32, got float16", id="dtype"),
+    pytest.param({"keys": torch.zeros(1, 9, 2, 4).half()}, TypeError, "keys: expected dtype float32 or float8", id="dtype"),
     pytest.param({"lengths": torch.tensor([2.0])}, TypeError, "lengths: expected dtype int32 or int64", id="lengths_dtype"),
     pytest.param({"lengths": torch.tensor([8])}, ValueError, r"lengths: expected values in 0 \.\. 7", id="too_long"),
     pytest.param({"lengths": torch.tensor([-1])}, ValueError, "lengths", id="negative_length"),
     pytest.param({"page_table": torch.zeros(1, 3)}, TypeError, "page_table: expected dtype int32", id="page_table"),
     pytest.param({"keys": torch.zeros(1, 9, 2, 4, device="meta")}, ValueError, "keys: expected device cpu", id="device"),
     pytest.param({"reduce": "sum"}, ValueError, "reduce: expected one of 'mean', 'max', 'none', got 'sum'", id="reduce"),
-    pytest.param({"backend": "triton"}, ValueError, "backend: expected one of 'auto', 'reference'", id="no_fall_back"),
+    pytest.param({"backend": "numpy"}, ValueError, "backend: expected one of 'auto', .* got 'numpy'", id="backend"),
+    pytest.param({"dtype": torch.float16}, TypeError, "dtype: expected one of .*bfloat16.* got torch.float16", id="output"),
+    pytest.param({"heads": torch.zeros(2)}, TypeError, "heads: expected dtype int64, got float32", id="heads_dtype"),
+    pytest.param({"heads": torch.zeros(2).long()}, ValueError, r"heads: expected shape \[R, G\], got \[2\]", id="heads_shape"),
+    pytest.param({"heads": torch.tensor([[0, 4]])}, ValueError, r"heads: expected values in 0 \.\. 3, got 0 \.\. 4", id="head"),
+    pytest.param(
+        {"keys": torch.zeros(1, 9, 4, 2).transpose(2, 3)}, ValueError, "keys: expected a contiguous head dim", id="stride"
+    ),
+    pytest.param({"key_scale": torch.ones(2)}, ValueError, "key_scale: expected None with a cache of float32", id="no_scale"),
+    pytest.param(
+        {"keys": torch.zeros(1, 9, 2, 4).to(FP8)}, ValueError, r"key_scale: expected float32 \[Hkv\] .* got None", id="scale"
+    ),
+    pytest.param(
+        {"keys": torch.zeros(1, 9, 2, 4).to(FP8), "key_scale": torch.ones(3)},
+        ValueError,
+        r"key_scale: expected shape \[Hkv\] with Hkv=2, got \[3\]",
+        id="scale_shape",
+    ),
+    pytest.param({"page_table": torch.tensor([[0, 1]]).int()}, ValueError, r"page_table: .* 0 \.\. 0, got 0 \.\. 1", id="page"),
 ]
 
 
@@ -146,5 +200,35 @@ BAD = [
 def test_bad_arguments_are_named(change, error, message):
     good = {"queries": torch.zeros(1, 2, 4, 4), "keys": torch.zeros(1, 9, 2, 4), "lengths": torch.tensor([5])}
     attention_mass(**good, scale=1.0)
+    if change.keys() == {"page_table"}:
+        change = change | {"lengths": torch.tensor([8])}  # two pages of 9 tokens are in use, of which there is one
     with pytest.raises(error, match=message):
         attention_mass(**(good | change), scale=1.0)
+
+
+def test_a_backend_asked_for_by_name_is_not_exchanged():
+    pytest.importorskip("triton", reason="kernels need triton")
+    queries, keys, lengths = make(torch.float64)
+    with pytest.raises(ValueError, match="backend: 'triton' cannot run this call: queries are float64"):
+        attention_mass(queries, keys, lengths, scale=1.0, backend="triton")
+
+
+WRONG_VALUES = [
+    pytest.param({"lengths": torch.tensor([8])}, "lengths: expected values in", id="lengths"),
+    pytest.param({"heads": torch.tensor([[-1]])}, "heads: expected values in", id="heads"),
+    pytest.param({"page_table": torch.tensor([[3]]).int()}, "page_table: expected values in", id="page_table"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_VALUES)
+def test_kernels_check_values_when_debugging(monkeypatch, change, message):
+    """A kernel cannot look at values without waiting for the device, so only OUTRIDER_DEBUG=1 makes it."""
+    kernel = SimpleNamespace(obstacle=lambda *_: None, attention_mass=lambda *_, **__: "result")
+    monkeypatch.setattr(api, "_triton", lambda: kernel)
+    arguments = {"queries": torch.zeros(1, 2, 4, 4), "keys": torch.zeros(1, 9, 2, 4), "lengths": torch.tensor([5])} | change
+    for value in ("", "0"):
+        monkeypatch.setenv("OUTRIDER_DEBUG", value)
+        assert attention_mass(**arguments, scale=1.0, backend="triton") == "result"
+    monkeypatch.setenv("OUTRIDER_DEBUG", "1")
+    with pytest.raises(ValueError, match=message):
+        attention_mass(**arguments, scale=1.0, backend="triton")

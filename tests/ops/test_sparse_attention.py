@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +15,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from outrider.ops import sparse_attention
 
 SCALE = 0.3
+FP8 = torch.float8_e4m3fn
+api = importlib.import_module("outrider.ops.sparse_attention.api")
 
 
 def case(
@@ -184,6 +189,27 @@ def test_arguments_are_left_as_they_were():
     assert all(torch.equal(x[name], before[name]) for name in x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["fp32", "bf16", "fp64"])
+def test_float8_caches_are_scaled_per_head(lay_out, dtype):
+    x = case([0, 21, 33], dtype=dtype)
+    factors = {"keys": torch.tensor([0.5, 3.0]), "values": torch.tensor([2.0, 0.25])}
+    for name in factors:
+        x[name] = x[name].to(FP8).to(dtype)
+    wide = {name: x[name].double() * factor.double().view(2, 1) for name, factor in factors.items()}
+    laid = {name: lay_out(poison(x)[name]) for name in factors}
+    got = sparse_attention(
+        **(x | {name: rows.to(FP8) for name, (rows, _) in laid.items()}),
+        scale=SCALE,
+        key_scale=factors["keys"],
+        value_scale=factors["values"],
+        page_table=laid["keys"][1],
+    )
+    assert got.dtype == dtype
+    rounding = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8}[dtype]
+    torch.testing.assert_close(got.double(), oracle(x | wide), rtol=rounding, atol=rounding / 8)
+
+
+EIGHT_BITS = torch.zeros(1, 9, 2, 4).to(FP8)
 BAD = [
     pytest.param({"queries": torch.zeros(1, 2, 3, 4)}, ValueError, "multiple of Hkv=2", id="heads"),
     pytest.param({"values": torch.zeros(1, 8, 2, 4)}, ValueError, r"values: .*N=9.*got \[1, 8, 2, 4\]", id="values"),
@@ -197,16 +223,43 @@ BAD = [
     pytest.param({"indices": torch.full((1, 2, 3), -1).int()}, ValueError, "indices: expected listed positions", id="negative"),
     pytest.param({"lengths": torch.tensor([8])}, ValueError, r"lengths: expected values in 0 \.\. 7", id="too_long"),
     pytest.param({"page_table": torch.zeros(2, 3).int()}, ValueError, "page_table: .* with B=1", id="page_table"),
-    pytest.param({"backend": "triton"}, ValueError, "backend: expected one of 'auto', 'reference'", id="no_fall_back"),
+    pytest.param({"backend": "numpy"}, ValueError, "backend: expected one of 'auto', .* got 'numpy'", id="backend"),
+    pytest.param(
+        {"indices": torch.zeros(1, 2, 10).int()}, ValueError, "indices: expected lists .* N=9 tokens, .* M=10", id="width"
+    ),
+    pytest.param(
+        {"keys": torch.zeros(1, 9, 4, 2).transpose(2, 3)}, ValueError, "keys: expected a contiguous head dim", id="stride"
+    ),
+    pytest.param(
+        {"values": torch.zeros(1, 9, 2, 8)[..., ::2]}, ValueError, "values: expected a contiguous head dim", id="v_stride"
+    ),
+    pytest.param({"value_scale": torch.ones(2)}, ValueError, "value_scale: expected None", id="no_scale"),
+    pytest.param(
+        {"keys": torch.zeros(1, 9, 2, 4).to(FP8)}, TypeError, "values: expected dtype float8_e4m3fn, got float32", id="one_fp8"
+    ),
+    pytest.param(
+        {"keys": EIGHT_BITS, "values": EIGHT_BITS}, ValueError, r"key_scale: expected float32 \[Hkv\] .* got None", id="scale"
+    ),
+    pytest.param(
+        {"keys": EIGHT_BITS, "values": EIGHT_BITS, "key_scale": torch.ones(2), "value_scale": torch.ones(2).double()},
+        TypeError,
+        "value_scale: expected dtype float32, got float64",
+        id="scale_dtype",
+    ),
+    pytest.param(
+        {"page_table": torch.tensor([[0, 1]]).int(), "lengths": torch.tensor([8])},
+        ValueError,
+        r"page_table: expected values in 0 \.\. 0, got 0 \.\. 1",
+        id="page",
+    ),
     pytest.param(
         {"indices": torch.zeros(1, 3, 3).int(), "counts": torch.zeros(1, 3).int()}, ValueError, "got Hs=3", id="list_owners"
     ),
 ]
 
 
-@pytest.mark.parametrize(("change", "error", "message"), BAD)
-def test_bad_arguments_are_named(change, error, message):
-    good = {
+def good() -> dict[str, Tensor]:
+    return {
         "queries": torch.zeros(1, 2, 4, 4),
         "keys": torch.zeros(1, 9, 2, 4),
         "values": torch.zeros(1, 9, 2, 4),
@@ -214,6 +267,53 @@ def test_bad_arguments_are_named(change, error, message):
         "counts": torch.ones(1, 2, dtype=torch.int32),
         "lengths": torch.tensor([5]),
     }
-    sparse_attention(**good, scale=1.0)
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD)
+def test_bad_arguments_are_named(change, error, message):
+    sparse_attention(**good(), scale=1.0)
     with pytest.raises(error, match=message):
-        sparse_attention(**(good | change), scale=1.0)
+        sparse_attention(**(good() | change), scale=1.0)
+
+
+def test_a_backend_asked_for_by_name_is_not_exchanged():
+    pytest.importorskip("triton", reason="kernels need triton")
+    with pytest.raises(ValueError, match="backend: 'triton' cannot run this call: queries are float64"):
+        sparse_attention(**case([9], dtype=torch.float64), scale=1.0, backend="triton")
+
+
+WRONG_VALUES = [
+    pytest.param({"lengths": torch.tensor([8])}, "lengths: expected values in", id="lengths"),
+    pytest.param({"counts": torch.full((1, 2), 4).int()}, "counts: expected values in", id="counts"),
+    pytest.param({"indices": torch.full((1, 2, 3), 5).int()}, "indices: expected listed positions in", id="indices"),
+    pytest.param({"page_table": torch.tensor([[3]]).int()}, "page_table: expected values in", id="page_table"),
+    pytest.param(
+        {"indices": torch.tensor([[[0, 1, 2], [0, 2, 1]]]).int(), "counts": torch.full((1, 2), 3).int()},
+        "indices: expected ascending positions",
+        id="unsorted",
+    ),
+    pytest.param(
+        {"indices": torch.tensor([[[0, 1, 1], [0, 1, 2]]]).int(), "counts": torch.full((1, 2), 3).int()},
+        "indices: expected ascending positions",
+        id="twice",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_VALUES)
+def test_kernels_check_values_when_debugging(monkeypatch, change, message):
+    """A kernel cannot look at values without waiting for the device, so only OUTRIDER_DEBUG=1 makes it."""
+    kernel = SimpleNamespace(obstacle=lambda *_: None, sparse_attention=lambda *_, **__: "result")
+    monkeypatch.setattr(api, "_triton", lambda: kernel)
+    for value in ("", "0"):
+        monkeypatch.setenv("OUTRIDER_DEBUG", value)
+        assert sparse_attention(**(good() | change), scale=1.0, backend="triton") == "result"
+    monkeypatch.setenv("OUTRIDER_DEBUG", "1")
+    with pytest.raises(ValueError, match=message):
+        sparse_attention(**(good() | change), scale=1.0, backend="triton")
+
+
+def test_unsorted_slots_behind_the_count_are_no_error(monkeypatch):
+    monkeypatch.setenv("OUTRIDER_DEBUG", "1")
+    lists = {"indices": torch.tensor([[[0, 3, -1], [2, 1, 4]]]).int(), "counts": torch.tensor([[2, 1]]).int()}
+    sparse_attention(**(good() | lists), scale=1.0)

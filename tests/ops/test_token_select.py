@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from fractions import Fraction
 from itertools import pairwise
 
@@ -227,6 +228,75 @@ def test_scores_of_any_strides():
     )
 
 
+class Kernel:
+    """Stands in for a kernel: one that can run everything, and leaves its lists empty."""
+
+    def __init__(self) -> None:
+        self.widths: list[int] = []
+
+    def obstacle(self, scores: Tensor, sources: Tensor) -> str | None:
+        return None if scores.dtype == torch.float32 else "it takes float32"
+
+    def token_select(self, scores: Tensor, lengths: Tensor, sources: Tensor, *, width: int, **options) -> tuple[Tensor, Tensor]:
+        self.widths.append(width)
+        shape = sources.shape[0], len(lengths), sources.shape[1]
+        return torch.full((*shape, width), -1, dtype=torch.int32), torch.zeros(shape, dtype=torch.int32)
+
+
+@pytest.fixture
+def kernel(monkeypatch) -> Kernel:
+    fake = Kernel()
+    monkeypatch.setattr(importlib.import_module("outrider.ops.token_select.api"), "_triton", lambda: fake)
+    monkeypatch.delenv("OUTRIDER_DEBUG", raising=False)
+    return fake
+
+
+def test_values_are_checked_for_a_kernel_in_debug_mode_only(kernel, monkeypatch):
+    scores, lengths, sources = torch.ones(1, 2, 9), torch.tensor([5]), torch.tensor([[[1]]])
+
+    def run(lengths=lengths, sources=sources):
+        token_select(scores, lengths, sources, top_k=2, backend="triton")
+
+    for value in ("", "0"):
+        monkeypatch.setenv("OUTRIDER_DEBUG", value)
+        run(lengths=torch.tensor([10]))
+        run(sources=torch.tensor([[[2]]]))
+    monkeypatch.setenv("OUTRIDER_DEBUG", "1")
+    run()
+    with pytest.raises(ValueError, match=r"lengths: expected values in 0 \.\. 9, got 10"):
+        run(lengths=torch.tensor([10]))
+    with pytest.raises(ValueError, match=r"lengths: expected values in 0 \.\. 9, got -1"):
+        run(lengths=torch.tensor([-1]))
+    with pytest.raises(ValueError, match=r"sources: expected values in 0 \.\. 1, got 2"):
+        run(sources=torch.tensor([[[2]]]))
+
+
+@pytest.mark.parametrize(
+    ("options", "width", "given"),
+    [
+        ({"top_k": 3}, 3, 3),
+        ({"top_k": 3, "sinks": 2, "recent": 4}, 6, 6),
+        ({"top_k": 30, "sinks": 2}, 9, 9),
+        ({"top_k": torch.tensor([3])}, 9, 0),  # given: as long as the longest list of this kernel
+        ({"top_p": 0.5}, 9, 0),
+        ({"top_p": 0.5, "width": 4}, 4, 4),
+        ({"top_k": 3, "width": 12}, 12, 12),
+    ],
+    ids=str,
+)
+def test_a_kernel_is_told_its_width(kernel, options, width, given):
+    lists = token_select(torch.ones(1, 1, 9), torch.tensor([9]), ONE_ROW, backend="triton", **options)
+    assert kernel.widths == [width]
+    assert lists.indices.shape == (1, 1, 1, given)
+
+
+def test_a_backend_asked_for_by_name_is_never_exchanged(kernel):
+    with pytest.raises(ValueError, match="backend: 'triton' cannot run this call: it takes float32"):
+        token_select(torch.ones(1, 1, 9).double(), torch.tensor([9]), ONE_ROW, top_k=2, backend="triton")
+    token_select(torch.ones(1, 1, 9), torch.tensor([9]), ONE_ROW, top_k=2)
+    assert kernel.widths == [], "on the CPU auto is the reference"
+
+
 BAD = [
     pytest.param({"top_k": None}, ValueError, "exactly one of top_k and top_p", id="neither"),
     pytest.param({"top_p": 0.5}, ValueError, "exactly one of top_k and top_p", id="both"),
@@ -245,7 +315,8 @@ BAD = [
     pytest.param({"sinks": -1}, ValueError, "sinks: expected at least 0", id="sinks"),
     pytest.param({"recent": True}, TypeError, "recent: expected an int, got bool", id="recent"),
     pytest.param({"merge": "sum"}, ValueError, "merge: expected one of 'mean', 'max', got 'sum'", id="merge"),
-    pytest.param({"backend": "triton"}, ValueError, "backend: expected one of 'auto', 'reference'", id="no_fall_back"),
+    pytest.param({"backend": "fast"}, ValueError, "backend: expected one of 'auto', 'reference', 'cuda'", id="backend"),
+    pytest.param({"backend": "cuda"}, ValueError, "backend: 'cuda' cannot run this call: ", id="no_fall_back"),
 ]
 
 

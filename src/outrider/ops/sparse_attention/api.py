@@ -92,7 +92,7 @@ def sparse_attention(
         backend,
         queries.device,
         {
-            "cuda": lambda: _cuda().obstacle(queries, keys, values, indices, page_table=page_table),
+            "cuda": lambda: _cuda().obstacle(queries, keys, values, indices),
             "triton": lambda: _triton().obstacle(queries, keys),
         },
     )

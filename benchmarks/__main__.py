@@ -1,0 +1,123 @@
+"""python -m benchmarks kernels: each op's speed beside its peers', checked first, with the conditions it was measured under."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from outrider.errors import OptionError, OutriderError
+
+if TYPE_CHECKING:
+    from benchmarks.kernels.case import Case
+    from benchmarks.kernels.run import Bench
+    from outrider.cli.screen import Screen
+
+PROGRAM = "python -m benchmarks"
+RESULTS = Path(__file__).parent / "results" / "kernels.jsonl"
+BACKENDS = ("auto", "triton", "cuda", "reference")
+BAD_INPUT = 2
+
+app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
+
+
+@app.callback()
+def benchmarks() -> None:
+    """Benchmarks of Outrider."""
+
+
+@app.command()
+def kernels(
+    only: Annotated[list[str] | None, typer.Option(help="run the cases whose name holds this; can be repeated")] = None,
+    backend: Annotated[list[str] | None, typer.Option(help=f"{', '.join(BACKENDS)}; can be repeated")] = None,
+    peer_fa3: Annotated[Path | None, typer.Option(help="FlashAttention-3's .so file")] = None,
+    peer_flashinfer: Annotated[Path | None, typer.Option(help="folder that FlashInfer was unpacked into")] = None,
+    output: Annotated[Path, typer.Option(help="file of JSON lines; those of the same case and backend are replaced")] = RESULTS,
+    quick: Annotated[bool, typer.Option("--quick", help="10 iterations in place of 50, and no chains")] = False,
+) -> None:
+    """Check every op on a GPU, then time it: alone, in a chain of 8, and next to its peers. Backends: triton and cuda."""
+    from benchmarks import peers
+    from benchmarks.kernels.cases import chosen
+    from outrider.cli.files import writable_file
+
+    backends = list(dict.fromkeys(backend or ("triton", "cuda")))
+    for name in backends:
+        if name not in BACKENDS:
+            raise OptionError("--backend", name, ", ".join(BACKENDS))
+    for option, path in ((peers.FA3, peer_fa3), (peers.FLASHINFER, peer_flashinfer)):
+        if path is not None and not path.exists():
+            raise OptionError(option, str(path), "a path that exists")
+    cases, output = chosen(only or []), writable_file("--output", output)
+
+    import torch
+
+    from benchmarks.conditions import conditions
+    from benchmarks.kernels.run import Bench
+    from benchmarks.timing import FLUSH_BYTES, GraphTimer, empty_graph_us, stream_rate
+    from outrider.cli.screen import Screen
+
+    if not torch.cuda.is_available():
+        raise OptionError("kernels", "a machine without a CUDA device", "a machine with one")
+    device, screen = torch.device("cuda"), Screen()
+    timer = GraphTimer(device, iterations=10 if quick else 50)
+    known = conditions(device, shlex.join([*PROGRAM.split(), *sys.argv[1:]])) | {
+        "stream_gb_s": stream_rate(device),
+        "empty_graph_us": empty_graph_us(timer, device),
+        "iterations": timer.iterations,
+        "flush_mb": FLUSH_BYTES // 2**20,
+    }
+    bench = Bench(
+        backends=backends,
+        timer=timer,
+        device=device,
+        conditions=known,
+        missing=peers.load({peers.FA3: peer_fa3, peers.FLASHINFER: peer_flashinfer}),
+        chained=not quick,
+        note=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    if not run_cases(cases, bench, output, screen):
+        raise typer.Exit(1)
+
+
+def run_cases(cases: Sequence[Case], bench: Bench, output: Path, screen: Screen) -> bool:
+    """Measure, write and show the cases. False if any failed."""
+    from benchmarks.kernels import show
+    from benchmarks.kernels.rows import replace_rows
+    from benchmarks.kernels.run import measure
+
+    screen.show(show.card(bench.conditions))
+    rows, well = [], True
+    for i, case in enumerate(cases):
+        screen.progress("measuring", i, len(cases))
+        made, good = measure(case, bench)
+        well &= good
+        replace_rows(output, made)  # after every case: what is measured stays, should a later one end the run
+        rows += made
+        for row in made:
+            bench.note(show.line(row))
+    screen.progress("measuring", len(cases), len(cases))
+    for table in show.tables(rows, {case.id: case.op for case in cases}):
+        screen.show(table)
+    return well
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The exit code: 0, 1 where a case failed, 2 for bad input."""
+    try:
+        return typer.main.get_command(app).main(list(arguments), prog_name=PROGRAM, standalone_mode=False) or 0
+    except OutriderError as error:
+        message = str(error)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # typer's own complaints have it
+            raise
+        message = error.format_message()
+    print(f"benchmarks: error: {message}", file=sys.stderr)
+    return BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

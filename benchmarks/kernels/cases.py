@@ -1,0 +1,40 @@
+"""The table of cases. Sizes: a layer of Llama-3.1-8B (target) and of Llama-3.2-1B (draft), 5 queries a round, 10% kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from benchmarks.kernels.attention_mass import AttentionMass
+from benchmarks.kernels.case import Case
+from benchmarks.kernels.sparse_attention import SparseAttention
+from benchmarks.kernels.token_select import TokenSelect
+from outrider.errors import OptionError
+
+K32, K128, M1 = 2**15, 2**17, 2**20
+SIZES = (("128k-b1", K128, 1), ("128k-b4", K128, 4), ("32k-b1", K32, 1), ("32k-b4", K32, 4))
+
+CASES: tuple[Case, ...] = (
+    *(SparseAttention(id=f"sparse_attention-{name}-keep10", S=S, B=B) for name, S, B in SIZES),
+    *(SparseAttention(id=f"sparse_attention-{name}-keep10-separate", S=S, B=B, separate=True) for name, S, B in SIZES),
+    SparseAttention(id="sparse_attention-128k-b1-keep10-fp8", S=K128, B=1, fp8=True),
+    TokenSelect(id="token_select-256x128k-top_k", R=256, S=K128),
+    TokenSelect(id="token_select-256x128k-top_p", R=256, S=K128, budget="top_p"),
+    TokenSelect(id="token_select-32x1m-top_k", R=32, S=M1),
+    TokenSelect(id="token_select-8x128k-top_k", R=8, S=K128),
+    TokenSelect(id="token_select-256x128k-merge4-top_k", R=256, S=K128, G=4),
+    TokenSelect(id="token_select-256x128k-merge4-fp32-top_k", R=256, S=K128, G=4, dtype=torch.float32),
+    AttentionMass(id="attention_mass-128k-b1", S=K128, B=1),
+    AttentionMass(id="attention_mass-128k-b4", S=K128, B=4),
+    AttentionMass(id="attention_mass-32k-b1", S=K32, B=1),
+    AttentionMass(id="attention_mass-128k-b1-interleaved", S=K128, B=1, interleaved=True),
+)
+
+
+def chosen(parts: Sequence[str]) -> list[Case]:
+    """The cases whose id holds one of `parts`; all of them without any. Raises OptionError for a part that no id holds."""
+    for part in parts:
+        if not any(part in case.id for case in CASES):
+            raise OptionError("--only", part, "a part of " + ", ".join(case.id for case in CASES))
+    return [case for case in CASES if not parts or any(part in case.id for part in parts)]

@@ -1,0 +1,282 @@
+"""Attention mass in Triton: two launches; each key is read once.
+
+    _score    grid (splits, Hkv, B). The queries of a KV head, T x group, are the rows of one tile. A program walks its share of
+              the past, tile by tile: logits in base 2, stored as 2 ** (logit - largest of the tile) in 16 bits, the tile's
+              largest logit beside them, and per split the log2 of the sum of 2 ** logit. The last split adds the tail.
+    _reduce   grid (blocks of tokens, result heads, B). Adds up the splits' sums, turns what is stored into masses, reduces them
+              over the queries and adds up the heads of a group. Writes every element of the result, zeros behind the length.
+
+What lies between the launches takes 2 bytes for each query, query head and token, written and read once: less than a second
+pass over the keys as long as 2 x T x group < D. A mass is rounded once, relative to its own size.
+
+The past is cut by its length, read on the device. The host looks at shapes alone: every call can be captured in a CUDA graph
+and replayed with other lengths, queries and pages. Rows at and past `lengths[b] + T` are not read; a tail key that holds NaN
+does not reach the queries before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_QUERIES = 16  # tokens of the tail, which is one tile
+MAX_HEAD_DIM = 256
+MAX_ROWS = 128  # T x group rows a program holds; more go to further programs, which read the keys again
+PROGRAMS_PER_SM = 2
+REDUCE_ELEMENTS = 8192  # queries x tokens of a program of _reduce
+HEADROOM = tl.constexpr(14.0)  # a tile's largest value is stored as 2 ** 14: float16 then holds 2 ** -38 of it
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _load_keys(keys, position, wanted, dim, D, sequence, page_table, table_stride, page_size, key_strides):
+    """`[tokens, D]`: rows of the cache, or of its pages; zeros where not wanted."""
+    if page_table is None:
+        row = sequence * key_strides[0] + position.to(tl.int64) * key_strides[1]
+    else:
+        page = tl.load(page_table + sequence * table_stride + position // page_size, mask=wanted, other=0)
+        row = page.to(tl.int64) * key_strides[0] + (position % page_size).to(tl.int64) * key_strides[1]
+    return tl.load(keys + row[:, None] + dim[None, :], mask=wanted[:, None] & (dim < D)[None, :], other=0.0)
+
+
+# Values of these would be compiled in, for 1 and for multiples of 16: a kernel per batch size and length, and no faster
+@triton.jit(do_not_specialize=["T", "group", "row_tiles", "splits", "tiles", "page_size", "table_stride"])
+def _score(
+    queries,
+    keys,
+    lengths,
+    key_scale,
+    page_table,
+    scores,  # [B, Hq, T, tiles * TILE]: 2 ** (logit - base of the tile); tiles behind the length stay unwritten
+    bases,  # [B, Hq, T, tiles]: the tile's largest logit - HEADROOM
+    split_sums,  # [B, Hq, T, splits]: log2 of the sum of 2 ** logit, -inf for no logits
+    scale,
+    T,
+    group,
+    row_tiles,
+    splits,
+    tiles,
+    page_size,
+    table_stride,
+    query_strides,
+    key_strides,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    split = tl.program_id(0)
+    kv_head = (tl.program_id(1) // row_tiles).to(tl.int64)
+    sequence = tl.program_id(2).to(tl.int64)
+
+    row = tl.program_id(1) % row_tiles * ROWS + tl.arange(0, ROWS)
+    asked = row < T * group
+    step, query_head = row % T, kv_head * group + row // T
+    dim = tl.arange(0, D_PADDED)
+    at = sequence * query_strides[0] + step.to(tl.int64) * query_strides[1] + query_head * query_strides[2]
+    at = at[:, None] + dim[None, :] * query_strides[3]
+    q = tl.load(queries + at, mask=asked[:, None] & (dim < D)[None, :], other=0.0)  # [ROWS, D]
+    if INTERPRETED:  # whose products take bfloat16 for integers
+        q = q.to(tl.float32)
+    if key_scale is not None:
+        scale *= tl.load(key_scale + kv_head)
+    keys += kv_head * key_strides[2]
+
+    length = tl.load(lengths + sequence).to(tl.int32)
+    share = tl.cdiv(tl.cdiv(length, TILE), splits)
+    first, last = split * share, tl.minimum(split * share + share, tl.cdiv(length, TILE))
+    query_heads = tl.num_programs(1) // row_tiles * group
+    line = (sequence * query_heads + query_head) * T + step
+
+    best = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)  # sum of 2 ** (logit - best)
+    for tile in range(first, last):
+        token = tile * TILE + tl.arange(0, TILE)
+        past = token < length
+        k = _load_keys(keys, token, past, dim, D, sequence, page_table, table_stride, page_size, key_strides)
+        logits = tl.dot(q, k.to(q.dtype).T, input_precision="ieee") * scale  # [ROWS, TILE]
+        logits = tl.where(past[None, :], logits, -float("inf"))
+        base = tl.max(logits, 1) - HEADROOM
+        powers = tl.exp2(logits - base[:, None])
+        tl.store(scores + (line * tiles * TILE)[:, None] + token[None, :], powers, mask=asked[:, None])
+        tl.store(bases + line * tiles + tile, base, mask=asked)
+        best_now = tl.maximum(best, base)
+        total = total * tl.exp2(best - best_now) + tl.sum(powers, 1) * tl.exp2(base - best_now)
+        best = best_now
+
+    if split == splits - 1:
+        behind = tl.arange(0, TAIL)
+        there = behind < T
+        k = _load_keys(keys, length + behind, there, dim, D, sequence, page_table, table_stride, page_size, key_strides)
+        visible = (behind[None, :] <= step[:, None]) & there[None, :]
+        logits = tl.dot(q, k.to(q.dtype).T, input_precision="ieee") * scale  # [ROWS, TAIL]
+        logits = tl.where(visible, logits, -float("inf"))
+        best_now = tl.maximum(best, tl.max(logits, 1))
+        total = total * tl.exp2(best - best_now) + tl.sum(tl.exp2(logits - best_now[:, None]), 1)
+        best = best_now
+
+    some = total != 0  # false for a share without tokens
+    sums = tl.where(some, best + tl.log2(tl.where(some, total, 1.0)), -float("inf"))
+    tl.store(split_sums + line * splits + split, sums, mask=asked)
+
+
+@triton.jit(do_not_specialize=["T", "query_heads", "grouped", "splits", "tiles"])
+def _reduce(
+    scores,
+    bases,
+    split_sums,
+    lengths,
+    heads,  # [R, G], or None: result head r is query head r
+    result,
+    N,
+    T,
+    query_heads,
+    grouped,  # G
+    splits,
+    tiles,
+    result_strides,  # of B, T, result head, token
+    REDUCTION: tl.constexpr,
+    STEPS: tl.constexpr,  # T, padded
+    KEPT: tl.constexpr,  # STEPS, or 1 if they are reduced
+    SPLITS_PADDED: tl.constexpr,
+    TILES: tl.constexpr,  # of a block of tokens
+    TILE: tl.constexpr,
+):
+    result_head = tl.program_id(1)
+    sequence = tl.program_id(2).to(tl.int64)
+    length = tl.load(lengths + sequence).to(tl.int32)
+    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    token = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]  # [TILES, TILE]
+    step = tl.arange(0, STEPS)
+    split = tl.arange(0, SPLITS_PADDED)
+    asked = step < T
+
+    mass = tl.zeros([TILES, KEPT, TILE], tl.float32)
+    written = asked[None, :] & (tile * TILE < length)[:, None]  # [TILES, STEPS]; in a written tile, zeros behind the length
+    if tl.program_id(0) * TILES * TILE < length:
+        for g in range(grouped):
+            head = result_head.to(tl.int64)
+            if heads is not None:
+                head = tl.load(heads + result_head * grouped + g)
+            line = (sequence * query_heads + head) * T + step
+            sums = tl.load(
+                split_sums + (line * splits)[:, None] + split[None, :],
+                mask=asked[:, None] & (split < splits)[None, :],
+                other=-float("inf"),
+            )
+            best = tl.where(asked, tl.max(sums, 1), 0.0)
+            total = tl.where(asked, tl.sum(tl.exp2(sums - best[:, None]), 1), 1.0)
+            base = tl.load(bases + (line * tiles)[None, :] + tile[:, None], mask=written, other=0.0)
+            factor = tl.exp2(base - best[None, :]) / total[None, :]
+            at = (line * tiles * TILE)[None, :, None] + token[:, None, :]
+            masses = tl.load(scores + at, mask=written[:, :, None], other=0.0).to(tl.float32) * factor[:, :, None]
+            if REDUCTION == "mean":
+                masses = tl.sum(masses, 1, keep_dims=True) / T
+            elif REDUCTION == "max":
+                masses = tl.max(masses, 1, keep_dims=True)
+            mass += masses
+    step = tl.arange(0, KEPT)
+    result += sequence * result_strides[0] + result_head.to(tl.int64) * result_strides[2]
+    at = (step.to(tl.int64) * result_strides[1])[None, :, None] + token[:, None, :]
+    tl.store(result + at, mass, mask=(step < T)[None, :, None] & (token < N)[:, None, :])
+
+
+def obstacle(queries: Tensor, keys: Tensor) -> str | None:
+    """Why these arguments cannot be run, None if they can."""
+    T, D = queries.shape[1], queries.shape[3]
+    if queries.dtype == torch.float64:
+        return "queries are float64; the kernel computes in float32"
+    if T > MAX_QUERIES:
+        return f"T={T} query tokens; the kernel takes at most {MAX_QUERIES}"
+    if D > MAX_HEAD_DIM:
+        return f"head dim {D}; the kernel takes at most {MAX_HEAD_DIM}"
+    if INTERPRETED:
+        return None
+    if not queries.is_cuda:
+        return f"tensors are on {queries.device.type}; the kernel runs on CUDA devices (or with TRITON_INTERPRET=1)"
+    if keys.dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability(queries.device) < (8, 9):
+        return "float8_e4m3fn keys need compute capability 8.9"
+    return None
+
+
+def attention_mass(
+    queries: Tensor,
+    keys: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float,
+    reduce: str,
+    heads: Tensor | None,
+    key_scale: Tensor | None,
+    page_table: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    B, T, Hq, D = queries.shape
+    Hkv = keys.shape[2]
+    group = Hq // Hkv
+    N = keys.shape[1] if page_table is None else page_table.shape[1] * keys.shape[1]
+    R, G = (Hq, 1) if heads is None else heads.shape
+    D_padded, rows, tile, warps, stages = _tiles(D, T * group, queries.dtype, page_table is not None)
+    row_tiles = triton.cdiv(T * group, rows)
+    tiles = triton.cdiv(N, tile)
+    room = PROGRAMS_PER_SM * _processors(queries.device) // (B * Hkv * row_tiles)
+    splits = max(1, min(room, tiles))
+
+    if page_table is not None and page_table.stride(-1) != 1:
+        page_table = page_table.contiguous()
+    lengths = lengths.contiguous()
+    result = torch.empty((B, T, R, N) if reduce == "none" else (B, 1, R, N), dtype=dtype, device=queries.device)
+    scores = torch.empty(B, Hq, T, tiles * tile, dtype=queries.dtype, device=queries.device)
+    bases = torch.empty(B, Hq, T, tiles, dtype=torch.float32, device=queries.device)
+    split_sums = torch.empty(B, Hq, T, splits, dtype=torch.float32, device=queries.device)
+    steps = triton.next_power_of_2(T)
+    block = max(1, min(tiles, REDUCE_ELEMENTS // (steps * tile)))
+    block = triton.next_power_of_2(block)
+    with _current(queries.device):
+        _score[splits, Hkv * row_tiles, B](
+            queries, keys, lengths, None if key_scale is None else key_scale.contiguous(), page_table,
+            scores, bases, split_sums,
+            scale * math.log2(math.e), T, group, row_tiles, splits, tiles,
+            keys.shape[1], 0 if page_table is None else page_table.stride(0), queries.stride(), keys.stride()[:3],
+            D=D, D_PADDED=D_padded, ROWS=rows, TILE=tile, TAIL=MAX_QUERIES, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        if R:
+            _reduce[triton.cdiv(tiles, block), R, B](
+                scores, bases, split_sums, lengths, None if heads is None else heads.contiguous(), result,
+                N, T, Hq, G, splits, tiles, result.stride(),
+                REDUCTION=reduce, STEPS=steps, KEPT=steps if reduce == "none" else 1,
+                SPLITS_PADDED=triton.next_power_of_2(splits), TILES=block, TILE=tile,
+            )  # fmt: skip
+    return result if reduce == "none" else result.squeeze(1)
+
+
+def _tiles(D: int, rows: int, queries: torch.dtype, paged: bool) -> tuple[int, int, int, int, int]:
+    """Padded head dim, rows and tokens of a tile, warps, stages.
+
+    A tile of 16-bit keys takes 16 KB, and three are on their way in each of two programs to an SM. A row behind a page table is
+    loaded in two steps, of which each takes its stages.
+    """
+    D_padded = max(16, triton.next_power_of_2(D))
+    steps = 2 if paged else 1
+    if queries == torch.float32:  # no tensor cores: products are unrolled, so tiles stay small
+        return D_padded, 16, 32, 4, 1 + 2 * steps
+    rows = min(max(16, triton.next_power_of_2(rows)), MAX_ROWS if D_padded < 256 else MAX_ROWS // 2)
+    return D_padded, rows, {256: 32, 128: 64}.get(D_padded, 128), 8 if rows * D_padded >= 8192 else 4, 1 + 3 * steps
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; a number that makes a few splits in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

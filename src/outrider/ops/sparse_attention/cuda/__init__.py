@@ -1,0 +1,115 @@
+"""Sparse attention in CUDA C++ for Hopper: arguments for `kernel.cu`, which says how it works."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from outrider.ops import compiler
+
+SOURCE = Path(__file__).with_name("kernel.cu")
+ELEMENTS = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
+HEAD_DIMS = (64, 128)
+ROW_TILES = (1, 2, 3, 4)  # of 8 query rows each
+VARIANTS = [
+    (f"ELEMENT={element}", f"HEAD_DIM={head_dim}", f"ROW_TILES={tiles}")
+    for element in ELEMENTS.values()
+    for head_dim in HEAD_DIMS
+    for tiles in ROW_TILES
+]
+
+
+class Arguments(ctypes.Structure):
+    """Mirrors `struct Arguments` of kernel.cu."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("queries", "keys", "values", "indices", "counts", "lengths", "page_table", "output", "mailboxes")]
+        + [(name, ctypes.c_longlong * 3) for name in ("query_stride", "stride")]
+        + [
+            (name, ctypes.c_int)
+            for name in (
+                "wide_lengths", "B", "T", "heads", "lists", "group", "owners_per_kv", "rows_per_problem", "width", "page_size", "pages_per_sequence",
+            )
+        ]
+        + [("scale", ctypes.c_float)]
+    )  # fmt: skip
+
+
+def obstacle(queries: Tensor, keys: Tensor, values: Tensor, indices: Tensor) -> str | None:
+    """Why this kernel cannot run these arguments, or None."""
+    D = queries.shape[3]
+    if queries.dtype not in ELEMENTS or keys.dtype != queries.dtype:
+        return f"it takes bfloat16 or float16 queries and caches, got {queries.dtype} and {keys.dtype}"
+    if D not in HEAD_DIMS:
+        return f"it takes a head dim of {', '.join(map(str, HEAD_DIMS))}, got {D}"
+    for name, x in (("queries", queries), ("keys", keys), ("values", values)):
+        if x.data_ptr() % 16 or any(stride % 8 for stride in x.stride()[:-1]) or x.stride(-1) != 1:
+            return f"it needs rows that start at multiples of 16 bytes, which {name} with strides {x.stride()} do not"
+    if keys.stride() != values.stride():
+        return f"it needs keys and values of the same strides, got {keys.stride()} and {values.stride()}"
+    return compiler.obstacle(queries.device)
+
+
+def sparse_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float,
+    key_scale: None,
+    value_scale: None,
+    page_table: Tensor | None,
+) -> Tensor:
+    B, T, Hq, D = queries.shape
+    Hkv, lists, width = keys.shape[2], indices.shape[1], indices.shape[2]
+    heads = max(lists, Hkv)
+    indices, counts, lengths = indices.contiguous(), counts.contiguous(), lengths.contiguous()
+    page_table = None if page_table is None else page_table.contiguous()
+    output = torch.empty(B, T, Hq, D, dtype=queries.dtype, device=queries.device)
+    rows = T * (Hq // heads)
+    row_blocks = -(-rows // (8 * ROW_TILES[-1]))
+    rows_per_problem = -(-rows // row_blocks)
+    tiles = -(-rows_per_problem // 8)
+    problems = B * heads * row_blocks
+    blocks = compiler.multiprocessors(queries.device)
+    virtual_blocks = blocks if problems <= blocks else 4 * blocks * -(-problems // (4 * blocks))
+    library = compiler.build(SOURCE, f"ELEMENT={ELEMENTS[queries.dtype]}", f"HEAD_DIM={D}", f"ROW_TILES={tiles}")
+    stream = ctypes.c_void_p(torch.cuda.current_stream(queries.device).cuda_stream)
+    mailboxes = compiler.mailboxes(queries.device).take(
+        virtual_blocks * library.mailbox_floats(), stream.value or 0, library.capture(stream)
+    )
+    arguments = Arguments(
+        queries=queries.data_ptr(),
+        keys=keys.data_ptr(),
+        values=values.data_ptr(),
+        indices=indices.data_ptr(),
+        counts=counts.data_ptr(),
+        lengths=lengths.data_ptr(),
+        page_table=None if page_table is None else page_table.data_ptr(),
+        output=output.data_ptr(),
+        mailboxes=mailboxes.data_ptr(),
+        query_stride=queries.stride()[:3],
+        stride=keys.stride()[:3],
+        wide_lengths=lengths.dtype == torch.int64,
+        B=B,
+        T=T,
+        heads=heads,
+        lists=lists,
+        group=Hq // heads,
+        owners_per_kv=heads // Hkv,
+        rows_per_problem=rows_per_problem,
+        width=width,
+        page_size=keys.shape[1],
+        pages_per_sequence=0 if page_table is None else page_table.shape[1],
+        scale=scale * 1.4426950408889634,  # log2(e): the kernel works in powers of two
+    )
+    with torch.cuda.device(queries.device):
+        error = library.launch(ctypes.byref(arguments), problems, blocks, virtual_blocks, stream)
+    compiler.check(library, error, "sparse_attention")
+    return output

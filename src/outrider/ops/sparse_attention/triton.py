@@ -1,0 +1,280 @@
+"""Sparse attention in Triton: two launches, and nothing of the cache is read but the listed rows and the tail.
+
+    _attend    grid (splits, heads that own a list, B). The queries of a program's group, T x group, are the rows of one tile.
+               The program walks its share of the list: a tile of positions, their rows of keys and values gathered straight
+               from the cache (from its pages), one online softmax in base 2. The last split adds the tail. It leaves its share
+               of the output, normalised, and the log2 of the sum it was divided by.
+    _combine   grid (T x Hq x B). Weighs the shares of a row by their sums. Not launched when there is one split.
+
+A list is cut by its count, read on the device, so a short list in a wide row still spreads over all splits. The host looks at
+shapes alone: every call can be captured in a CUDA graph and replayed with other lists, counts, lengths and pages.
+
+Slots behind the count load nothing. A tail row holding NaN or infinity does not reach the queries before it; those from it on
+get NaN.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_QUERIES = 16  # tokens of the tail, which is one tile
+MAX_HEAD_DIM = 256
+MAX_ROWS = 64  # T x group rows a program holds; more go to further programs, which read the cache again
+PROGRAMS_PER_SM = 2
+MIN_SHARE = 32  # listed tokens for which another split pays
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _locate(position, wanted, sequence, page_table, table_stride, page_size):
+    """First two cache coordinates of the positions: sequence and token, or page and slot."""
+    if page_table is None:
+        return sequence, position.to(tl.int64)
+    else:
+        page = tl.load(page_table + sequence * table_stride + position // page_size, mask=wanted, other=0)
+        return page.to(tl.int64), (position % page_size).to(tl.int64)
+
+
+# Values of these would be compiled in, for 1 and for multiples of 16: a kernel per batch size and budget, and no faster
+@triton.jit(do_not_specialize=["T", "group", "heads_per_kv", "row_tiles", "splits", "page_size", "table_stride"])
+def _attend(
+    queries,
+    keys,
+    values,
+    indices,
+    counts,
+    lengths,
+    key_scale,
+    value_scale,
+    page_table,
+    shares,  # [B, T, Hq, splits, D], in fp32, or the result when there is one split
+    share_sums,  # [B, T, Hq, splits]: log2 of the sum of a share's weights, -inf for no weights
+    scale,
+    T,
+    group,
+    heads_per_kv,
+    row_tiles,
+    splits,
+    page_size,
+    table_stride,
+    query_strides,
+    key_strides,
+    value_strides,
+    index_strides,
+    count_strides,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    split = tl.program_id(0)
+    head = tl.program_id(1) // row_tiles
+    sequence = tl.program_id(2).to(tl.int64)
+    kv_head = (head // heads_per_kv).to(tl.int64)
+
+    row = tl.program_id(1) % row_tiles * ROWS + tl.arange(0, ROWS)
+    step, query_head = row // group, head * group + row % group
+    dim = tl.arange(0, D_PADDED)
+    asked = (row < T * group)[:, None] & (dim < D)[None, :]
+    at = sequence * query_strides[0] + step.to(tl.int64) * query_strides[1] + query_head.to(tl.int64) * query_strides[2]
+    q = tl.load(queries + at[:, None] + dim[None, :] * query_strides[3], mask=asked, other=0.0)  # [ROWS, D]
+    if INTERPRETED:  # whose products take bfloat16 for integers
+        q = q.to(tl.float32)
+    if key_scale is not None:
+        scale *= tl.load(key_scale + kv_head)
+    keys += kv_head * key_strides[2] + dim[None, :]
+    values += kv_head * value_strides[2] + dim[None, :]
+
+    count = tl.load(counts + sequence * count_strides[0] + head * count_strides[1])
+    share = tl.cdiv(tl.cdiv(count, splits), 16) * 16
+    first, last = split * share, tl.minimum(split * share + share, count)
+    indices += sequence * index_strides[0] + head.to(tl.int64) * index_strides[1]
+
+    best = tl.full([ROWS], -float("inf"), tl.float32)  # largest logit so far
+    total = tl.zeros([ROWS], tl.float32)  # sum of weights 2 ** (logit - best)
+    out = tl.zeros([ROWS, D_PADDED], tl.float32)
+    for start in range(first, last, TILE):
+        slot = start + tl.arange(0, TILE)
+        listed = slot < last
+        position = tl.load(indices + slot, mask=listed, other=0)
+        outer, inner = _locate(position, listed, sequence, page_table, table_stride, page_size)
+        loaded = listed[:, None] & (dim < D)[None, :]
+        k = tl.load(keys + (outer * key_strides[0] + inner * key_strides[1])[:, None], mask=loaded, other=0.0)
+        v = tl.load(values + (outer * value_strides[0] + inner * value_strides[1])[:, None], mask=loaded, other=0.0)
+
+        logits = tl.dot(q, k.to(q.dtype).T, input_precision="ieee") * scale  # [ROWS, TILE]
+        logits = tl.where(listed[None, :], logits, -float("inf"))
+        best_now = tl.maximum(best, tl.max(logits, 1))
+        weights = tl.exp2(logits - best_now[:, None])
+        fade = tl.exp2(best - best_now)
+        total = total * fade + tl.sum(weights, 1)
+        out = tl.dot(weights.to(q.dtype), v.to(q.dtype), out * fade[:, None], input_precision="ieee")
+        best = best_now
+
+    if split == splits - 1:
+        behind = tl.arange(0, TAIL)
+        there = behind < T
+        position = tl.load(lengths + sequence).to(tl.int32) + behind
+        outer, inner = _locate(position, there, sequence, page_table, table_stride, page_size)
+        loaded = there[:, None] & (dim < D)[None, :]
+        k = tl.load(keys + (outer * key_strides[0] + inner * key_strides[1])[:, None], mask=loaded, other=0.0)
+        v = tl.load(values + (outer * value_strides[0] + inner * value_strides[1])[:, None], mask=loaded, other=0.0)
+        k, v = k.to(q.dtype), v.to(q.dtype)
+
+        visible = (behind[None, :] <= step[:, None]) & there[None, :]  # [ROWS, TAIL]
+        logits = tl.where(visible, tl.dot(q, k.T, input_precision="ieee") * scale, -float("inf"))
+        best_now = tl.maximum(best, tl.max(logits, 1))
+        weights = tl.exp2(logits - best_now[:, None])
+        fade = tl.exp2(best - best_now)
+        total = total * fade + tl.sum(weights, 1)
+        # 0 * NaN is NaN: values that are not finite are left out of the product and marked where their row is visible
+        finite = tl.abs(v.to(tl.float32)) < float("inf")
+        out = tl.dot(weights.to(q.dtype), tl.where(finite, v, 0.0), out * fade[:, None], input_precision="ieee")
+        spoilt = tl.dot(visible.to(tl.float16), (~finite).to(tl.float16)) > 0
+        out = tl.where(spoilt, float("nan"), out)
+        best = best_now
+
+    some = total != 0  # false for a share without tokens: its output is never read
+    total = tl.where(some, total, 1.0)
+    out = out / total[:, None]
+    if value_scale is not None:
+        out *= tl.load(value_scale + kv_head)
+    query_heads = tl.num_programs(1) // row_tiles * group
+    slot = ((sequence * T + step) * query_heads + query_head) * splits + split
+    tl.store(shares + slot[:, None] * D + dim[None, :], out, mask=asked & some[:, None])
+    if share_sums is not None:
+        tl.store(share_sums + slot, tl.where(some, best + tl.log2(total), -float("inf")), mask=row < T * group)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _combine(
+    shares,  # [rows, splits, D]
+    share_sums,  # [rows, splits]
+    result,  # [rows, D]
+    splits,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    SPLITS_PADDED: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.arange(0, SPLITS_PADDED)
+    sums = tl.load(share_sums + row * splits + split, mask=split < splits, other=-float("inf"))
+    best = tl.max(sums, 0)  # finite: the last share holds the tail
+    total = tl.sum(tl.exp2(sums - best), 0)
+
+    dim = tl.arange(0, D_PADDED)
+    out = tl.zeros([D_PADDED], tl.float32)
+    for start in range(0, splits, TILE):
+        part = start + tl.arange(0, TILE)
+        weight = tl.exp2(tl.load(share_sums + row * splits + part, mask=part < splits, other=-float("inf")) - best)
+        some = (weight != 0)[:, None] & (dim < D)[None, :]
+        share = tl.load(shares + (row * splits + part)[:, None] * D + dim[None, :], mask=some, other=0.0)
+        out += tl.sum(share * weight[:, None], 0)
+    tl.store(result + row * D + dim, out / total, mask=dim < D)
+
+
+def obstacle(queries: Tensor, keys: Tensor) -> str | None:
+    """Why these arguments cannot be run, None if they can."""
+    T, D = queries.shape[1], queries.shape[3]
+    if queries.dtype == torch.float64:
+        return "queries are float64; the kernel computes in float32"
+    if T > MAX_QUERIES:
+        return f"T={T} query tokens; the kernel takes at most {MAX_QUERIES}"
+    if D > MAX_HEAD_DIM:
+        return f"head dim {D}; the kernel takes at most {MAX_HEAD_DIM}"
+    if INTERPRETED:
+        return None
+    if not queries.is_cuda:
+        return f"tensors are on {queries.device.type}; the kernel runs on CUDA devices (or with TRITON_INTERPRET=1)"
+    if keys.dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability(queries.device) < (8, 9):
+        return "float8_e4m3fn caches need compute capability 8.9"
+    return None
+
+
+def sparse_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
+    page_table: Tensor | None,
+) -> Tensor:
+    B, T, Hq, D = queries.shape
+    Hkv, Hs, M = keys.shape[2], indices.shape[1], indices.shape[2]
+    heads = max(Hs, Hkv)  # a list shared by all heads is walked once per KV head
+    group = Hq // heads
+    D_padded, rows, tile, warps, stages = _tiles(D, T * group, queries.dtype, page_table is not None)
+    row_tiles = triton.cdiv(T * group, rows)
+    room = PROGRAMS_PER_SM * _processors(queries.device) // (B * heads * row_tiles)
+    splits = max(1, min(room, triton.cdiv(M, MIN_SHARE)))
+
+    indices = _rows(indices).expand(B, heads, M)
+    counts = counts.expand(B, heads)
+    page_table = None if page_table is None else _rows(page_table)
+    result = queries.new_empty(B, T, Hq, D)
+    alone = splits == 1
+    shares = result if alone else torch.empty(B, T, Hq, splits, D, dtype=torch.float32, device=queries.device)
+    sums = None if alone else torch.empty(B, T, Hq, splits, dtype=torch.float32, device=queries.device)
+    with _current(queries.device):
+        _attend[splits, heads * row_tiles, B](
+            queries, keys, values, indices, counts, lengths.contiguous(),
+            None if key_scale is None else key_scale.contiguous(),
+            None if value_scale is None else value_scale.contiguous(),
+            page_table, shares, sums,
+            scale * math.log2(math.e), T, group, heads // Hkv, row_tiles, splits,
+            keys.shape[1], 0 if page_table is None else page_table.stride(0),
+            queries.stride(), keys.stride()[:3], values.stride()[:3], indices.stride()[:2], counts.stride(),
+            D=D, D_PADDED=D_padded, ROWS=rows, TILE=tile, TAIL=MAX_QUERIES, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        if not alone:
+            padded = triton.next_power_of_2(splits)
+            _combine[B * T * Hq,](
+                shares, sums, result, splits,
+                D=D, D_PADDED=D_padded, SPLITS_PADDED=padded, TILE=min(padded, 8192 // D_padded),
+            )  # fmt: skip
+    return result
+
+
+def _tiles(D: int, rows: int, queries: torch.dtype, paged: bool) -> tuple[int, int, int, int, int]:
+    """Padded head dim, rows and tokens of a tile, warps, stages.
+
+    Two programs to an SM: registers bound the tile, and three tiles of keys and values (16 KB each in 16 bits) are on their way
+    in each. Positions, pages and rows are loaded one after the other; each step takes its stages.
+    """
+    D_padded = max(16, triton.next_power_of_2(D))
+    wide = D_padded == 256
+    stages = 1 + (2 if wide else 3) * (3 if paged else 2)
+    if queries == torch.float32:  # no tensor cores: products are unrolled, so tiles stay small
+        return D_padded, 16, 16, 8 if wide else 4, stages
+    rows = min(max(16, triton.next_power_of_2(rows)), MAX_ROWS // 2 if wide else MAX_ROWS)
+    return D_padded, rows, 64 if D_padded <= 64 else 32, 8 if wide else 4, stages
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x`, copied only if neighbours of a row are not neighbours in memory."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; a number that makes a few splits in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -1,0 +1,98 @@
+"""Token selection in CUDA C++ for Hopper: arguments for `kernel.cu`, which says how it works."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from outrider.ops import compiler
+
+SOURCE = Path(__file__).with_name("kernel.cu")
+ELEMENTS = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half", torch.float32: "float"}
+THREADS_TIMES_VECTOR = 512 * 8  # tokens that a block takes at a time
+MAX_BLOCKS = 8  # of a cluster
+RESIDENT = (1, 2, 4, 8)  # vectors of keys a thread keeps in registers; 0: rows are read again instead
+VARIANTS = [(f"ELEMENT={element}", f"RESIDENT={steps}") for element in ELEMENTS.values() for steps in (0, 4)]
+
+
+class Arguments(ctypes.Structure):
+    """Mirrors `struct Arguments` of kernel.cu."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("scores", "lengths", "sources", "budgets", "indices", "counts")]
+        + [(name, ctypes.c_longlong) for name in ("stride_b", "stride_r")]
+        + [("budget", ctypes.c_double)]
+        + [
+            (name, ctypes.c_int)
+            for name in (
+                "wide_lengths", "wide_budgets", "top_p", "B", "S", "lists", "G", "sinks", "recent", "take_max", "width", "exact",
+            )
+        ]
+    )  # fmt: skip
+
+
+def obstacle(scores: Tensor, sources: Tensor) -> str | None:
+    """Why this kernel cannot run these arguments, or None."""
+    if scores.dtype not in ELEMENTS:
+        return f"it takes bfloat16, float16 or float32 scores, got {scores.dtype}"
+    if scores.stride(2) != 1 and scores.shape[2] > 1:
+        return f"it needs score rows without gaps, got strides {scores.stride()}"
+    return compiler.obstacle(scores.device)
+
+
+def token_select(
+    scores: Tensor,
+    lengths: Tensor,
+    sources: Tensor,
+    *,
+    top_k: int | Tensor | None,
+    top_p: float | Tensor | None,
+    sinks: int,
+    recent: int,
+    merge: str,
+    width: int,
+) -> tuple[Tensor, Tensor]:
+    B, _, S = scores.shape
+    Lt, Hs, G = sources.shape
+    device = scores.device
+    sources, lengths = sources.contiguous(), lengths.contiguous()
+    indices = torch.empty(Lt, B, Hs, width, dtype=torch.int32, device=device)
+    counts = torch.empty(Lt, B, Hs, dtype=torch.int32, device=device)
+    budget = top_p if top_k is None else top_k
+    budgets = budget.contiguous() if isinstance(budget, Tensor) else None
+    arguments = Arguments(
+        scores=scores.data_ptr(),
+        lengths=lengths.data_ptr(),
+        sources=sources.data_ptr(),
+        budgets=None if budgets is None else budgets.data_ptr(),
+        indices=indices.data_ptr(),
+        counts=counts.data_ptr(),
+        stride_b=scores.stride(0),
+        stride_r=scores.stride(1),
+        budget=0.0 if budgets is not None else float(budget),
+        wide_lengths=lengths.dtype == torch.int64,
+        wide_budgets=budgets is not None and budgets.dtype in (torch.int64, torch.float64),
+        top_p=top_k is None,
+        B=B,
+        S=S,
+        lists=B * Hs,
+        G=G,
+        sinks=min(sinks, S),
+        recent=min(recent, S),
+        take_max=merge == "max",
+        width=width,
+        exact=G == 1 and scores.dtype == torch.bfloat16,
+    )
+    steps = -(-S // THREADS_TIMES_VECTOR)  # of one block alone
+    blocks = next((n for n in (1, 2, 4) if n >= steps), MAX_BLOCKS)
+    resident = next((n for n in RESIDENT if n * blocks >= steps), 0)
+    library = compiler.build(SOURCE, f"ELEMENT={ELEMENTS[scores.dtype]}", f"RESIDENT={resident}")
+    if B and counts.numel():
+        with torch.cuda.device(device):
+            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+            error = library.launch(ctypes.byref(arguments), counts.numel(), blocks, stream)
+        compiler.check(library, error, "token_select")
+    return indices, counts

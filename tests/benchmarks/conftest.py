@@ -1,0 +1,76 @@
+"""Make `benchmarks/` importable, and share tiny cases, a clock that needs no GPU, and a bench for the CPU."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks.kernels.attention_mass import AttentionMass  # noqa: E402
+from benchmarks.kernels.case import Case  # noqa: E402
+from benchmarks.kernels.run import Bench  # noqa: E402
+from benchmarks.kernels.sparse_attention import SparseAttention  # noqa: E402
+from benchmarks.kernels.token_select import TokenSelect  # noqa: E402
+from benchmarks.timing import Call, Timing  # noqa: E402
+
+HEADS = {"Hq": 8, "Hkv": 2, "D": 16}
+TINY: tuple[Case, ...] = (
+    SparseAttention(id="sparse_attention-tiny", S=200, B=2, **HEADS),
+    SparseAttention(id="sparse_attention-tiny-separate", S=200, B=2, separate=True, **HEADS),
+    SparseAttention(id="sparse_attention-tiny-fp8", S=200, B=1, fp8=True, **HEADS),
+    TokenSelect(id="token_select-tiny-top_k", R=8, S=2000),
+    TokenSelect(id="token_select-tiny-top_p", R=8, S=2000, budget="top_p"),
+    TokenSelect(id="token_select-tiny-merge4-top_k", R=16, S=2000, G=4),
+    TokenSelect(id="token_select-tiny-merge4-fp32-top_k", R=16, S=2000, G=4, dtype=torch.float32),
+    AttentionMass(id="attention_mass-tiny", S=200, B=2, **HEADS),
+    AttentionMass(id="attention_mass-tiny-interleaved", S=200, B=2, interleaved=True, **HEADS),
+)
+
+
+class Clock:
+    """Runs the calls; says what `answers` holds for them in turn, microseconds per call."""
+
+    def __init__(self, answers: Sequence[float] = (10.0,), graph: bool = True) -> None:
+        self.answers, self.graph = answers, graph
+        self.asked: list[int] = []  # calls of each question
+
+    def time(self, calls: Sequence[Call], *, eager: bool = False) -> Timing:
+        for call in calls:
+            call()
+        us = self.answers[len(self.asked) % len(self.answers)]
+        self.asked.append(len(calls))
+        return Timing(us, us - 1, self.graph or not eager)
+
+
+@pytest.fixture(params=TINY, ids=lambda case: case.id)
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+@pytest.fixture
+def clock() -> type[Clock]:
+    return Clock
+
+
+@pytest.fixture
+def notes() -> list[str]:
+    """What a run said."""
+    return []
+
+
+@pytest.fixture
+def make_bench(notes: list[str]) -> Callable[..., Bench]:
+    """`make_bench(timer, **changes)`: the reference on the CPU, at a streaming rate of 4,000 GB/s."""
+
+    def make(timer=None, **changes) -> Bench:
+        given = {"backends": ["reference"], "device": torch.device("cpu"), "conditions": {"stream_gb_s": 4000.0}}
+        return Bench(timer=timer or Clock(), note=notes.append, **(given | changes))
+
+    return make

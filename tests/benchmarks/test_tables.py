@@ -1,0 +1,63 @@
+"""The documents' tables of kernel results: made from lines, and said to be missing where there are none."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import tables
+
+LINES = [
+    {
+        "id": "sparse_attention-128k-b1-keep10", "backend": "cuda", "us": 14.96, "us_min": 14.5, "us_chained": 13.2,
+        "gb": 0.0545, "gb_s": 3643.0, "stream_fraction": 0.83, "key_fraction": None,
+        "peers": {"FA3 dense": 141.2, "FA3 page 1": 31.5},
+        "peers_chained": {"FA3 dense": 139.6}, "ratio": 2.1056, "error": 2e-3, "conditions": {"device": "x"},
+    },
+    {
+        "id": "attention_mass-32k-b1", "backend": "triton", "us": 12.0, "us_min": 11.0, "us_chained": None,
+        "gb": 0.036, "gb_s": 3000.0, "stream_fraction": 0.68, "key_fraction": 0.6,
+        "peers": {"stream of K": 7.6}, "peers_chained": {},
+        "ratio": None, "error": 2e-3, "conditions": {"device": "x"},
+    },
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["kernels", "kernels-sparse_attention", "kernels-token_select", "kernel-matrix"])
+def test_without_results_the_table_says_so(name):
+    block = f"<!-- table: {name} -->\nold\n<!-- end -->"
+    assert tables.rewritten(block) == f"<!-- table: {name} -->\nNot measured yet.\n<!-- end -->"
+
+
+def test_the_table_of_all_kernels(results):
+    (results / "kernels.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    assert tables.kernels_table("kernels").splitlines() == [
+        "| case | backend | us, alone / in a chain | GB | GB/s | of streaming rate | best peer | its us | best peer / ours |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| sparse_attention-128k-b1-keep10 | cuda | 15.0 / 13.2 | 0.054 | 3643 | 83% | FA3 page 1 | 31.5 | 2.11x |",
+        "| attention_mass-32k-b1 | triton | 12.0 | 0.036 | 3000 | 68% |  |  |  |",
+    ]
+
+
+def test_the_table_of_one_op_has_a_column_for_every_peer(results):
+    (results / "kernels.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    header, _, only = tables.kernels_table("kernels-sparse_attention").splitlines()
+    assert "| FA3 dense, us | FA3 page 1, us | best peer / ours |" in header
+    assert only == "| 128k-b1-keep10 | cuda | 15.0 / 13.2 | 0.054 | 3643 | 83% | 141 / 140 | 31.5 | 2.11x |"
+    assert "| stream of K, us |" in tables.kernels_table("kernels-attention_mass")
+    assert tables.kernels_table("kernels-token_select") == tables.NOT_MEASURED
+
+
+def test_the_table_of_the_test_matrix(results):
+    line = {"op": "token_select", "backend": "cuda", "passed": 812, "failed": 0, "skipped": 3, "margin": 0.512}
+    (results / "kernel-matrix.jsonl").write_text(json.dumps(line | {"conditions": {"device": "NVIDIA H200"}}) + "\n")
+    assert tables.kernel_matrix_table("kernel-matrix").splitlines()[-1] == (
+        "| token_select | cuda | 812 | 0 | 3 | 0.51 | NVIDIA H200 |"
+    )
