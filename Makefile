@@ -43,7 +43,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 test-gpu:
-	PYTHONPATH=src $(PYTHON) -m pytest tests/kernels --kernel-summary benchmarks/results/kernel-matrix.jsonl
+	PYTHONPATH=src $(PYTHON) -m pytest tests/kernels tests/gpu --kernel-summary benchmarks/results/kernel-matrix.jsonl
 
 # make bench-kernels ARGS="--only sparse --peer-fa3 /tmp/fa3.so"
 bench-kernels:

@@ -157,6 +157,14 @@ def kernel_matrix_table(name: str) -> str:
     return markdown(header, rows) if rows else NOT_MEASURED
 
 
+def kernel_development_table(name: str) -> str:
+    """What each version of a kernel took while it was written: one row a version, its cases in one cell."""
+    versions: dict[tuple[str, str], list[str]] = {}
+    for row in lines(name):
+        versions.setdefault((row["kernel"], row["version"]), []).append(f"{row['case']} **{row['us']:.1f}**")
+    return markdown(["kernel", "version", "us"], ([*version, ", ".join(cells)] for version, cells in versions.items()))
+
+
 TABLES: dict[str, Callable[[str], str]] = {
     "perplexity": perplexity_table,
     "specattn-top-p": perplexity_table,
@@ -170,6 +178,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "kernels-token_select": kernels_table,
     "kernels-attention_mass": kernels_table,
     "kernel-matrix": kernel_matrix_table,
+    "kernel-development": kernel_development_table,
 }
 
 

@@ -9,7 +9,7 @@ from outrider.errors import OptionError
 
 MODES = ("dense", "sparse")
 DTYPES = ("float32", "bfloat16", "float16")
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "reference", "triton", "cuda")
 DEFAULT_KEEP = 0.1
 
 
@@ -91,7 +91,10 @@ class EngineConfig:
     batch_size: int = option(8, "sequences that run at the same time; more prompts wait")
     prefill_chunk: int = option(2048, "prompt tokens per forward of the prefill")
     audit: bool = option(False, "after each sequence, count the tokens that the dense target would also have chosen")
-    backend: str = option("auto", "implementation of the ops: auto or reference")
+    backend: str = option(
+        "auto",
+        "kernels of the ops: auto (the best for the device; on a CPU reference), reference (plain PyTorch), triton or cuda",
+    )
 
     def __post_init__(self) -> None:
         check("mode", self.mode, self.mode in MODES, ", ".join(MODES))

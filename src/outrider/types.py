@@ -35,7 +35,7 @@ class DraftScores:
 
     mass: Tensor  # [B, Q, R, S] fp32; Q = 1 when averaged over the round's queries, Q = T when kept apart
     layers: tuple[int, ...]  # the scored draft layers; row r belongs to layer layers[r // Hq], head r % Hq
-    lengths: Tensor  # [B] int64, cached tokens S of each sequence; mass beyond it is zero
+    lengths: Tensor  # [B] int64, cached tokens of each sequence, at most S; mass beyond them is zero
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

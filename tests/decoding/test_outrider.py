@@ -112,7 +112,7 @@ def test_number_of_params_must_fit(engine):
         ({"draft_tokens": 2.0}, "draft-tokens"),
         ({"batch_size": 0}, "batch-size: got 0"),
         ({"prefill_chunk": 0}, "prefill-chunk: got 0"),
-        ({"backend": "cuda"}, "backend: got 'cuda'; allowed: auto, reference"),
+        ({"backend": "magic"}, "backend: got 'magic'; allowed: auto, reference, triton, cuda"),
         ({"sinks": -1}, "sinks: got -1"),
         ({"recent": True}, "recent: got True"),
         ({"min_context": 1.5}, "min-context: got 1.5"),

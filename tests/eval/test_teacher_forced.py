@@ -82,7 +82,7 @@ def test_rounds_equal_one_query_at_a_time_when_dense(pair):
 def test_lists_that_begin_mid_text_find_the_draft_cache_whole(pair, alignments):
     """Rounds below min_context are dense, but the draft must read them: later rounds score their tokens."""
     tokens = pair[0].tokenizer(TEXT.text)["input_ids"][:120]
-    selector = make_selector(Case(method="outrider", budget=Budget(keep=0.5, min_context=0)), pair, alignments, None)
+    selector = make_selector(Case(method="outrider", budget=Budget(keep=0.5, min_context=0)), pair, alignments, None, 4)
     whole, late = (TeacherForced(pair, 120, 4) for _ in range(2))
     whole.read(tokens, 64)
     late.read(tokens[:60], 64)
@@ -93,9 +93,9 @@ def test_lists_that_begin_mid_text_find_the_draft_cache_whole(pair, alignments):
 
 def test_selector_of_an_unknown_method_names_the_known(pair, alignments):
     with pytest.raises(OptionError, match=r"method: got 'quest'; allowed: dense, outrider, sts, specattn"):
-        make_selector(Case(method="quest"), pair, alignments, None)
+        make_selector(Case(method="quest"), pair, alignments, None, 4)
     with pytest.raises(OptionError, match="alignment"):
-        make_selector(Case(method="sts"), pair, None, None)
+        make_selector(Case(method="sts"), pair, None, None, 4)
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_scores_are_the_mass_on_cached_tokens(method, pair, begun, make_selector
     """Masses of every scored head and query: none behind the cached tokens, at most 1 in sum, most of it on the past."""
     round_ = begun.select_again(make_selector(pair, method, keep=0.5))
     mass, lengths = round_.scores.mass, begun.lengths
-    assert mass.shape[-1] == int(lengths.max())
+    assert int(lengths.max()) <= mass.shape[-1] <= begun.target_cache.capacity
     behind = torch.arange(mass.shape[-1]) >= lengths[:, None]
     assert (mass.masked_select(behind[:, None, None]) == 0).all()
     assert (mass >= 0).all()
@@ -105,7 +105,7 @@ def test_scores_equal_the_attention_weights_of_the_draft(draft_family, make_mode
         attentions = independent(pair[1])(input_ids=sequence, output_attentions=True).attentions
     length = len(prompt) - 1
     wanted = torch.cat([attentions[layer][0, :, length:, :length] for layer in round_.scores.layers])  # [R, T, S]
-    torch.testing.assert_close(round_.scores.mass[0].transpose(0, 1), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(round_.scores.mass[0, ..., :length].transpose(0, 1), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_builtin_pair(method, builtin_pair, begin_round, make_selector, book):

@@ -20,6 +20,7 @@ from outrider.decoding.statistics import StageClock, count_reads
 from outrider.errors import OptionError
 from outrider.guidance.selectors.base import Selector
 from outrider.models import KVCache, LanguageModel
+from outrider.models.cache import aligned
 from outrider.ops import token_verify
 from outrider.types import Acceptance, Alignment, DraftTrace, Selection
 
@@ -38,8 +39,8 @@ class Engine:
     """Runs sequences through speculative rounds, several at once; finished ones make room for those that wait."""
 
     def __init__(self, target: LanguageModel, draft: LanguageModel, config: EngineConfig, alignment: Alignment | None) -> None:
-        self.target = target
-        self.draft = draft
+        self.target = target.with_backend(config.backend)
+        self.draft = draft.with_backend(config.backend)
         self.config = config
         self.selector: Selector | None = None
         if config.mode == "sparse":
@@ -47,7 +48,7 @@ class Engine:
                 raise OptionError(
                     "alignment", None, "a file made by `outrider calibrate` for this pair (mode dense needs none)"
                 )
-            self.selector = make_selector(target, draft, config.method, alignment, config.budget, config.backend)
+            self.selector = make_selector(self.target, self.draft, config.method, alignment, config.budget, config.draft_tokens)
 
     def run(self, sequences: list[Sequence], progress: ProgressCallback | None = None) -> Iterator[Event]:
         """Continue all sequences to their end; yields the tokens of every sequence after every round."""
@@ -68,7 +69,7 @@ class _Rounds:
         self.progress = progress or (lambda what, done, of: None)
         self.scheduler = Scheduler(sequences, min(config.batch_size, len(sequences)))
         longest = max((len(s.prompt) + s.params.max_new_tokens for s in sequences), default=0)
-        capacity = longest + self.k + 1  # the last round may run past what is wanted
+        capacity = aligned(longest + self.k + 1)  # the last round may run past what is wanted
         self.caches = tuple(model.new_cache(self.scheduler.slots, capacity) for model in (self.target, self.draft))
         self.clock = StageClock(self.target.spec.device)
 
@@ -126,7 +127,7 @@ class _Rounds:
     def _accept(self, trace: DraftTrace, target_probs: Tensor, uniforms: Tensor) -> Acceptance:
         """Speculative sampling; the outcome is wanted on the host."""
         tokens, probs, uniforms = (x.to(target_probs.device) for x in (trace.tokens, trace.probs, uniforms))
-        verified = token_verify(tokens, probs, target_probs, uniforms, backend=self.config.backend)
+        verified = token_verify(tokens, probs, target_probs, uniforms)
         return Acceptance(accepted=verified.accepted.cpu(), next_token=verified.next_token.cpu())
 
     def _record(self, selection: Selection | None, acceptance: Acceptance, lengths: Tensor, spent: dict[str, float]) -> None:

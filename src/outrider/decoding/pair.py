@@ -5,12 +5,16 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+import torch
+
 from outrider.config import Budget
+from outrider.decoding.scoring import score
 from outrider.errors import AlignmentError, OptionError
 from outrider.guidance.alignment import AlignmentFile, ModelIdentity, load
 from outrider.guidance.selectors import build_selector
 from outrider.guidance.selectors.base import Selector
 from outrider.models import LanguageModel, check_pair, load_model
+from outrider.ops.backends import BackendError
 from outrider.types import Alignment
 
 BUILTIN = "builtin"  # the name of the pair that ships with Outrider
@@ -39,18 +43,39 @@ def load_pair(
 
 
 def make_selector(
-    target: LanguageModel, draft: LanguageModel, method: str, alignment: Alignment, budget: Budget, backend: str
+    target: LanguageModel, draft: LanguageModel, method: str, alignment: Alignment, budget: Budget, draft_tokens: int
 ) -> Selector:
-    """The selector of `method` for this pair's shapes. Raises OptionError for an unknown method, PairError for a misfit."""
-    return build_selector(
+    """The selector of `method` for this pair's shapes, on its device, under the target's backend.
+
+    Raises OptionError for an unknown method and for a backend that cannot run rounds of `draft_tokens`, PairError for a misfit.
+    """
+    selector = build_selector(
         method,
-        alignment=alignment,
+        alignment=Alignment(sources=alignment.sources.to(draft.spec.device)),
         budget=budget,
         target_layers=target.spec.full_layers,
         kv_heads=target.spec.full_shape.kv_heads,
         draft_heads=draft.spec.full_shape.query_heads,
-        backend=backend,
+        backend=target.backend,
     )
+    if target.backend not in ("auto", "reference"):
+        _rehearse(target, draft, selector, draft_tokens + 1)
+    return selector
+
+
+def _rehearse(target: LanguageModel, draft: LanguageModel, selector: Selector, t: int) -> None:
+    """Score, select and verify `t` tokens of nothing, so that a backend that cannot run this pair says so before any work."""
+    tokens = torch.zeros(1, t, dtype=torch.int64)
+    caches = [model.new_cache(1, 1 + t) for model in (target, draft)]
+    for cache in caches:
+        cache.advance(1)
+    queries = draft.forward(tokens, caches[1], record_queries=True, last_only=True).queries
+    try:
+        scores = score(draft, caches[1], queries, caches[1].lengths, selector.draft_layers, per_query=selector.per_query)
+        target.forward(tokens, caches[0], selection=selector.select(scores), last_only=True)
+    except BackendError as error:
+        allowed = f"auto, reference, or one that runs this pair in {target.spec.dtype} with K = {t - 1} ({error.reason})"
+        raise OptionError("backend", target.backend, allowed) from error
 
 
 def identity(model: LanguageModel) -> ModelIdentity:

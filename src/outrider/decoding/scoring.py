@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from outrider.models import KVCache, LanguageModel
+from outrider.models.cache import aligned
 from outrider.ops import attention_mass
 from outrider.types import DraftScores
 
@@ -23,15 +24,15 @@ def score(
 
     `queries` holds [B, T, Hq, D] for every draft layer; `lengths` [B] (host) is the number of cached tokens before the
     round, whose T keys lie behind them in `cache`. Only `layers` are read. With `per_query` the T queries are kept apart, else
-    averaged.
+    averaged. The mass is `aligned` wide, as far as the cache reaches.
     """
     t = queries[0].shape[1]
-    s = int(lengths.max())
+    stop = min(aligned(int(lengths.max()) + t), cache.capacity)
     on_device = lengths.to(cache.device)
     masses = [
         attention_mass(
             queries[layer],
-            cache.keys(layer, s + t),
+            cache.keys(layer, stop),
             on_device,
             scale=draft.spec.layers[layer].scale,
             reduce="none" if per_query else "mean",
@@ -39,6 +40,5 @@ def score(
         )
         for layer in layers
     ]
-    head_axis = 2 if per_query else 1
-    mass = torch.cat(masses, dim=head_axis)[..., :s]  # the round's own tokens are attended to anyway
+    mass = torch.cat(masses, dim=2 if per_query else 1)
     return DraftScores(mass=mass if per_query else mass[:, None], layers=layers, lengths=on_device)

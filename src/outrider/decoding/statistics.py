@@ -125,6 +125,7 @@ def count_reads(
     listed = torch.zeros(len(lengths), dtype=torch.float64)
     read, dense = torch.zeros_like(lengths), torch.zeros_like(lengths)
     size = target.dtype.itemsize
+    counts = selection.counts.cpu() if selection is not None else torch.empty(0)
     union = _rows_per_kv_head(selection, target).cpu() if selection is not None else torch.empty(0)
     for layer, shape in enumerate(target.layers):
         row_bytes = 2 * shape.head_dim * size  # key and value
@@ -136,7 +137,7 @@ def count_reads(
         else:
             row = selection.layers.index(layer)
             read += (union[row].sum(-1) + t * shape.kv_heads) * row_bytes
-            listed += selection.counts[row].cpu().double().mean(-1)
+            listed += counts[row].double().mean(-1)
     if selection is not None:
         for layer in scored_layers:
             shape = draft.layers[layer]

@@ -44,7 +44,7 @@ def evaluate(
     """
     check("facts", facts, facts >= 1, "a whole number >= 1")
     check_context(context, pair, 2)
-    selectors = [make_selector(case, pair, alignments, map_name) for case in cases]
+    selectors = [make_selector(case, pair, alignments, map_name, draft_tokens) for case in cases]
     documents = []
     for number, text in enumerate(texts):
         rng = random.Random(f"{seed} {context} {number}")

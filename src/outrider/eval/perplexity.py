@@ -35,7 +35,7 @@ def evaluate(
     """
     check("scored-tokens", scored_tokens, 1 <= scored_tokens < context, f"1 .. context - 1 = {context - 1}")
     check_context(context, pair, 2)
-    selectors = [make_selector(case, pair, alignments, map_name) for case in cases]
+    selectors = [make_selector(case, pair, alignments, map_name, draft_tokens) for case in cases]
     documents = [(text.name, tokenize(pair[0], text.name, text.text, context)) for text in texts]
 
     common = conditions(pair, draft_tokens, map_name)

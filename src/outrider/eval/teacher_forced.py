@@ -23,6 +23,7 @@ from outrider.guidance.alignment import AlignmentFile
 from outrider.guidance.selectors import SELECTORS
 from outrider.guidance.selectors.base import Selector
 from outrider.models import LanguageModel
+from outrider.models.cache import aligned
 
 DENSE = "dense"
 
@@ -43,7 +44,7 @@ class TeacherForced:
     def __init__(self, pair: tuple[LanguageModel, LanguageModel], capacity: int, draft_tokens: int) -> None:
         self.target, self.draft = pair
         self.t = draft_tokens + 1
-        self.caches = tuple(model.new_cache(1, capacity + self.t) for model in pair)
+        self.caches = tuple(model.new_cache(1, aligned(capacity + self.t)) for model in pair)
 
     def read(self, tokens: list[int], chunk: int, progress: ProgressCallback | None = None) -> None:
         """Cache `tokens` densely in both models, in place of what was there."""
@@ -84,7 +85,11 @@ class TeacherForced:
 
 
 def make_selector(
-    case: Case, pair: tuple[LanguageModel, LanguageModel], alignments: AlignmentFile | None, map_name: str | None
+    case: Case,
+    pair: tuple[LanguageModel, LanguageModel],
+    alignments: AlignmentFile | None,
+    map_name: str | None,
+    draft_tokens: int,
 ) -> Selector | None:
     """The selector of a case, None for "dense". Raises OptionError for an unknown method or a missing alignment."""
     if case.method == DENSE:
@@ -94,7 +99,7 @@ def make_selector(
     if alignments is None:
         raise OptionError("alignment", None, "a file made by `outrider calibrate` for this pair")
     alignment = alignments.map(map_name or SELECTORS[case.method].default_map).alignment
-    return pair_selector(*pair, case.method, alignment, budget_of(case), pair[0].backend)
+    return pair_selector(*pair, case.method, alignment, budget_of(case), draft_tokens)
 
 
 def budget_of(case: Case) -> Budget:

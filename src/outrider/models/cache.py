@@ -28,6 +28,11 @@ class LayerShape:
     window: int | None  # sliding-window width in tokens, or None for full attention
 
 
+def aligned(tokens: int) -> int:
+    """The next multiple of 64: rows of so many scores begin at multiples of 16 bytes, and kernels meet few widths."""
+    return -(-tokens // 64) * 64
+
+
 class KVCache:
     """Keys and values of all layers for up to B sequences of up to `capacity` tokens.
 

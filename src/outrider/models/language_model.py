@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from outrider.config import BACKENDS, check
+from outrider.errors import OptionError
 from outrider.models.attention import Forward
 from outrider.models.cache import KVCache, LayerShape
+from outrider.ops.backends import device_obstacle
 from outrider.types import Selection
 
 
@@ -45,14 +48,27 @@ class Output:
     queries: tuple[Tensor, ...]  # per layer [B, T, Hq, D]; empty unless recorded
 
 
+def check_backend(backend: str, device: torch.device) -> None:
+    """Raise OptionError for an unknown backend of the ops, and for one that no call on `device` can run."""
+    check("backend", backend, backend in BACKENDS, ", ".join(BACKENDS))
+    if (reason := device_obstacle(backend, device)) is not None:
+        usable = ", ".join(name for name in BACKENDS if device_obstacle(name, device) is None)
+        raise OptionError("backend", backend, f"{usable} on device {device} ({backend}: {reason})")
+
+
 class LanguageModel:
     """Runs forwards over a `KVCache`; keeps no state between calls."""
 
     def __init__(self, module: nn.Module, tokenizer: Any | None, spec: ModelSpec, backend: str = "auto") -> None:
+        check_backend(backend, spec.device)
         self.module = module
         self.tokenizer = tokenizer
         self.spec = spec
         self.backend = backend
+
+    def with_backend(self, backend: str) -> LanguageModel:
+        """The same weights under another backend of the ops. Raises OptionError for one that the device cannot run."""
+        return self if backend == self.backend else LanguageModel(self.module, self.tokenizer, self.spec, backend)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` sequences of up to `capacity` tokens."""

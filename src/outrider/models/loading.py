@@ -14,7 +14,7 @@ from outrider.config import DTYPES, check
 from outrider.errors import ModelError, OutriderError, PairError
 from outrider.models.attention import NAME, Forward, register
 from outrider.models.cache import KVCache, LayerShape
-from outrider.models.language_model import LanguageModel, ModelSpec
+from outrider.models.language_model import LanguageModel, ModelSpec, check_backend
 
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -25,10 +25,12 @@ def load_model(
     """Load a decoder-only checkpoint that transformers can run with a custom attention function.
 
     `path` is a folder or a hub id, `role` ("target" or "draft") names the option in errors. Raises OptionError for an unknown
-    dtype or device, ModelError for a checkpoint that is missing, broken, or whose attention cannot be routed through Outrider.
+    dtype, device or backend, ModelError for a checkpoint that is missing, broken, or whose attention cannot be routed through
+    Outrider.
     """
     check("dtype", dtype, dtype in DTYPES, ", ".join(DTYPES))
     _check_device(device)
+    check_backend(backend, torch.device(device))
     if not Path(path).exists() and (path.startswith(("/", ".", "~")) or path.count("/") > 1):
         raise ModelError(f"{role} {path!r}: no such folder; allowed: a folder that exists, or a hub id such as org/name")
     from transformers import AutoModelForCausalLM

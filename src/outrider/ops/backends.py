@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 
+from outrider.ops import compiler
 from outrider.ops.checks import check_choice
 
 BACKENDS = ("auto", "reference", "triton", "cuda")
+
+
+class BackendError(ValueError):
+    """A backend asked for by name cannot run the call; `reason` says why."""
+
+    def __init__(self, backend: str, reason: str) -> None:
+        super().__init__(f"backend: {backend!r} cannot run this call: {reason}")
+        self.reason = reason
 
 
 def choose(backend: str, device: torch.device, kernels: Mapping[str, Callable[[], str | None]]) -> str:
@@ -17,15 +28,34 @@ def choose(backend: str, device: torch.device, kernels: Mapping[str, Callable[[]
 
     `kernels` maps a backend's name, best first, to a function that says why it cannot run the arguments at hand, or None if it
     can. "auto" takes the reference on the CPU, and on a GPU the first kernel that can run, the reference if none can. A backend
-    asked for by name is never exchanged for another. Raises ValueError for an unknown backend or one that cannot run.
+    asked for by name is never exchanged for another. Raises ValueError for an unknown backend, BackendError for one that cannot
+    run.
     """
     check_choice("backend", backend, ("auto", "reference", *kernels))
+
+    def obstacle(name: str) -> str | None:
+        return (_triton_missing() if name == "triton" else None) or kernels[name]()
+
     if backend == "auto":
-        usable = (name for name, obstacle in kernels.items() if device.type == "cuda" and obstacle() is None)
-        return next(usable, "reference")
-    if backend != "reference" and (reason := kernels[backend]()) is not None:
-        raise ValueError(f"backend: {backend!r} cannot run this call: {reason}")
+        return next((name for name in kernels if device.type == "cuda" and obstacle(name) is None), "reference")
+    if backend != "reference" and (reason := obstacle(backend)) is not None:
+        raise BackendError(backend, reason)
     return backend
+
+
+def device_obstacle(backend: str, device: torch.device) -> str | None:
+    """Why no call on `device` can run `backend`, or None: what is known before there are arguments."""
+    if backend == "cuda":
+        return compiler.obstacle(device)
+    if backend == "triton" and device.type != "cuda" and not _is_set("TRITON_INTERPRET"):
+        return f"it needs a CUDA device, or TRITON_INTERPRET=1, got {device}"
+    return _triton_missing() if backend == "triton" else None
+
+
+@cache
+def _triton_missing() -> str | None:
+    """torch for the CPU, and for some systems with a GPU, comes without triton."""
+    return None if find_spec("triton") else "the package triton is not installed"
 
 
 def debug() -> bool:
@@ -33,4 +63,8 @@ def debug() -> bool:
 
     References always check them; kernels only here, since the check waits for the device and cannot be captured in a graph.
     """
-    return os.environ.get("OUTRIDER_DEBUG", "0") not in ("", "0")
+    return _is_set("OUTRIDER_DEBUG")
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "0") not in ("", "0")

@@ -46,8 +46,9 @@ def _toolchain_obstacle() -> str | None:
 class Mailboxes:
     """Memory through which the blocks of a launch talk: all bytes 0xff, "empty", before a launch and again after it.
 
-    Launches on one stream follow each other and share theirs. Every graph gets its own, since graphs may be replayed side by side on
-    any streams: one that was set aside and filled beforehand, or else one that the graph itself fills when it is replayed.
+    Launches on one stream follow each other and share theirs. Every graph gets its own, since graphs may be replayed side by
+    side on any streams: one that was set aside and filled beforehand, or else one that the graph fills when it is replayed.
+    They are kept as long as the process runs, since nothing tells when a graph is gone.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -56,7 +56,7 @@ class Outrider:
         lists = token_select(
             query_mean(scores),
             scores.lengths,
-            self.rows.to(scores.mass.device),
+            self.rows,
             top_k=top_k(budget, scores.lengths),
             top_p=top_p(budget, scores.lengths),
             sinks=budget.sinks,

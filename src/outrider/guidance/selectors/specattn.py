@@ -67,14 +67,12 @@ class SpecAttn:
 
     def select(self, scores: DraftScores) -> Selection:
         check_layers(scores, self.draft_layers)
-        groups = self.groups.to(scores.mass.device)
-        steps = torch.stack([scores.mass.index_select(2, group).mean(2) for group in groups], dim=2)  # [B, Q, U, S]
-        sources = self.sources.to(steps.device)
+        steps = torch.stack([scores.mass.index_select(2, group).mean(2) for group in self.groups], dim=2)  # [B, Q, U, S]
         if self.budget.top_p is None:
             lists = token_select(
                 steps.amax(1),
                 scores.lengths,
-                sources,
+                self.sources,
                 top_k=top_k(self.budget, scores.lengths),
                 top_p=None,
                 width=list_width(self.budget, scores, 0),
@@ -84,7 +82,7 @@ class SpecAttn:
             queries = steps.shape[1]
             lengths = scores.lengths.repeat_interleave(queries)
             each = token_select(
-                steps.flatten(0, 1), lengths, sources, top_k=None, top_p=top_p(self.budget, lengths), backend=self.backend
+                steps.flatten(0, 1), lengths, self.sources, top_k=None, top_p=top_p(self.budget, lengths), backend=self.backend
             )
             lists = union_lists(
                 each.indices.unflatten(1, (-1, queries)), each.counts.unflatten(1, (-1, queries)), steps.shape[-1]

@@ -48,7 +48,7 @@ class Sts:
         lists = token_select(
             query_mean(scores),
             scores.lengths,
-            self.rows.to(scores.mass.device),
+            self.rows,
             top_k=top_k(self.budget, scores.lengths),
             top_p=top_p(self.budget, scores.lengths),
             width=list_width(self.budget, scores, 0),

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 
-
 def attention_mass(
     queries: Tensor,
     keys: Tensor,

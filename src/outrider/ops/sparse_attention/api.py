@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from outrider.ops.backends import choose, debug
-from outrider.ops.checks import FLOATS, FP8, INTS, check_head_dim, check_heads, check_pages, check_range, check_scale, check_tensor
+from outrider.ops.checks import (
+    FLOATS,
+    FP8,
+    INTS,
+    check_head_dim,
+    check_heads,
+    check_pages,
+    check_range,
+    check_scale,
+    check_tensor,
+)
 from outrider.ops.sparse_attention import reference
 
 

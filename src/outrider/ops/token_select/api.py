@@ -111,10 +111,9 @@ def token_select(
     if chosen == "reference" or debug():
         check_range("lengths", lengths, 0, sizes["S"])
         check_range("sources", sources, 0, sizes["R"] - 1)
+    bound: int | None = width
     if width is None and chosen != "reference":
         bound = sizes["S"] if not isinstance(top_k, int) else min(max(top_k, sinks + recent), sizes["S"])
-    else:
-        bound = width
     run = {"cuda": _cuda, "triton": _triton, "reference": lambda: reference}[chosen]().token_select
     indices, counts = run(
         scores, lengths, sources, top_k=top_k, top_p=top_p, sinks=sinks, recent=recent, merge=merge, width=bound

@@ -133,6 +133,20 @@ struct Walk {  // the tokens of one block, in order: listed ones, then the tail
   }
 };
 
+__device__ constexpr bool is_bfloat(__nv_bfloat16) { return true; }
+__device__ constexpr bool is_bfloat(__half) { return false; }
+__device__ __forceinline__ float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float as_float(__half x) { return __half2float(x); }
+// Does any of the eight elements have an exponent of ones: infinity or NaN?
+__device__ __forceinline__ bool not_finite(const uint4& x) {
+  const uint32_t exponent = is_bfloat(ELEMENT()) ? 0x7f80 : 0x7c00;
+  const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+  bool found = false;
+#pragma unroll
+  for (int i = 0; i < 4; i++) found |= (words[i] & exponent) == exponent || (words[i] >> 16 & exponent) == exponent;
+  return found;
+}
+
 __device__ __forceinline__ float filled(float x) { return __float_as_uint(x) == EMPTY ? __uint_as_float(0x7fffffff) : x; }
 __device__ __forceinline__ bool empty(float x) { return __float_as_uint(x) == EMPTY; }
 
@@ -232,7 +246,7 @@ __global__ void __launch_bounds__(THREADS, 1) sparse_attention(const __grid_cons
       ptx::wait_group<STAGES - 2>();
       __syncwarp();  // all lanes' copies have arrived, and all lanes are done with the slot that is filled next
       copy();
-      const ELEMENT* k_tile = ring + slot * SLOT;
+      ELEMENT* k_tile = ring + slot * SLOT;
       slot = slot + 1 == STAGES ? 0 : slot + 1;
 
       float logits[ROW_TILES][4] = {};  // [tokens lane / 4 and lane / 4 + 8][rows]
@@ -253,8 +267,9 @@ __global__ void __launch_bounds__(THREADS, 1) sparse_attention(const __grid_cons
         for (int i = 0; i < 4; i++) logits[n][i] *= a.scale;
 
       const int walked = first + tile * TILE;
-      if (walked + TILE > min(count, last)) {  // the tile has tail tokens or repeated ones
-        asm volatile("");                      // a branch, not predicates: it is rare
+      const bool masked = walked + TILE > min(count, last);  // the tile has tail tokens or repeated ones
+      if (masked) {
+        asm volatile("");  // a branch, not predicates: it is rare
 #pragma unroll
         for (int n = 0; n < ROW_TILES; n++)
 #pragma unroll
@@ -289,16 +304,46 @@ __global__ void __launch_bounds__(THREADS, 1) sparse_attention(const __grid_cons
       uint32_t p[ROW_TILES][2];  // probabilities as the right operand
 #pragma unroll
       for (int n = 0; n < ROW_TILES; n++) {
-        float x[4];
+        float(&x)[4] = logits[n];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
           const float base = reference[n][i % 2] == -INFINITY ? 0 : reference[n][i % 2];  // nothing visible yet: probability 0
-          x[i] = ptx::exp2(logits[n][i] - base);
+          x[i] = ptx::exp2(x[i] - base);
         }
         sum[n][0] += x[0] + x[2];
         sum[n][1] += x[1] + x[3];
         p[n][0] = ptx::transpose(ptx::pack<ELEMENT>(x[0], x[1]));
         p[n][1] = ptx::transpose(ptx::pack<ELEMENT>(x[2], x[3]));
+      }
+      if (masked) {  // a NaN in a value row of the tail must not reach queries before it through 0 * NaN
+        asm volatile("");
+        const int tail = max(count - walked, 0);
+        ELEMENT* v_rows = k_tile + (TILE + tail) * STRIDE;
+        bool wild = false;
+        for (int i = lane; i < (TILE - tail) * CHUNKS; i += 32)
+          wild |= not_finite(*(const uint4*)(v_rows + i / CHUNKS * STRIDE + i % CHUNKS * 8));
+        if (__any_sync(~0u, wild)) {  // then these rows go one by one, and as zeros into the product
+#pragma unroll 1
+          for (int j = tail; j < TILE; j++) {
+            const ELEMENT* v = k_tile + (TILE + j) * STRIDE + lane / 4;
+#pragma unroll
+            for (int n = 0; n < ROW_TILES; n++)
+#pragma unroll
+              for (int i = 0; i < 2; i++) {
+                const float x = __shfl_sync(~0u, j < 8 ? logits[n][i] : logits[n][i + 2], j % 8 * 4 + lane % 4);
+                if (x > 0)
+#pragma unroll
+                  for (int m = 0; m < D / 16; m++) {
+                    out[m][n][i] += x * as_float(v[m * 16]);
+                    out[m][n][i + 2] += x * as_float(v[m * 16 + 8]);
+                  }
+              }
+          }
+          __syncwarp();
+          for (int i = lane; i < (TILE - tail) * CHUNKS; i += 32)
+            *(uint4*)(v_rows + i / CHUNKS * STRIDE + i % CHUNKS * 8) = make_uint4(0, 0, 0, 0);
+          __syncwarp();
+        }
       }
       const uint32_t v_address = ptx::shared_address(k_tile + (TILE + lane / 16 * 8 + lane % 8) * STRIDE + lane / 8 % 2 * 8);
 #pragma unroll

@@ -12,10 +12,13 @@ from outrider.ops import compiler
 
 SOURCE = Path(__file__).with_name("kernel.cu")
 ELEMENTS = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half", torch.float32: "float"}
-THREADS_TIMES_VECTOR = 512 * 8  # tokens that a block takes at a time
+THREADS = 256  # of a block
+STEP = THREADS * 8  # tokens that a block takes at a time
+AHEAD = 4
 MAX_BLOCKS = 8  # of a cluster
-RESIDENT = (1, 2, 4, 8)  # vectors of keys a thread keeps in registers; 0: rows are read again instead
-VARIANTS = [(f"ELEMENT={element}", f"RESIDENT={steps}") for element in ELEMENTS.values() for steps in (0, 4)]
+BINS = 2048
+MAX_SHARED = 160 * 1024  # bytes; rows whose keys need more are read again in every phase
+VARIANTS = [("ELEMENT=__nv_bfloat16",), ("ELEMENT=float",)]  # compiled by the tests
 
 
 class Arguments(ctypes.Structure):
@@ -28,7 +31,8 @@ class Arguments(ctypes.Structure):
         + [
             (name, ctypes.c_int)
             for name in (
-                "wide_lengths", "wide_budgets", "top_p", "B", "S", "lists", "G", "sinks", "recent", "take_max", "width", "exact",
+                "wide_lengths", "wide_budgets", "top_p", "B", "S", "lists", "G", "sinks", "recent", "take_max", "width",
+                "exact", "resident",
             )
         ]
     )  # fmt: skip
@@ -63,6 +67,14 @@ def token_select(
     counts = torch.empty(Lt, B, Hs, dtype=torch.int32, device=device)
     budget = top_p if top_k is None else top_k
     budgets = budget.contiguous() if isinstance(budget, Tensor) else None
+    number = 0.0 if budget is None or isinstance(budget, Tensor) else float(budget)
+    steps = -(-S // STEP)  # of one block alone
+    blocks = next((n for n in (1, 2, 4) if 4 * n >= steps), MAX_BLOCKS)
+    fixed = 8 * (BINS // blocks + 2)
+    steps = -(-steps // blocks)  # of each
+    marks = THREADS // 32 * 256 * -(-steps // AHEAD)
+    resident = fixed + marks + 2 * STEP * steps <= MAX_SHARED
+    shared = fixed + marks + 2 * STEP * (steps if resident else AHEAD)
     arguments = Arguments(
         scores=scores.data_ptr(),
         lengths=lengths.data_ptr(),
@@ -72,7 +84,7 @@ def token_select(
         counts=counts.data_ptr(),
         stride_b=scores.stride(0),
         stride_r=scores.stride(1),
-        budget=0.0 if budgets is not None else float(budget),
+        budget=number,
         wide_lengths=lengths.dtype == torch.int64,
         wide_budgets=budgets is not None and budgets.dtype in (torch.int64, torch.float64),
         top_p=top_k is None,
@@ -85,14 +97,12 @@ def token_select(
         take_max=merge == "max",
         width=width,
         exact=G == 1 and scores.dtype == torch.bfloat16,
+        resident=resident,
     )
-    steps = -(-S // THREADS_TIMES_VECTOR)  # of one block alone
-    blocks = next((n for n in (1, 2, 4) if n >= steps), MAX_BLOCKS)
-    resident = next((n for n in RESIDENT if n * blocks >= steps), 0)
-    library = compiler.build(SOURCE, f"ELEMENT={ELEMENTS[scores.dtype]}", f"RESIDENT={resident}")
+    library = compiler.build(SOURCE, f"ELEMENT={ELEMENTS[scores.dtype]}")
     if B and counts.numel():
         with torch.cuda.device(device):
             stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-            error = library.launch(ctypes.byref(arguments), counts.numel(), blocks, stream)
+            error = library.launch(ctypes.byref(arguments), counts.numel(), blocks, shared, stream)
         compiler.check(library, error, "token_select")
     return indices, counts

@@ -1,8 +1,8 @@
 // Token selection for Hopper: one launch, one *cluster* of thread blocks per list, no sort.
 //
 // A token's key is the upper half of its merged fp32 score: 15 bits that order like the score. The blocks of a cluster take equal,
-// contiguous parts of the row; their warps likewise. Scores are read from memory once and their keys kept in registers (rows of up to
-// 32768 RESIDENT tokens; longer rows are read again for every phase).
+// contiguous parts of the row; their warps likewise. Scores are read from memory once and their keys kept in shared memory; rows too
+// long for that are read again in every phase.
 //
 //     1  histogram of the keys' upper 11 bits; the blocks add theirs up, a slice of bins each, and find the bin of the threshold
 //     2  histogram of the lower 4 bits within that bin: the threshold, the quota of tokens equal to it, the blocks' first places
@@ -17,16 +17,24 @@
 
 #ifndef ELEMENT
 #define ELEMENT __nv_bfloat16
-#define RESIDENT 4
+#endif
+#ifndef BLOCKS_PER_SM
+#define BLOCKS_PER_SM 3
+#endif
+#ifndef THREADS
+#define THREADS 256
 #endif
 
 namespace cg = cooperative_groups;
 
-constexpr int THREADS = 512, WARPS = THREADS / 32;
+constexpr int WARPS = THREADS / 32, MAX_BLOCKS = 8;
 constexpr int VECTOR = 8;                  // tokens a thread takes at a time
+constexpr int AHEAD = 4;                   // steps whose scores a warp has under way at a time
 constexpr int STEP = 32 * VECTOR;          // tokens a warp takes at a time
 constexpr int BINS = 2048, FINE = 16;      // 11 + 4 bits
-constexpr unsigned OUTSIDE = 0xffff, FORCED = 0xfffe;  // in place of a key
+constexpr int FORCED = 0x7fff, OUTSIDE = -0x8000;  // in place of a key, read as signed: above and below all keys
+
+constexpr int MAX_SHARED = 160 * 1024;
 
 struct Arguments {
   const ELEMENT* scores;     // [B, R, S]
@@ -37,56 +45,68 @@ struct Arguments {
   int* counts;               // [Lt, B, Hs]
   long long stride_b, stride_r;
   double budget;
-  int wide_lengths, wide_budgets, top_p, B, S, lists, G, sinks, recent, take_max, width, exact;
-};
-
-// Keys of eight neighbouring tokens.
-struct Keys {
-  uint32_t pair[VECTOR / 2];
-  __device__ __forceinline__ unsigned operator[](int i) const { return i % 2 ? pair[i / 2] >> 16 : pair[i / 2] & 0xffff; }
+  int wide_lengths, wide_budgets, top_p, B, S, lists, G, sinks, recent, take_max, width, exact, resident;
 };
 
 __device__ __forceinline__ float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float as_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ float as_float(float x) { return x; }
+template <typename T>
+__device__ constexpr bool is_bfloat(T) { return false; }
+__device__ constexpr bool is_bfloat(__nv_bfloat16) { return true; }
 
 struct Row {  // one merged row of scores
-  const Arguments& a;
   const ELEMENT* scores;     // of the sequence
   const long long* sources;  // [G]
-  int length, forced_below, forced_from;
+  long long stride, first_source;
+  int G, length, forced_below, forced_from;
+  bool take_max;
 
-  __device__ __forceinline__ Keys keys(int start) const {
-    float merged[VECTOR];
+  // Where the eight scores from `start` on are their own keys: they compete for places, in one row of aligned bfloat16.
+  __device__ __forceinline__ const uint4* plain(int start) const {
+    const ELEMENT* source = scores + first_source + start;
+    const bool competing = start >= forced_below && start + VECTOR <= forced_from;
+    return is_bfloat(ELEMENT()) && G == 1 && competing && (uintptr_t)source % 16 == 0 ? (const uint4*)source : nullptr;
+  }
+  static __device__ __forceinline__ bool clean(const uint4& keys) {  // no negative score, no NaN
+    const uint32_t highest = __vmaxu2(__vmaxu2(keys.x, keys.y), __vmaxu2(keys.z, keys.w));
+    return (highest & 0xffff) <= 0x7f80 && highest <= 0x7f80ffff;
+  }
+
+  // Keys of the eight tokens from `start` on; where `marked`, FORCED and OUTSIDE where they do not compete. NaN and negative scores
+  // count as 0. Apart, since it is long: a kernel whose hot path does not fit the instruction cache is slow.
+  __device__ __noinline__ void merge(uint4* target, int start, bool marked) const {
     const bool whole = start + VECTOR <= length;
+    float merged[VECTOR];
 #pragma unroll 1
-    for (int g = 0; g < a.G; g++) {
-      const ELEMENT* source = scores + sources[g] * a.stride_r + start;
-      ELEMENT raw[VECTOR];
+    for (int g = 0; g < G; g++) {
+      const ELEMENT* source = scores + sources[g] * stride + start;
+      float score[VECTOR];
       if (whole && (uintptr_t)source % 16 == 0) {
+        uint4 raw[sizeof(ELEMENT) * VECTOR / 16];
 #pragma unroll
-        for (int i = 0; i < (int)sizeof(raw) / 16; i++) ((uint4*)raw)[i] = __ldg((const uint4*)source + i);
+        for (int i = 0; i < sizeof(raw) / 16; i++) raw[i] = __ldg((const uint4*)source + i);
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++) score[i] = as_float(((const ELEMENT*)raw)[i]);
       } else {
 #pragma unroll
-        for (int i = 0; i < VECTOR; i++) raw[i] = start + i < length ? source[i] : ELEMENT(0);
+        for (int i = 0; i < VECTOR; i++) score[i] = start + i < length ? as_float(source[i]) : 0;
       }
 #pragma unroll
       for (int i = 0; i < VECTOR; i++) {
-        const float x = as_float(raw[i]), clean = x > 0 ? x : 0;  // NaN and negative scores count as 0
-        merged[i] = g == 0 ? clean : a.take_max ? fmaxf(merged[i], clean) : merged[i] + clean;
+        const float clean = fmaxf(score[i], 0);  // 0 for NaN
+        merged[i] = g == 0 ? clean : take_max ? fmaxf(merged[i], clean) : merged[i] + clean;
       }
     }
-    Keys result;
+    unsigned key[VECTOR];
 #pragma unroll
     for (int i = 0; i < VECTOR; i++) {
-      if (a.G > 1 && !a.take_max) merged[i] = __fdiv_rn(merged[i], a.G);
-      const int position = start + i;
-      unsigned key = __float_as_uint(merged[i]) >> 16;
-      if (position < forced_below || position >= forced_from) key = FORCED;
-      if (position >= length) key = OUTSIDE;
-      result.pair[i / 2] = i % 2 ? result.pair[i / 2] | key << 16 : key;
+      if (G > 1 && !take_max) merged[i] = __fdiv_rn(merged[i], G);
+      key[i] = __float_as_uint(merged[i]) >> 16;
+      if (marked && (start + i < forced_below || start + i >= forced_from)) key[i] = FORCED;
+      if (start + i >= length) key[i] = OUTSIDE & 0xffff;
     }
-    return result;
+    *target = make_uint4(key[0] | key[1] << 16, key[2] | key[3] << 16, key[4] | key[5] << 16, key[6] | key[7] << 16);
   }
 };
 
@@ -96,8 +116,8 @@ __device__ __forceinline__ double unit(unsigned exponent) {
   return __longlong_as_double((long long)(1023 - 134 + min(max(exponent, 1), 254)) << 52);
 }
 
-// Sum of `x` over this thread and those behind it (threads 0 .. n - 1 count); `all` becomes the sum over all.
-__device__ double sum_from_here(double x, double& all, double* scratch) {
+// Sum of `x` over this thread and those behind it; `all` becomes the sum over all.
+__device__ __forceinline__ double sum_from_here(double x, double& all, double* scratch) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
@@ -109,46 +129,67 @@ __device__ double sum_from_here(double x, double& all, double* scratch) {
   __syncthreads();
   all = 0;
   double behind = 0;
-#pragma unroll 1
+#pragma unroll
   for (int w = WARPS - 1; w >= 0; w--) {
-    if (w == warp) behind = all;
+    behind = w == warp ? all : behind;
     all += scratch[w];
   }
   return x + behind;
 }
 
-__global__ void __launch_bounds__(THREADS, RESIDENT > 4 ? 1 : 2) token_select(const __grid_constant__ Arguments a) {
-  __shared__ unsigned histogram[BINS], forced_histogram[256];
-  __shared__ double suffix[BINS + 1];       // of this block's slice of bins: weight from a bin to the slice's end
+__global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) token_select(const __grid_constant__ Arguments a) {
+  __shared__ unsigned histogram[BINS + 1], forced_histogram[256];  // tokens that do not compete fall into bins without keys
+  extern __shared__ __align__(16) char dynamic[];
   __shared__ double slice_weight, forced_mass, scratch[WARPS];
-  __shared__ unsigned fine[FINE + 1];       // counts of the threshold's bin, and of all bins above it
-  __shared__ double found_base;
-  __shared__ int found_bin, warp_kept[WARPS], warp_equal[WARPS];
+  __shared__ unsigned fine[FINE + 1];       // counts of the threshold's bin by key, and of all above it
+  __shared__ unsigned all_fine[MAX_BLOCKS][FINE + 1];
+  __shared__ double all_slices[MAX_BLOCKS], all_forced[MAX_BLOCKS], found_base;
+  __shared__ int found_bin, found_threshold, found_first, found_quota, found_total, warp_kept[WARPS], warp_equal[WARPS];
 
   cg::cluster_group cluster = cg::this_cluster();
   const int blocks = cluster.num_blocks(), rank = cluster.block_rank(), list = blockIdx.x / blocks;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int heads = a.lists / a.B, l = list / a.lists, b = list % a.lists / heads, h = list % heads;  // a.lists: of one layer
   const int length = min(a.wide_lengths ? (int)((const long long*)a.lengths)[b] : ((const int*)a.lengths)[b], a.S);
-  const Row row{a, a.scores + b * a.stride_b, a.sources + ((long long)l * heads + h) * a.G, length, min(a.sinks, length), max(length - a.recent, 0)};
+  const int recent_from = max(length - a.recent, 0);
+  Row row{a.scores + b * a.stride_b, a.sources + ((long long)l * heads + h) * a.G, a.stride_r, 0, a.G, length, min(a.sinks, length), recent_from, (bool)a.take_max};
+  row.first_source = row.sources[0] * row.stride;
   const int forced = min((long long)length, (long long)a.sinks + a.recent);
 
   // This warp's tokens: begin .. end - 1, in steps of STEP; the block's start at block_begin.
   const int steps = (length + blocks * WARPS * STEP - 1) / (blocks * WARPS * STEP);
   const int begin = min((rank * WARPS + warp) * steps * STEP, length), end = min(begin + steps * STEP, length);
-  Keys kept[RESIDENT ? RESIDENT : 1];
-  if (RESIDENT)
+  double* suffix = (double*)dynamic;  // [BINS / blocks + 1], of this block's slice of bins: weight from a bin to the slice's end
+  uint4* resident = (uint4*)(suffix + BINS / blocks + 2) + warp * (a.resident ? steps : AHEAD) * 32;  // [steps or AHEAD][32] of this warp
+  const int mine = (end - begin + STEP - 1) / STEP;
+  auto fetch = [&](int s) {  // AHEAD steps from step s on into shared memory, from `resident` on
+    uint4 keys[AHEAD];
+    const uint4* source[AHEAD];
 #pragma unroll
-    for (int s = 0; s < RESIDENT; s++)
-      if (s < steps) kept[s] = row.keys(begin + s * STEP + lane * VECTOR);
-  auto for_each_step = [&](auto body) {  // body(keys of this lane's tokens, position of their first)
-    if (RESIDENT) {
+    for (int i = 0; i < AHEAD; i++) {
+      source[i] = s + i < mine ? row.plain(begin + (s + i) * STEP + lane * VECTOR) : nullptr;
+      if (source[i]) keys[i] = __ldg(source[i]);
+    }
 #pragma unroll
-      for (int s = 0; s < RESIDENT; s++)
-        if (begin + s * STEP < end) body(kept[s], begin + s * STEP + lane * VECTOR);
-    } else {
-#pragma unroll 2
-      for (int start = begin; start < end; start += STEP) body(row.keys(start + lane * VECTOR), start + lane * VECTOR);
+    for (int i = 0; i < AHEAD; i++)
+      if (s + i < mine) {
+        uint4* target = resident + ((a.resident ? s : 0) + i) * 32 + lane;
+        if (source[i] && Row::clean(keys[i]))
+          *target = keys[i];
+        else
+          row.merge(target, begin + (s + i) * STEP + lane * VECTOR, true);
+      }
+    __syncwarp();
+  };
+  // body(16-bit keys of AHEAD steps, number of tokens, position of the first)
+  auto for_each_batch = [&](auto body) {
+#pragma unroll 1
+    for (int s = 0; s < mine; s += AHEAD) {
+      if (!a.resident) {
+        __syncwarp();
+        fetch(s);
+      }
+      body((const short*)(resident + (a.resident ? s : 0) * 32), min(AHEAD, mine - s) * STEP, begin + s * STEP);
     }
   };
 
@@ -160,6 +201,10 @@ __global__ void __launch_bounds__(THREADS, RESIDENT > 4 ? 1 : 2) token_select(co
   if (!by_mass) budget = min(budget, (double)a.width);
 
   int threshold, own_quota, first, total;  // kept: keys above the threshold, and of this block's equal to it the first `own_quota`
+  if (a.resident)
+#pragma unroll 1
+    for (int s = 0; s < mine; s += AHEAD) fetch(s);
+
 #pragma unroll 1
   while (true) {
     for (int i = thread; i < BINS; i += THREADS) histogram[i] = 0;
@@ -167,17 +212,29 @@ __global__ void __launch_bounds__(THREADS, RESIDENT > 4 ? 1 : 2) token_select(co
     if (thread <= FINE) fine[thread] = 0;
     if (thread == 0) found_bin = -1;
     __syncthreads();
-    for_each_step([&](const Keys& keys, int) {
-#pragma unroll
-      for (int i = 0; i < VECTOR; i++)
-        if (keys[i] < FORCED) atomicAdd(&histogram[keys[i] / FINE], by_mass ? significand(keys[i]) : 1);
+    for_each_batch([&](const short* keys, int tokens, int) {
+      const uint32_t* pairs = (const uint32_t*)keys + lane;
+      if (by_mass)
+#pragma unroll 4
+        for (int i = 0; i < tokens / 64; i++) {
+          const unsigned low = pairs[i * 32] & 0xffff, high = pairs[i * 32] >> 16;
+          atomicAdd(&histogram[min(low / FINE, BINS)], significand(low));
+          atomicAdd(&histogram[min(high / FINE, BINS)], significand(high));
+        }
+      else
+#pragma unroll 4
+        for (int i = 0; i < tokens / 64; i++) {
+          const unsigned low = pairs[i * 32] & 0xffff, high = pairs[i * 32] >> 16;
+          atomicAdd(&histogram[min(low / FINE, BINS)], 1);
+          atomicAdd(&histogram[min(high / FINE, BINS)], 1);
+        }
     });
     if (by_mass)  // the mass of the forced tokens, by exponent; they were not keyed
       for (int i = rank * THREADS + thread; i < forced; i += blocks * THREADS) {
         const int position = forced == length || i < a.sinks ? i : length - a.recent + i - a.sinks;
-        Row plain = row;
-        plain.forced_below = 0, plain.forced_from = length;
-        const unsigned key = plain.keys(position)[0];
+        uint4 key_and_following;
+        row.merge(&key_and_following, position, false);
+        const unsigned key = key_and_following.x & 0xffff;
         atomicAdd(&forced_histogram[key / 128], significand(key));
       }
     cluster.sync();
@@ -191,8 +248,9 @@ __global__ void __launch_bounds__(THREADS, RESIDENT > 4 ? 1 : 2) token_select(co
       double weight = 0;
       if (i >= 0 && i < slice) {
         unsigned sum = 0;
-#pragma unroll 1
-        for (int other = 0; other < blocks; other++) sum += cluster.map_shared_rank(histogram, other)[rank * slice + i];
+#pragma unroll
+        for (int other = 0; other < MAX_BLOCKS; other++)
+          if (other < blocks && rank * slice + i < FORCED / FINE) sum += cluster.map_shared_rank(histogram, other)[rank * slice + i];
         weight = by_mass ? sum * unit((rank * slice + i) / 8) : sum;
       }
       double all;
@@ -201,16 +259,17 @@ __global__ void __launch_bounds__(THREADS, RESIDENT > 4 ? 1 : 2) token_select(co
       weight_above += all;
       if (base <= 0) break;
     }
-    sum_from_here(thread < 256 ? forced_histogram[thread] * unit(thread) : 0.0, forced_weight, scratch);
+    if (by_mass) sum_from_here(thread < 256 ? forced_histogram[thread] * unit(thread) : 0.0, forced_weight, scratch);
     if (thread == 0) suffix[slice] = 0, slice_weight = weight_above, forced_mass = forced_weight;
     cluster.sync();
 
-    double everything = 0, held = 0;
-#pragma unroll 1
-    for (int other = 0; other < blocks; other++) {
-      everything += *cluster.map_shared_rank(&slice_weight, other);
-      held += *cluster.map_shared_rank(&forced_mass, other);
+    if (thread < blocks) {
+      all_slices[thread] = *cluster.map_shared_rank(&slice_weight, thread);
+      all_forced[thread] = *cluster.map_shared_rank(&forced_mass, thread);
     }
+    __syncthreads();
+    double everything = 0, held = 0;
+    for (int other = 0; other < blocks; other++) everything += all_slices[other], held += all_forced[other];
     double needed;  // weight of the tokens to choose besides the forced ones
     if (by_mass) {
       const double slack = 1 + 1.0 / 128;  // keys may understate what is dropped by as much, where they are not exact
@@ -224,7 +283,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT > 4 ? 1 : 2) token_select(co
       int owner = blocks - 1;  // of the threshold's bin; the lowest slice takes what rounding may leave over
 #pragma unroll 1
       for (; owner > 0; owner--) {
-        const double weight = *cluster.map_shared_rank(&slice_weight, owner);
+        const double weight = all_slices[owner];
         if (above + weight >= needed) break;
         above += weight;
       }
@@ -239,122 +298,150 @@ __global__ void __launch_bounds__(THREADS, RESIDENT > 4 ? 1 : 2) token_select(co
     }
     __syncthreads();
 
-    const int bin = found_bin;
-    threshold = OUTSIDE;  // nothing but the forced tokens
-    int quota = 0;        // of the tokens equal to the threshold in the whole row
-    first = total = own_quota = 0;
-    unsigned chosen_fine = FINE;
+    const int bin = found_bin;  // -1: nothing but the forced tokens
     if (bin >= 0) {
       int above = 0;
-      for_each_step([&](const Keys& keys, int) {
-#pragma unroll
-        for (int i = 0; i < VECTOR; i++)
-          if (keys[i] < FORCED) {
-            const int of = keys[i] / FINE;
-            above += of > bin;
-            if (of == bin) atomicAdd(&fine[keys[i] % FINE], 1);
+      for_each_batch([&](const short* keys, int tokens, int) {
+        const int* pairs = (const int*)keys + lane;
+#pragma unroll 4
+        for (int i = 0; i < tokens / 64; i++) {
+          const int low = (short)pairs[i * 32] - bin * FINE, high = (pairs[i * 32] >> 16) - bin * FINE;
+          above += low >= FINE;  // forced ones, too
+          above += high >= FINE;
+          if (__any_sync(~0u, min((unsigned)low, (unsigned)high) < FINE)) {
+            if ((unsigned)low < FINE) atomicAdd(&fine[low], 1);
+            if ((unsigned)high < FINE) atomicAdd(&fine[high], 1);
           }
+        }
       });
       above = __reduce_add_sync(~0u, above);
       if (lane == 0 && above) atomicAdd(&fine[FINE], above);
-      cluster.sync();
-      double reached = found_base, value = 0;
-      int j = FINE - 1;
-#pragma unroll 1
-      for (; j >= 0; j--) {
-        unsigned sum = 0;
-#pragma unroll 1
-        for (int other = 0; other < blocks; other++) sum += cluster.map_shared_rank(fine, other)[j];
-        const unsigned key = bin * FINE + j;
-        value = by_mass ? significand(key) * unit(key / 128) : 1;
-        if (reached + sum * value >= needed || j == 0) {
-          quota = value > 0 ? (int)min(ceil((needed - reached) / value), (double)sum) : 0;
-          break;
+    }
+    cluster.sync();
+    for (int i = thread; i < blocks * (FINE + 1); i += THREADS)
+      all_fine[i / (FINE + 1)][i % (FINE + 1)] = cluster.map_shared_rank(fine, i / (FINE + 1))[i % (FINE + 1)];
+    __syncthreads();
+    if (warp == 0) {
+      // Lane j < 16: the tokens of key bin * 16 + j. The threshold is the highest key that, with all above it, is enough.
+      unsigned sum = 0;
+#pragma unroll
+      for (int other = 0; other < MAX_BLOCKS; other++) sum += other < blocks && lane < FINE ? all_fine[other][lane] : 0;
+      const unsigned key = max(bin, 0) * FINE + lane;
+      const double value = by_mass ? significand(key) * unit(key / 128) : 1, weight = lane < FINE ? sum * value : 0;
+      double reached = weight;  // by this key and those above it
+#pragma unroll
+      for (int step = 1; step < FINE; step *= 2) {
+        const double above = __shfl_down_sync(~0u, reached, step);
+        if (lane + step < FINE) reached += above;
+      }
+      reached += found_base;
+      const unsigned enough = __ballot_sync(~0u, lane < FINE && (reached >= needed || lane == 0));
+      const int chosen = 31 - __clz(enough);
+      int quota = value > 0 ? (int)min(ceil((needed - (reached - weight)) / value), (double)sum) : 0;
+      quota = __shfl_sync(~0u, quota, chosen);
+      // Lane c: what block c keeps, and where it starts.
+      const int span = WARPS * steps * STEP, from = min(lane * span, length), to = min(from + span, length);
+      int above = 0, equal = 0;
+      if (lane < blocks) {
+        if (bin < 0) {
+          above = forced == length ? to - from : max(min(to, a.sinks) - from, 0) + max(to - max(from, length - a.recent), 0);
+        } else {
+          above = all_fine[lane][FINE];
+#pragma unroll
+          for (int j = 1; j < FINE; j++) above += j > chosen ? all_fine[lane][j] : 0;
+          equal = all_fine[lane][chosen];
         }
-        reached += sum * value;
       }
-      chosen_fine = j;
-      threshold = bin * FINE + j;
-    }
-    // What the blocks keep, and where this one starts.
-    const int span = WARPS * steps * STEP;
-#pragma unroll 1
-    for (int other = 0; other < blocks; other++) {
-      const int from = min(other * span, length), to = min(from + span, length);
-      int above = forced == length ? to - from : max(min(to, a.sinks) - from, 0) + max(to - max(from, length - a.recent), 0);
-      int equal = 0;
-      if (bin >= 0) {
-        const unsigned* theirs = cluster.map_shared_rank(fine, other);
-#pragma unroll 1
-        for (int j = chosen_fine + 1; j <= FINE; j++) above += theirs[j];
-        equal = theirs[chosen_fine];
+      int equal_end = equal;
+#pragma unroll
+      for (int step = 1; step < MAX_BLOCKS; step *= 2) {
+        const int below = __shfl_up_sync(~0u, equal_end, step);
+        if (lane >= step) equal_end += below;
       }
-      if (other == rank) first = total, own_quota = quota;
-      const int taken = min(equal, quota);
-      quota -= taken;
-      total += above + taken;
+      const int left = max(quota - (equal_end - equal), 0), kept = above + (bin >= 0 ? min(equal, left) : 0);
+      int end = kept;
+#pragma unroll
+      for (int step = 1; step < MAX_BLOCKS; step *= 2) {
+        const int below = __shfl_up_sync(~0u, end, step);
+        if (lane >= step) end += below;
+      }
+      if (lane == rank) {
+        found_threshold = bin >= 0 ? bin * FINE + chosen : FORCED - 1;  // above every key
+        found_first = end - kept;
+        found_quota = left;
+      }
+      if (lane == blocks - 1) found_total = end;
     }
+    __syncthreads();
+    threshold = found_threshold, first = found_first, own_quota = found_quota, total = found_total;
     if (!(by_mass && total > a.width)) break;
     by_mass = false, budget = a.width;  // too long a list: its best `width` tokens
     cluster.sync();
   }
   __syncthreads();
 
-  // Count, then write.
-  int above = 0, equal = 0;
-  for_each_step([&](const Keys& keys, int) {
-#pragma unroll
-    for (int i = 0; i < VECTOR; i++) {
-      above += keys[i] == FORCED || (keys[i] < FORCED && (int)keys[i] > threshold);
-      equal += (int)keys[i] == threshold && keys[i] < FORCED;
+  // Mark the tokens above the threshold and those equal to it, a bit each, 32 to a word; count what the warps keep.
+  uint2* marks = (uint2*)(suffix + BINS / blocks + 2) + (a.resident ? WARPS * steps * 64 : WARPS * AHEAD * 64) + warp * ((steps + AHEAD - 1) / AHEAD) * 32 + lane;
+  int above = 0, equal = 0, batch = 0;  // marks: [batches][32] of this warp, behind all keys
+  for_each_batch([&](const short* keys, int tokens, int) {
+    uint2 mark = {0, 0};
+#pragma unroll 4
+    for (int i = 0; i < tokens / 32; i++) {
+      const int key = keys[i * 32 + lane];
+      const unsigned higher = __ballot_sync(~0u, key > threshold), same = __ballot_sync(~0u, key == threshold);
+      if (lane == i) mark = make_uint2(higher, same);
     }
+    above += __popc(mark.x), equal += __popc(mark.y);
+    marks[batch++ * 32] = mark;
   });
   above = __reduce_add_sync(~0u, above);
   equal = __reduce_add_sync(~0u, equal);
   if (lane == 0) warp_kept[warp] = above, warp_equal[warp] = equal;
   __syncthreads();
-  int kept_before = first, equal_before = 0;
-#pragma unroll 1
-  for (int w = 0; w < warp; w++) kept_before += warp_kept[w], equal_before += warp_equal[w];
-  int* indices = a.indices + (long long)list * a.width;
-  for_each_step([&](const Keys& keys, int position) {
-    unsigned mine = 0;  // kept above the threshold (lower half) and equal to it (upper half)
+  int place = first, ties = own_quota;  // where this warp starts, and how many tokens equal to the threshold it may keep
 #pragma unroll
-    for (int i = 0; i < VECTOR; i++) {
-      if (keys[i] == FORCED || (keys[i] < FORCED && (int)keys[i] > threshold)) mine += 1;
-      if ((int)keys[i] == threshold && keys[i] < FORCED) mine += 1 << 16;
+  for (int w = 0; w < WARPS; w++)
+    if (w < warp) {
+      const int taken = min(warp_equal[w], ties);
+      place += warp_kept[w] + taken;
+      ties -= taken;
     }
-    unsigned before = mine;
+  auto up_to_here = [&](int x) {  // sum over the lanes up to this one
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
-      const unsigned below = __shfl_up_sync(~0u, before, step);
-      if (lane >= step) before += below;
+      const int below = __shfl_up_sync(~0u, x, step);
+      if (lane >= step) x += below;
     }
-    const unsigned all = __shfl_sync(~0u, before, 31);
-    before -= mine;
-    int kept_rank = kept_before + (before & 0xffff), equal_rank = equal_before + (before >> 16);
-#pragma unroll
-    for (int i = 0; i < VECTOR; i++) {
-      const bool is_equal = (int)keys[i] == threshold && keys[i] < FORCED;
-      const bool is_above = keys[i] == FORCED || (keys[i] < FORCED && (int)keys[i] > threshold);
-      const int place = kept_rank + min(equal_rank, own_quota);
-      if ((is_above || (is_equal && equal_rank < own_quota)) && place < a.width) indices[place] = position + i;
-      kept_rank += is_above;
-      equal_rank += is_equal;
+    return x;
+  };
+  int* indices = a.indices + (long long)list * a.width;
+#pragma unroll 1
+  for (int i = 0; i < batch; i++) {
+    uint2 mark = marks[i * 32];
+    if (ties && __any_sync(~0u, mark.y)) {
+      const int here = __popc(mark.y), end = up_to_here(here);
+      for (int left = ties - (end - here); mark.y && left > 0; mark.y &= mark.y - 1, left--) mark.x |= mark.y & -mark.y;
+      ties -= min(ties, __shfl_sync(~0u, end, 31));
     }
-    kept_before += all & 0xffff;
-    equal_before += all >> 16;
-  });
+    const int here = __popc(mark.x), end = place + up_to_here(here);
+    const int position = begin + (i * 32 + lane) * 32;
+    for (int at = end - here; mark.x; mark.x &= mark.x - 1, at++)
+      if (at < a.width) indices[at] = position + __ffs(mark.x) - 1;
+    place = __shfl_sync(~0u, end, 31);
+  }
   total = min(total, a.width);
   if (rank == 0 && thread == 0) a.counts[list] = total;
   for (int i = total + rank * THREADS + thread; i < a.width; i += blocks * THREADS) indices[i] = -1;
   cluster.sync();  // no block leaves while another reads its shared memory
 }
 
-extern "C" int launch(const Arguments* arguments, int lists, int blocks, void* stream) {
+extern "C" int launch(const Arguments* arguments, int lists, int blocks, int shared_bytes, void* stream) {
+  static const cudaError_t prepared = cudaFuncSetAttribute(token_select, cudaFuncAttributeMaxDynamicSharedMemorySize, MAX_SHARED);
+  if (prepared != cudaSuccess) return (int)prepared;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(lists * blocks);
   config.blockDim = dim3(THREADS);
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = (cudaStream_t)stream;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;

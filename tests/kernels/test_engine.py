@@ -1,0 +1,33 @@
+"""Generation with the Triton kernels in their interpreter gives the reference's tokens. On a GPU see tests/gpu."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from outrider.config import SamplingParams
+
+pytest.importorskip("triton", reason="kernels need triton")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu does this on the GPU")
+
+
+# The kernels compare scores by their upper 16 bits: all, or only sinks and recent tokens, are kept, which no tie changes.
+@pytest.mark.parametrize(
+    "name, budget",
+    [
+        ("outrider", {"keep": 1.0}),
+        ("outrider", {"keep": 0.1, "recent": 5}),
+        ("sts", {"keep": 1.0}),
+        ("specattn", {"top_p": 1.0}),
+    ],
+    ids=["outrider-all", "outrider-forced", "sts", "specattn"],
+)
+def test_triton_gives_the_tokens_of_the_reference(name, budget, make_pair, generate, random_prompts):
+    pair, prompts = make_pair("llama", "other"), random_prompts([12, 9])
+    options = {"mode": "sparse", "method": name, "draft_tokens": 2} | budget
+    params = SamplingParams(max_new_tokens=3)
+    found, wanted = (generate(pair, prompts, params, backend=backend, **options) for backend in ("triton", "reference"))
+    assert [result.token_ids for result in found] == [result.token_ids for result in wanted]
+    kept = [result.statistics.kept_fraction for result in found]
+    assert kept == [result.statistics.kept_fraction for result in wanted]
+    assert (min(kept) < 1) is ("recent" in budget)
