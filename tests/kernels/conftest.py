@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -33,6 +33,25 @@ def device() -> torch.device:
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend this machine can run. A test calls `run_or_skip` where a backend does not take all arguments."""
     return request.param
+
+
+@pytest.fixture(autouse=True, scope="module")
+def poison_uninitialised_memory() -> Iterator[None]:
+    """A buffer that is read before it is written shows: on fresh, zeroed memory such a read passes by luck."""
+
+    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allocate(*args, **kwargs) -> Tensor:
+            x = make(*args, **kwargs)
+            if x.is_floating_point():
+                return x.fill_(torch.nan) if x.element_size() > 1 else x
+            return x if x.dtype == torch.bool else x.fill_(torch.iinfo(x.dtype).min)
+
+        return allocate
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", poisoned(torch.empty))
+        patch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
+        yield
 
 
 @pytest.fixture(scope="session")

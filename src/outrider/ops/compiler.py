@@ -93,8 +93,7 @@ def build(source: Path, *defines: str) -> ctypes.CDLL:
     )
     library = ctypes.CDLL(path)
     library.describe.restype = ctypes.c_char_p
-    if hasattr(library, "capture"):
-        library.capture.restype = ctypes.c_ulonglong
+    library.capture.restype = ctypes.c_ulonglong
     return library
 
 

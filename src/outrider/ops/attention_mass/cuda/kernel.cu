@@ -14,6 +14,7 @@
 // The tail of T keys enters the sums, causally, and gets no mass. Query rows are r = t * group + g.
 // Built for one HEAD_DIM, number of QUERIES (T), GROUP of query heads per KV head and depth of the queues, STAGES; with SPILL the buffers lie in global memory,
 // for sequences whose chunks do not fit. All sums are taken in a fixed order.
+#include "host.cuh"
 #include "ptx.cuh"
 
 #ifndef HEAD_DIM
@@ -381,13 +382,3 @@ extern "C" int launch(const Arguments* arguments, int blocks, void* stream) {
   void* parameters[] = {(void*)arguments};
   return (int)cudaLaunchCooperativeKernel((void*)attention_mass, dim3(blocks), dim3(THREADS), parameters, bytes, (cudaStream_t)stream);
 }
-
-// The graph that the stream is being captured into, 0 if none.
-extern "C" unsigned long long capture(void* stream) {
-  cudaStreamCaptureStatus status;
-  unsigned long long id = 0;
-  cudaStreamGetCaptureInfo((cudaStream_t)stream, &status, &id);
-  return status == cudaStreamCaptureStatusActive ? id : 0;
-}
-
-extern "C" const char* describe(int error) { return cudaGetErrorString((cudaError_t)error); }

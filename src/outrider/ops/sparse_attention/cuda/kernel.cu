@@ -13,6 +13,7 @@
 // A message says by itself that it has arrived: the mailbox holds the bit pattern EMPTY until then, and again after it was read. So
 // merging costs one trip through L2, without fences or counters. All sums are taken in a fixed order.
 // Built for one ELEMENT, HEAD_DIM and ROW_TILES (8 query rows each).
+#include "host.cuh"
 #include "ptx.cuh"
 
 #ifndef ELEMENT
@@ -484,13 +485,3 @@ extern "C" int launch(const Arguments* arguments, int problems, int blocks, int 
   void* parameters[] = {(void*)arguments, &problems, &virtual_blocks};
   return (int)cudaLaunchCooperativeKernel((void*)sparse_attention, dim3(blocks), dim3(THREADS), parameters, SHARED_BYTES, (cudaStream_t)stream);
 }
-
-// The graph that the stream is being captured into, 0 if none.
-extern "C" unsigned long long capture(void* stream) {
-  cudaStreamCaptureStatus status;
-  unsigned long long id = 0;
-  cudaStreamGetCaptureInfo((cudaStream_t)stream, &status, &id);
-  return status == cudaStreamCaptureStatusActive ? id : 0;
-}
-
-extern "C" const char* describe(int error) { return cudaGetErrorString((cudaError_t)error); }

@@ -14,6 +14,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <stdint.h>
+#include "host.cuh"
 
 #ifndef ELEMENT
 #define ELEMENT __nv_bfloat16
@@ -449,5 +450,3 @@ extern "C" int launch(const Arguments* arguments, int lists, int blocks, int sha
   config.attrs = &attribute, config.numAttrs = 1;
   return (int)cudaLaunchKernelEx(&config, token_select, *arguments);
 }
-
-extern "C" const char* describe(int error) { return cudaGetErrorString((cudaError_t)error); }
