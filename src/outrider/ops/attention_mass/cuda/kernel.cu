@@ -83,7 +83,7 @@ __device__ __forceinline__ void sync_finishers() { ptx::named_barrier<1, 32 * FI
 
 __device__ __forceinline__ float2 merge(float2 x, float2 y) {  // (reference, sum)
   const float reference = fmaxf(x.x, y.x);
-  if (reference == -INFINITY) return x;
+  if (reference == -INFINITY) return make_float2(reference, x.y + y.y);  // nothing visible; but a NaN counts
   return make_float2(reference, x.y * ptx::exp2(x.x - reference) + y.y * ptx::exp2(y.x - reference));
 }
 

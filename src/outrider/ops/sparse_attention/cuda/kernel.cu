@@ -427,7 +427,7 @@ __global__ void __launch_bounds__(THREADS, 1) sparse_attention(const __grid_cons
         float4 x = {0, 0, 0, 0};
         float highest = -INFINITY, weight = 0;
         auto merge = [&](float2 low, float2 high, float2 statistic) {
-          if (statistic.x == -INFINITY) return;
+          if (statistic.x == -INFINITY && statistic.y == 0) return;  // nothing visible there; but a NaN counts
           const float higher = fmaxf(highest, statistic.x), old = ptx::exp2(highest - higher), added = ptx::exp2(statistic.x - higher);
           x = make_float4(x.x * old + low.x * added, x.y * old + low.y * added, x.z * old + high.x * added, x.w * old + high.y * added);
           weight = weight * old + statistic.y * added;
