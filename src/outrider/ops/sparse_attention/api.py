@@ -53,8 +53,8 @@ def sparse_attention(
     Args:
         queries: `[B, T, Hq, D]`, bfloat16, float16, float32 or float64; position encoding applied.
         keys, values: `[B, N, Hkv, D]`, or with a page table `[pages, page_size, Hkv, D]`; dtype of `queries`, or
-            float8_e4m3fn. Any strides, head dim contiguous; keys and values of a token interleaved in memory (two views of
-            one `[..., 2, D]`) read fastest. Query head h uses KV head `h // (Hq // Hkv)`.
+            float8_e4m3fn. Any strides, head dim contiguous (two views of one `[..., 2, D]`, too). Query head h uses KV head
+            `h // (Hq // Hkv)`.
         indices: `[B, Hs, M]` int32, ascending positions below `lengths[b]`; entries at and past the count are ignored. M <= N.
             Hs is 1 (one list for all heads), Hkv (one per KV head) or Hq (one per query head).
         counts: `[B, Hs]` int32, `0 <= counts <= M`; an empty list leaves the tail alone.

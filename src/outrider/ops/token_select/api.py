@@ -118,7 +118,7 @@ def token_select(
     indices, counts = run(
         scores, lengths, sources, top_k=top_k, top_p=top_p, sinks=sinks, recent=recent, merge=merge, width=bound
     )
-    if width is None and not isinstance(top_k, int):
+    if width is None and chosen != "reference" and not isinstance(top_k, int) and counts.numel():
         indices = indices[..., : int(counts.max())]
     return TokenLists(indices, counts)
 

@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) token_select(const __g
   row.first_source = row.sources[0] * row.stride;
   const int forced = min((long long)length, (long long)a.sinks + a.recent);
 
-  // This warp's tokens: begin .. end - 1, in steps of STEP; the block's start at block_begin.
+  // This warp's tokens: begin .. end - 1, in steps of STEP.
   const int steps = (length + blocks * WARPS * STEP - 1) / (blocks * WARPS * STEP);
   const int begin = min((rank * WARPS + warp) * steps * STEP, length), end = min(begin + steps * STEP, length);
   double* suffix = (double*)dynamic;  // [BINS / blocks + 1], of this block's slice of bins: weight from a bin to the slice's end
