@@ -7,13 +7,13 @@ BOOK := examples/books/persuasion.txt
 # torch for CUDA brings its own triton (so no constraint names one); torch for the CPU does not, and tests interpret the kernels
 TRITON := triton==3.6.0
 
-.PHONY: help setup demo test lint test-gpu bench-kernels clean
+.PHONY: help setup demo test lint test-gpu sanitize-gpu bench-kernels clean
 
 help:
 	@echo "make demo   generate from a real book with the built-in pair: dense, then sparse at 10% kept"
 	@echo "make test   run the test suite"
 	@echo "make lint   ruff and mypy"
-	@echo "make test-gpu, make bench-kernels   on a machine with a GPU, with its own python3, torch and triton"
+	@echo "make test-gpu, make sanitize-gpu, make bench-kernels   on a machine with a GPU, with its own python3, torch and triton"
 
 setup: $(READY)
 
@@ -44,6 +44,10 @@ lint: $(READY)
 
 test-gpu:
 	PYTHONPATH=src $(PYTHON) -m pytest tests/kernels tests/gpu --kernel-summary benchmarks/results/kernel-matrix.jsonl
+
+sanitize-gpu:
+	PYTHONPATH=src compute-sanitizer --tool memcheck $(PYTHON) tests/gpu/sanitize.py
+	PYTHONPATH=src compute-sanitizer --tool racecheck $(PYTHON) tests/gpu/sanitize.py
 
 # make bench-kernels ARGS="--only sparse --peer-fa3 /tmp/fa3.so"
 bench-kernels:

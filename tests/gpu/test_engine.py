@@ -74,7 +74,7 @@ def test_bfloat16_top_p(backend, method, gpu_pair, generate, random_prompts):
     results = generate(
         gpu_pair("bfloat16"), random_prompts(PROMPTS), MANY, mode="sparse", method=method, top_p=0.6, backend=backend
     )
-    assert all(0.02 < result.statistics.kept_fraction < 0.98 for result in results)
+    assert all(0.01 < result.statistics.kept_fraction < 0.98 for result in results)
 
 
 def test_more_queries_than_a_kernel_takes(gpu_pair, generate, random_prompts):

@@ -94,8 +94,7 @@ def attention_mass(
     chosen = choose(
         backend,
         queries.device,
-        # "auto" takes the first that can run: here Triton's, which the CUDA C++ kernel has not overtaken (docs/kernels.md)
-        {"triton": lambda: _triton().obstacle(queries, keys), "cuda": lambda: _cuda().obstacle(queries, keys, **arguments)},
+        {"cuda": lambda: _cuda().obstacle(queries, keys, **arguments), "triton": lambda: _triton().obstacle(queries, keys)},
     )
     if chosen == "reference" or debug():
         _check_values(lengths, heads, page_table, keys, sizes)

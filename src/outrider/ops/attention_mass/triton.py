@@ -2,12 +2,15 @@
 
     _score    grid (splits, Hkv, B). The queries of a KV head, T x group, are the rows of one tile. A program walks its share of
               the past, tile by tile: logits in base 2, stored as 2 ** (logit - largest of the tile) in 16 bits, the tile's
-              largest logit beside them, and per split the log2 of the sum of 2 ** logit. The last split adds the tail.
+              largest logit beside them, and per split the sum of 2 ** (logit - largest). The last split adds the tail.
     _reduce   grid (blocks of tokens, result heads, B). Adds up the splits' sums, turns what is stored into masses, reduces them
               over the queries and adds up the heads of a group. Writes every element of the result, zeros behind the length.
 
 What lies between the launches takes 2 bytes for each query, query head and token, written and read once: less than a second
 pass over the keys as long as 2 x T x group < D. A mass is rounded once, relative to its own size.
+
+Logits and sums are fp32, and fp64 for fp32 queries: a chain of D additions, or a logit of 16, is off by some 1e-6 in fp32, and
+so is its exponential.
 
 The past is cut by its length, read on the device. The host looks at shapes alone: every call can be captured in a CUDA graph
 and replayed with other lengths, queries and pages. Rows at and past `lengths[b] + T` are not read; a tail key that holds NaN
@@ -31,6 +34,7 @@ MAX_ROWS = 128  # T x group rows a program holds; more go to further programs, w
 PROGRAMS_PER_SM = 2
 REDUCE_ELEMENTS = 8192  # queries x tokens of a program of _reduce
 HEADROOM = tl.constexpr(14.0)  # a tile's largest value is stored as 2 ** 14: float16 then holds 2 ** -38 of it
+LOG2_E = tl.constexpr(math.log2(math.e))
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -55,7 +59,8 @@ def _score(
     page_table,
     scores,  # [B, Hq, T, tiles * TILE]: 2 ** (logit - base of the tile); tiles behind the length stay unwritten
     bases,  # [B, Hq, T, tiles]: the tile's largest logit - HEADROOM
-    split_sums,  # [B, Hq, T, splits]: log2 of the sum of 2 ** logit, -inf for no logits
+    split_bests,  # [B, Hq, T, splits]: largest logit (or base), -inf for no logits
+    split_sums,  # [B, Hq, T, splits]: sum of 2 ** (logit - best)
     scale,
     T,
     group,
@@ -72,6 +77,9 @@ def _score(
     TILE: tl.constexpr,
     TAIL: tl.constexpr,
 ):
+    wide: tl.constexpr = tl.float64 if queries.dtype.element_ty == tl.float32 else tl.float32  # logits and sums
+    # of products; the interpreter takes bfloat16 in them for integers
+    operand: tl.constexpr = wide if INTERPRETED or wide == tl.float64 else queries.dtype.element_ty
     split = tl.program_id(0)
     kv_head = (tl.program_id(1) // row_tiles).to(tl.int64)
     sequence = tl.program_id(2).to(tl.int64)
@@ -83,10 +91,9 @@ def _score(
     at = sequence * query_strides[0] + step.to(tl.int64) * query_strides[1] + query_head * query_strides[2]
     at = at[:, None] + dim[None, :] * query_strides[3]
     q = tl.load(queries + at, mask=asked[:, None] & (dim < D)[None, :], other=0.0)  # [ROWS, D]
-    if INTERPRETED:  # whose products take bfloat16 for integers
-        q = q.to(tl.float32)
     if key_scale is not None:
         scale *= tl.load(key_scale + kv_head)
+    scale = tl.cast(scale, wide) * LOG2_E
     keys += kv_head * key_strides[2]
 
     length = tl.load(lengths + sequence).to(tl.int32)
@@ -95,13 +102,13 @@ def _score(
     query_heads = tl.num_programs(1) // row_tiles * group
     line = (sequence * query_heads + query_head) * T + step
 
-    best = tl.full([ROWS], -float("inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)  # sum of 2 ** (logit - best)
+    best = tl.full([ROWS], -float("inf"), wide)
+    total = tl.zeros([ROWS], wide)  # sum of 2 ** (logit - best)
     for tile in range(first, last):
         token = tile * TILE + tl.arange(0, TILE)
         past = token < length
         k = _load_keys(keys, token, past, dim, D, sequence, page_table, table_stride, page_size, key_strides)
-        logits = tl.dot(q, k.to(q.dtype).T, input_precision="ieee") * scale  # [ROWS, TILE]
+        logits = tl.dot(q.to(operand), k.to(operand).T, input_precision="ieee") * scale  # [ROWS, TILE]
         logits = tl.where(past[None, :], logits, -float("inf"))
         base = tl.max(logits, 1) - HEADROOM
         powers = tl.exp2(logits - base[:, None])
@@ -116,21 +123,21 @@ def _score(
         there = behind < T
         k = _load_keys(keys, length + behind, there, dim, D, sequence, page_table, table_stride, page_size, key_strides)
         visible = (behind[None, :] <= step[:, None]) & there[None, :]
-        logits = tl.dot(q, k.to(q.dtype).T, input_precision="ieee") * scale  # [ROWS, TAIL]
+        logits = tl.dot(q.to(operand), k.to(operand).T, input_precision="ieee") * scale  # [ROWS, TAIL]
         logits = tl.where(visible, logits, -float("inf"))
         best_now = tl.maximum(best, tl.max(logits, 1))
         total = total * tl.exp2(best - best_now) + tl.sum(tl.exp2(logits - best_now[:, None]), 1)
         best = best_now
 
-    some = total != 0  # false for a share without tokens
-    sums = tl.where(some, best + tl.log2(tl.where(some, total, 1.0)), -float("inf"))
-    tl.store(split_sums + line * splits + split, sums, mask=asked)
+    tl.store(split_bests + line * splits + split, best, mask=asked)
+    tl.store(split_sums + line * splits + split, total, mask=asked)
 
 
 @triton.jit(do_not_specialize=["T", "query_heads", "grouped", "splits", "tiles"])
 def _reduce(
     scores,
     bases,
+    split_bests,
     split_sums,
     lengths,
     heads,  # [R, G], or None: result head r is query head r
@@ -166,19 +173,20 @@ def _reduce(
             if heads is not None:
                 head = tl.load(heads + result_head * grouped + g)
             line = (sequence * query_heads + head) * T + step
-            sums = tl.load(
-                split_sums + (line * splits)[:, None] + split[None, :],
-                mask=asked[:, None] & (split < splits)[None, :],
-                other=-float("inf"),
-            )
-            best = tl.where(asked, tl.max(sums, 1), 0.0)
-            total = tl.where(asked, tl.sum(tl.exp2(sums - best[:, None]), 1), 1.0)
+            part = (line * splits)[:, None] + split[None, :]
+            there = asked[:, None] & (split < splits)[None, :]
+            bests = tl.load(split_bests + part, mask=there, other=-float("inf"))
+            sums = tl.load(split_sums + part, mask=there, other=0.0)
+            best = tl.where(asked, tl.max(bests, 1), 0.0)
+            total = tl.where(asked, tl.sum(sums * tl.exp2(bests - best[:, None]), 1), 1.0)
+            if REDUCTION == "mean":
+                total *= T
             base = tl.load(bases + (line * tiles)[None, :] + tile[:, None], mask=written, other=0.0)
-            factor = tl.exp2(base - best[None, :]) / total[None, :]
+            factor = (tl.exp2(base - best[None, :]) / total[None, :]).to(tl.float32)
             at = (line * tiles * TILE)[None, :, None] + token[:, None, :]
             masses = tl.load(scores + at, mask=written[:, :, None], other=0.0).to(tl.float32) * factor[:, :, None]
             if REDUCTION == "mean":
-                masses = tl.sum(masses, 1, keep_dims=True) / T
+                masses = tl.sum(masses, 1, keep_dims=True)
             elif REDUCTION == "max":
                 masses = tl.max(masses, 1, keep_dims=True)
             mass += masses
@@ -234,22 +242,23 @@ def attention_mass(
     lengths = lengths.contiguous()
     result = torch.empty((B, T, R, N) if reduce == "none" else (B, 1, R, N), dtype=dtype, device=queries.device)
     scores = torch.empty(B, Hq, T, tiles * tile, dtype=queries.dtype, device=queries.device)
-    bases = torch.empty(B, Hq, T, tiles, dtype=torch.float32, device=queries.device)
-    split_sums = torch.empty(B, Hq, T, splits, dtype=torch.float32, device=queries.device)
+    wide = torch.float64 if queries.dtype == torch.float32 else torch.float32
+    bases = torch.empty(B, Hq, T, tiles, dtype=wide, device=queries.device)
+    bests, sums = (torch.empty(B, Hq, T, splits, dtype=wide, device=queries.device) for _ in range(2))
     steps = triton.next_power_of_2(T)
     block = max(1, min(tiles, REDUCE_ELEMENTS // (steps * tile)))
     block = triton.next_power_of_2(block)
     with _current(queries.device):
         _score[splits, Hkv * row_tiles, B](
             queries, keys, lengths, None if key_scale is None else key_scale.contiguous(), page_table,
-            scores, bases, split_sums,
-            scale * math.log2(math.e), T, group, row_tiles, splits, tiles,
+            scores, bases, bests, sums,
+            scale, T, group, row_tiles, splits, tiles,
             keys.shape[1], 0 if page_table is None else page_table.stride(0), queries.stride(), keys.stride()[:3],
             D=D, D_PADDED=D_padded, ROWS=rows, TILE=tile, TAIL=MAX_QUERIES, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         if R:
             _reduce[triton.cdiv(tiles, block), R, B](
-                scores, bases, split_sums, lengths, None if heads is None else heads.contiguous(), result,
+                scores, bases, bests, sums, lengths, None if heads is None else heads.contiguous(), result,
                 N, T, Hq, G, splits, tiles, result.stride(),
                 REDUCTION=reduce, STEPS=steps, KEPT=steps if reduce == "none" else 1,
                 SPLITS_PADDED=triton.next_power_of_2(splits), TILES=block, TILE=tile,
@@ -265,7 +274,7 @@ def _tiles(D: int, rows: int, queries: torch.dtype, paged: bool) -> tuple[int, i
     """
     D_padded = max(16, triton.next_power_of_2(D))
     steps = 2 if paged else 1
-    if queries == torch.float32:  # no tensor cores: products are unrolled, so tiles stay small
+    if queries == torch.float32:  # in fp64, where products may be unrolled (few GPUs have the tensor cores): tiles stay small
         return D_padded, 16, 32, 4, 1 + 2 * steps
     rows = min(max(16, triton.next_power_of_2(rows)), MAX_ROWS if D_padded < 256 else MAX_ROWS // 2)
     return D_padded, rows, {256: 32, 128: 64}.get(D_padded, 128), 8 if rows * D_padded >= 8192 else 4, 1 + 3 * steps

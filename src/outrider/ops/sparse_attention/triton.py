@@ -3,14 +3,17 @@
     _attend    grid (splits, heads that own a list, B). The queries of a program's group, T x group, are the rows of one tile.
                The program walks its share of the list: a tile of positions, their rows of keys and values gathered straight
                from the cache (from its pages), one online softmax in base 2. The last split adds the tail. It leaves its share
-               of the output, normalised, and the log2 of the sum it was divided by.
-    _combine   grid (T x Hq x B). Weighs the shares of a row by their sums. Not launched when there is one split.
+               of the output, not normalised, its largest logit and the sum of the weights 2 ** (logit - largest).
+    _combine   grid (T x Hq x B). Adds up the shares of a row and divides by their sum. Not launched when there is one split.
 
 A list is cut by its count, read on the device, so a short list in a wide row still spreads over all splits. The host looks at
 shapes alone: every call can be captured in a CUDA graph and replayed with other lists, counts, lengths and pages.
 
 Slots behind the count load nothing. A tail row holding NaN or infinity does not reach the queries before it; those from it on
 get NaN.
+
+Logits and sums are fp32, and fp64 for fp32 queries: a chain of D additions, or a logit of 16, is off by some 1e-6 in fp32, and
+so is its exponential.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ MAX_HEAD_DIM = 256
 MAX_ROWS = 64  # T x group rows a program holds; more go to further programs, which read the cache again
 PROGRAMS_PER_SM = 2
 MIN_SHARE = 32  # listed tokens for which another split pays
+LOG2_E = tl.constexpr(math.log2(math.e))
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -54,8 +58,9 @@ def _attend(
     key_scale,
     value_scale,
     page_table,
-    shares,  # [B, T, Hq, splits, D], in fp32, or the result when there is one split
-    share_sums,  # [B, T, Hq, splits]: log2 of the sum of a share's weights, -inf for no weights
+    shares,  # [B, T, Hq, splits, D], or the result when there is one split
+    share_bests,  # [B, T, Hq, splits]: largest logit, -inf for no tokens; None when there is one split
+    share_sums,  # [B, T, Hq, splits]: sum of weights
     scale,
     T,
     group,
@@ -75,6 +80,9 @@ def _attend(
     TILE: tl.constexpr,
     TAIL: tl.constexpr,
 ):
+    wide: tl.constexpr = tl.float64 if queries.dtype.element_ty == tl.float32 else tl.float32  # logits and sums
+    # of products; the interpreter takes bfloat16 in them for integers
+    operand: tl.constexpr = wide if INTERPRETED or wide == tl.float64 else queries.dtype.element_ty
     split = tl.program_id(0)
     head = tl.program_id(1) // row_tiles
     sequence = tl.program_id(2).to(tl.int64)
@@ -86,10 +94,9 @@ def _attend(
     asked = (row < T * group)[:, None] & (dim < D)[None, :]
     at = sequence * query_strides[0] + step.to(tl.int64) * query_strides[1] + query_head.to(tl.int64) * query_strides[2]
     q = tl.load(queries + at[:, None] + dim[None, :] * query_strides[3], mask=asked, other=0.0)  # [ROWS, D]
-    if INTERPRETED:  # whose products take bfloat16 for integers
-        q = q.to(tl.float32)
     if key_scale is not None:
         scale *= tl.load(key_scale + kv_head)
+    scale = tl.cast(scale, wide) * LOG2_E
     keys += kv_head * key_strides[2] + dim[None, :]
     values += kv_head * value_strides[2] + dim[None, :]
 
@@ -98,9 +105,9 @@ def _attend(
     first, last = split * share, tl.minimum(split * share + share, count)
     indices += sequence * index_strides[0] + head.to(tl.int64) * index_strides[1]
 
-    best = tl.full([ROWS], -float("inf"), tl.float32)  # largest logit so far
-    total = tl.zeros([ROWS], tl.float32)  # sum of weights 2 ** (logit - best)
-    out = tl.zeros([ROWS, D_PADDED], tl.float32)
+    best = tl.full([ROWS], -float("inf"), wide)  # largest logit so far
+    total = tl.zeros([ROWS], wide)  # sum of weights 2 ** (logit - best)
+    out = tl.zeros([ROWS, D_PADDED], wide)
     for start in range(first, last, TILE):
         slot = start + tl.arange(0, TILE)
         listed = slot < last
@@ -110,13 +117,13 @@ def _attend(
         k = tl.load(keys + (outer * key_strides[0] + inner * key_strides[1])[:, None], mask=loaded, other=0.0)
         v = tl.load(values + (outer * value_strides[0] + inner * value_strides[1])[:, None], mask=loaded, other=0.0)
 
-        logits = tl.dot(q, k.to(q.dtype).T, input_precision="ieee") * scale  # [ROWS, TILE]
+        logits = tl.dot(q.to(operand), k.to(operand).T, input_precision="ieee") * scale  # [ROWS, TILE]
         logits = tl.where(listed[None, :], logits, -float("inf"))
         best_now = tl.maximum(best, tl.max(logits, 1))
         weights = tl.exp2(logits - best_now[:, None])
         fade = tl.exp2(best - best_now)
         total = total * fade + tl.sum(weights, 1)
-        out = tl.dot(weights.to(q.dtype), v.to(q.dtype), out * fade[:, None], input_precision="ieee")
+        out = tl.dot(weights.to(operand), v.to(operand), out * fade[:, None], input_precision="ieee", out_dtype=wide)
         best = best_now
 
     if split == splits - 1:
@@ -127,36 +134,38 @@ def _attend(
         loaded = there[:, None] & (dim < D)[None, :]
         k = tl.load(keys + (outer * key_strides[0] + inner * key_strides[1])[:, None], mask=loaded, other=0.0)
         v = tl.load(values + (outer * value_strides[0] + inner * value_strides[1])[:, None], mask=loaded, other=0.0)
-        k, v = k.to(q.dtype), v.to(q.dtype)
+        k, v = k.to(operand), v.to(operand)
 
         visible = (behind[None, :] <= step[:, None]) & there[None, :]  # [ROWS, TAIL]
-        logits = tl.where(visible, tl.dot(q, k.T, input_precision="ieee") * scale, -float("inf"))
+        logits = tl.where(visible, tl.dot(q.to(operand), k.T, input_precision="ieee") * scale, -float("inf"))
         best_now = tl.maximum(best, tl.max(logits, 1))
         weights = tl.exp2(logits - best_now[:, None])
         fade = tl.exp2(best - best_now)
         total = total * fade + tl.sum(weights, 1)
         # 0 * NaN is NaN: values that are not finite are left out of the product and marked where their row is visible
         finite = tl.abs(v.to(tl.float32)) < float("inf")
-        out = tl.dot(weights.to(q.dtype), tl.where(finite, v, 0.0), out * fade[:, None], input_precision="ieee")
+        out = tl.dot(weights.to(operand), tl.where(finite, v, 0.0), out * fade[:, None], input_precision="ieee", out_dtype=wide)
         spoilt = tl.dot(visible.to(tl.float16), (~finite).to(tl.float16)) > 0
         out = tl.where(spoilt, float("nan"), out)
         best = best_now
 
-    some = total != 0  # false for a share without tokens: its output is never read
-    total = tl.where(some, total, 1.0)
-    out = out / total[:, None]
+    if share_bests is None:
+        out = out / total[:, None]
     if value_scale is not None:
         out *= tl.load(value_scale + kv_head)
     query_heads = tl.num_programs(1) // row_tiles * group
     slot = ((sequence * T + step) * query_heads + query_head) * splits + split
+    some = total != 0  # false for a share without tokens: its output is never read
     tl.store(shares + slot[:, None] * D + dim[None, :], out, mask=asked & some[:, None])
-    if share_sums is not None:
-        tl.store(share_sums + slot, tl.where(some, best + tl.log2(total), -float("inf")), mask=row < T * group)
+    if share_bests is not None:
+        tl.store(share_bests + slot, best, mask=row < T * group)
+        tl.store(share_sums + slot, total, mask=row < T * group)
 
 
 @triton.jit(do_not_specialize=["splits"])
 def _combine(
     shares,  # [rows, splits, D]
+    share_bests,  # [rows, splits]
     share_sums,  # [rows, splits]
     result,  # [rows, D]
     splits,
@@ -167,15 +176,16 @@ def _combine(
 ):
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS_PADDED)
-    sums = tl.load(share_sums + row * splits + split, mask=split < splits, other=-float("inf"))
-    best = tl.max(sums, 0)  # finite: the last share holds the tail
-    total = tl.sum(tl.exp2(sums - best), 0)
+    bests = tl.load(share_bests + row * splits + split, mask=split < splits, other=-float("inf"))
+    sums = tl.load(share_sums + row * splits + split, mask=split < splits, other=0.0)
+    best = tl.max(bests, 0)  # finite: the last share holds the tail
+    total = tl.sum(sums * tl.exp2(bests - best), 0)
 
     dim = tl.arange(0, D_PADDED)
-    out = tl.zeros([D_PADDED], tl.float32)
+    out = tl.zeros([D_PADDED], shares.dtype.element_ty)
     for start in range(0, splits, TILE):
         part = start + tl.arange(0, TILE)
-        weight = tl.exp2(tl.load(share_sums + row * splits + part, mask=part < splits, other=-float("inf")) - best)
+        weight = tl.exp2(tl.load(share_bests + row * splits + part, mask=part < splits, other=-float("inf")) - best)
         some = (weight != 0)[:, None] & (dim < D)[None, :]
         share = tl.load(shares + (row * splits + part)[:, None] * D + dim[None, :], mask=some, other=0.0)
         out += tl.sum(share * weight[:, None], 0)
@@ -227,15 +237,16 @@ def sparse_attention(
     page_table = None if page_table is None else _rows(page_table)
     result = queries.new_empty(B, T, Hq, D)
     alone = splits == 1
-    shares = result if alone else torch.empty(B, T, Hq, splits, D, dtype=torch.float32, device=queries.device)
-    sums = None if alone else torch.empty(B, T, Hq, splits, dtype=torch.float32, device=queries.device)
+    wide = torch.float64 if queries.dtype == torch.float32 else torch.float32
+    shares = result if alone else torch.empty(B, T, Hq, splits, D, dtype=wide, device=queries.device)
+    bests, sums = (None if alone else torch.empty(B, T, Hq, splits, dtype=wide, device=queries.device) for _ in range(2))
     with _current(queries.device):
         _attend[splits, heads * row_tiles, B](
             queries, keys, values, indices, counts, lengths.contiguous(),
             None if key_scale is None else key_scale.contiguous(),
             None if value_scale is None else value_scale.contiguous(),
-            page_table, shares, sums,
-            scale * math.log2(math.e), T, group, heads // Hkv, row_tiles, splits,
+            page_table, shares, bests, sums,
+            scale, T, group, heads // Hkv, row_tiles, splits,
             keys.shape[1], 0 if page_table is None else page_table.stride(0),
             queries.stride(), keys.stride()[:3], values.stride()[:3], indices.stride()[:2], counts.stride(),
             D=D, D_PADDED=D_padded, ROWS=rows, TILE=tile, TAIL=MAX_QUERIES, num_warps=warps, num_stages=stages,
@@ -243,7 +254,7 @@ def sparse_attention(
         if not alone:
             padded = triton.next_power_of_2(splits)
             _combine[B * T * Hq,](
-                shares, sums, result, splits,
+                shares, bests, sums, result, splits,
                 D=D, D_PADDED=D_padded, SPLITS_PADDED=padded, TILE=min(padded, 8192 // D_padded),
             )  # fmt: skip
     return result
@@ -258,7 +269,7 @@ def _tiles(D: int, rows: int, queries: torch.dtype, paged: bool) -> tuple[int, i
     D_padded = max(16, triton.next_power_of_2(D))
     wide = D_padded == 256
     stages = 1 + (2 if wide else 3) * (3 if paged else 2)
-    if queries == torch.float32:  # no tensor cores: products are unrolled, so tiles stay small
+    if queries == torch.float32:  # in fp64, where products may be unrolled (few GPUs have the tensor cores): tiles stay small
         return D_padded, 16, 16, 8 if wide else 4, stages
     rows = min(max(16, triton.next_power_of_2(rows)), MAX_ROWS // 2 if wide else MAX_ROWS)
     return D_padded, rows, 64 if D_padded <= 64 else 32, 8 if wide else 4, stages

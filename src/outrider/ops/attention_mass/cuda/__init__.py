@@ -14,13 +14,11 @@ from outrider.ops import compiler
 SOURCE = Path(__file__).with_name("kernel.cu")
 HEAD_DIMS = (64, 128)
 MAX_ROWS = 32  # queries per KV head and sequence
-STAGES = (4, 3, 2)  # depth of the queues, best first
-MAX_SEQUENCES = 1024
-MIN_CHUNK, TILE = 256, 16  # keys
-SHARED_BYTES = 227 * 1024 - 16 * 1024  # for queues and buffers, besides what the kernel declares itself
+MAX_SEQUENCES = 256
 VARIANTS = [  # compiled by the tests
-    ("HEAD_DIM=64", "QUERIES=5", "GROUP=4", "STAGES=4"),
-    ("HEAD_DIM=128", "QUERIES=5", "GROUP=3", "STAGES=3", "SPILL"),
+    ("HEAD_DIM=64", "QUERIES=5", "GROUP=4"),
+    ("HEAD_DIM=128", "QUERIES=5", "GROUP=3", "PAGED=1"),
+    ("HEAD_DIM=64", "QUERIES=1", "GROUP=1", "REDUCE_MAX=1"),
 ]
 
 
@@ -30,22 +28,28 @@ class Arguments(ctypes.Structure):
     _fields_ = (
         [
             (name, ctypes.c_void_p)
-            for name in ("queries", "keys", "lengths", "page_table", "masses", "mailboxes", "readers", "spilled")
+            for name in ("queries", "keys", "lengths", "page_table", "masses", "mailboxes", "readers")
         ]
         + [(name, ctypes.c_longlong * 3) for name in ("query_stride", "stride")]
         + [("stride_out", ctypes.c_longlong)]
         + [
             (name, ctypes.c_int)
-            for name in (
-                "wide_lengths", "B", "heads", "N", "page_size", "pages_per_sequence", "chunk", "wide_masses",
-                "take_max",
-            )
+            for name in ("wide_lengths", "B", "heads", "N", "page_size", "pages_per_sequence", "wide_masses")
         ]
         + [("scale", ctypes.c_float)]
     )  # fmt: skip
 
 
-def obstacle(queries: Tensor, keys: Tensor, *, reduce: str, heads: Tensor | None, dtype: torch.dtype, **_: Any) -> str | None:
+def obstacle(
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    reduce: str,
+    heads: Tensor | None,
+    page_table: Tensor | None,
+    dtype: torch.dtype,
+    **_: Any,
+) -> str | None:
     """Why this kernel cannot run these arguments, or None."""
     B, T, Hq, D = queries.shape
     rows = T * (Hq // keys.shape[2])
@@ -62,7 +66,12 @@ def obstacle(queries: Tensor, keys: Tensor, *, reduce: str, heads: Tensor | None
     for name, x in (("queries", queries), ("keys", keys)):
         if x.data_ptr() % 16 or any(stride % 8 for stride in x.stride()[:-1]) or x.stride(-1) != 1:
             return f"it needs rows that start at multiples of 16 bytes, which {name} with strides {x.stride()} do not"
-    return compiler.obstacle(queries.device)
+    if reason := compiler.obstacle(queries.device):
+        return reason
+    longest = compiler.multiprocessors(queries.device) * _max_chunk(D, rows)
+    if _tokens(keys, page_table) > longest:
+        return f"its exponentials of {rows} queries fit the chip for at most {longest} tokens, got {_tokens(keys, page_table)}"
+    return None
 
 
 def attention_mass(
@@ -79,18 +88,16 @@ def attention_mass(
 ) -> Tensor:
     B, T, Hq, D = queries.shape
     Hkv = keys.shape[2]
-    N = keys.shape[1] if page_table is None else page_table.shape[1] * keys.shape[1]
+    N = _tokens(keys, page_table)
     device = queries.device
     lengths = lengths.contiguous()
     page_table = None if page_table is None else page_table.contiguous()
     blocks = compiler.multiprocessors(device)
-    chunk = max(-(-N // (blocks * TILE)) * TILE, MIN_CHUNK)
     group = Hq // Hkv
     rows = -(-T * group // 8) * 8  # padded
-    library = _library(D, T, group, chunk)
-    spills = library.shared_bytes(chunk) == library.shared_bytes(0)
+    options = ["PAGED=1"] * (page_table is not None) + ["REDUCE_MAX=1"] * (reduce == "max")
+    library = compiler.build(SOURCE, f"HEAD_DIM={D}", f"QUERIES={T}", f"GROUP={group}", *options)
     masses = torch.empty(B, Hq, -(-N // 64) * 64, dtype=dtype, device=device)  # rows start at multiples of 128 bytes
-    spilled = torch.empty(blocks * library.spilled_words(chunk), dtype=torch.int32, device=device) if spills else None
     stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
     problems, words = B * Hkv, blocks * rows * 2  # a mailbox holds two floats
     mailboxes = compiler.mailboxes(device).take(problems * (words + 1), stream.value or 0, library.capture(stream))
@@ -102,7 +109,6 @@ def attention_mass(
         masses=masses.data_ptr(),
         mailboxes=mailboxes.data_ptr(),
         readers=mailboxes[problems * words :].data_ptr(),
-        spilled=None if spilled is None else spilled.data_ptr(),
         query_stride=queries.stride()[:3],
         stride=keys.stride()[:3],
         stride_out=masses.stride(1),
@@ -112,9 +118,7 @@ def attention_mass(
         N=N,
         page_size=keys.shape[1],
         pages_per_sequence=0 if page_table is None else page_table.shape[1],
-        chunk=chunk,
         wide_masses=dtype == torch.float32,
-        take_max=reduce == "max",
         scale=scale * 1.4426950408889634,  # log2(e): the kernel works in powers of two
     )
     with torch.cuda.device(device):
@@ -123,12 +127,13 @@ def attention_mass(
     return masses[..., :N]
 
 
-def _library(head_dim: int, queries: int, group: int, chunk: int) -> ctypes.CDLL:
-    """The build whose buffers hold chunks of so many keys in shared memory, or else one with buffers in global memory."""
-    shape = (f"HEAD_DIM={head_dim}", f"QUERIES={queries}", f"GROUP={group}")
-    rows = -(-queries * group // 8) * 8
-    buffers = 8 * (rows * ((chunk // 2 + 27) // 32 * 32 + 4) + chunk // TILE * rows)  # bytes of both, as in kernel.cu
-    for stages in STAGES:
-        if 10 * stages * 32 * head_dim + buffers <= SHARED_BYTES:  # ten scoring warps, tiles of 16 keys
-            return compiler.build(SOURCE, *shape, f"STAGES={stages}")
-    return compiler.build(SOURCE, *shape, f"STAGES={STAGES[0] if head_dim == 64 else STAGES[1]}", "SPILL")
+def _tokens(keys: Tensor, page_table: Tensor | None) -> int:
+    """Slots of a sequence's cache."""
+    return keys.shape[1] if page_table is None else page_table.shape[1] * keys.shape[1]
+
+
+def _max_chunk(head_dim: int, rows: int) -> int:
+    """Keys whose exponentials a block holds: `MAX_CHUNK` of kernel.cu."""
+    queues = 8 * (3 if head_dim == 64 else 2) * 32 * 2 * head_dim  # bytes: scoring warps, tiles in a queue, keys of a tile
+    segment = rows * (512 // 2 + 4) * 4  # bytes, of 512 keys
+    return (206 * 1024 - queues) // segment * 512

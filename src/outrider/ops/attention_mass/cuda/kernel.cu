@@ -1,19 +1,20 @@
 // Attention mass for Hopper: one cooperative launch, one block per multiprocessor; every key is read once.
 //
 // The mass of a key needs the sum over all keys of its sequence and head, a *problem*. So exponentials must be kept until that sum is
-// known, and they are kept on the chip: problems are taken one after the other, each cut into one *chunk* per block, small enough for
-// the block's shared memory. Two groups of warps work side by side on two buffers:
+// known, and they are kept on the chip: a problem is cut into *chunks* of equal size, one block takes one chunk at a time, and as many
+// problems are under way together as the blocks' shared memory holds. Two groups of warps work side by side:
 //
-//     score    logits K Q^T on the tensor cores, tile by tile of 16 keys; 2^(logit - reference) as bf16 into a buffer, one reference
-//              per tile and row; sums per row. Keys come through per-thread queues of asynchronous copies that never run dry between
-//              problems. A thread copies just the 16-byte pieces that it feeds to the tensor cores itself: the order of a dot
-//              product is free, so no shuffling is needed.
-//     finish   publish the chunk's sums, read those of the other blocks (a mailbox is EMPTY until its sum is there), weigh and add up the exponentials of the T queries of
-//              each head, write the masses. By then the scorers are busy with the next problem.
+//     score    logits K Q^T on the tensor cores, tile by tile of 32 keys; 2^(logit - reference) as bf16 into a ring of segments in
+//              shared memory; sums per row. A warp has its own tiles, its own queue of keys on their way and its own reference per
+//              row, a power of two near the largest logit of its first tile. The order of a dot product is free, so 16-byte pieces of
+//              keys go to the tensor cores as they lie in memory.
+//     finish   publish the chunk's sums, read those of the problem's other chunks (a mailbox is EMPTY until its sum is there), weigh
+//              and add up the exponentials of the T queries of each head, write the masses, hand the segments back. By then the
+//              scorers are busy with the next chunk.
 //
-// The tail of T keys enters the sums, causally, and gets no mass. Query rows are r = t * group + g.
-// Built for one HEAD_DIM, number of QUERIES (T), GROUP of query heads per KV head and depth of the queues, STAGES; with SPILL the buffers lie in global memory,
-// for sequences whose chunks do not fit. All sums are taken in a fixed order.
+// The tail of T keys enters the sums, causally, and gets no mass. Query rows are r = t * GROUP + g.
+// Built for one HEAD_DIM, number of QUERIES (T), GROUP of query heads per KV head, with or without PAGED caches,
+// for the mean over the queries or REDUCE_MAX. All sums are taken in a fixed order.
 #include "host.cuh"
 #include "ptx.cuh"
 
@@ -21,362 +22,498 @@
 #define HEAD_DIM 64
 #define QUERIES 5
 #define GROUP 4
-#define STAGES 4
+#endif
+#ifdef REDUCE_MAX
+constexpr bool TAKE_MAX = true;  // over the queries; else their mean
+#else
+constexpr bool TAKE_MAX = false;
 #endif
 
-constexpr int D = HEAD_DIM, SCORERS = 10, FINISHERS = 6, THREADS = 32 * (SCORERS + FINISHERS), T = QUERIES, ROW_TILES = (T * GROUP + 7) / 8, ROWS = 8 * ROW_TILES;
-constexpr int TILE = 16, PIECES = D / 32;         // keys; 64-byte pieces of a key
-constexpr int SLOT = 2 * PIECES * 512;            // bytes of a tile: per lane two keys' worth of 16-byte pieces
-constexpr int MAX_SEQUENCES = 1024;
-constexpr unsigned EMPTY = 0xffffffff;            // a NaN that no sum is
-constexpr float SLACK = 60;                       // powers of two by which an exponential may pass its reference
+constexpr int D = HEAD_DIM, T = QUERIES, ROWS = T * GROUP;
+constexpr int EIGHTS = (ROWS + 7) / 8, PADDED_ROWS = 8 * EIGHTS, ROW_TILES = (EIGHTS + 1) / 2;  // rows by eights, tiles by 16
+constexpr int SCORERS = 8, FINISHERS = 8, THREADS = 32 * (SCORERS + FINISHERS);  // warps
+constexpr int STAGES = HEAD_DIM == 64 ? 3 : 2;      // tiles in a queue
+constexpr int TILE = 32, SUBTILES = TILE / 8, PIECES = D / 32;  // keys; 64-byte pieces of a key
+constexpr int KEY_BYTES = 2 * D, LINES = KEY_BYTES / 128, SLOT = TILE * KEY_BYTES;  // bytes; of a tile
+constexpr int QUEUES = SCORERS * STAGES * SLOT;     // bytes
+constexpr int SEGMENT = 64 * FINISHERS, SEGMENT_TILES = SEGMENT / TILE;  // keys
+constexpr int ROW_WORDS = SEGMENT / 2 + 4;          // a word holds two keys; + 4, so that stores do not conflict
+constexpr int SEGMENT_WORDS = ROWS * ROW_WORDS;
+constexpr int DYNAMIC = 206 * 1024;                 // bytes for queues and ring; the rest of 227 KB is declared below
+constexpr int RING = (DYNAMIC - QUEUES) / (4 * SEGMENT_WORDS);  // segments
+constexpr int MAX_CHUNK = RING * SEGMENT;           // keys
+constexpr int ITEMS = 4;                            // that the scorers may be ahead
+constexpr int MAX_SEQUENCES = 256;
+constexpr int READERS = 32 * FINISHERS / PADDED_ROWS;           // threads that share the reading of a row's sums
+constexpr unsigned EMPTY = 0xffffffff;              // a NaN that no sum is
+constexpr float HIGHEST = 1e27f;                    // an exponential above this raises the reference; 2^90 or so
 
 struct Arguments {
   const __nv_bfloat16 *queries, *keys;
   const void* lengths;      // [B] int32 or int64
   const int* page_table;    // [B, pages_per_sequence], or null
   void* masses;             // [B, Hq, stride_out] bf16 or fp32
-  float2* mailboxes;        // [problems][blocks][ROWS]: reference and sum of a chunk; EMPTY before and after
+  float2* mailboxes;        // [problems][blocks][PADDED_ROWS]: reference and sum of a chunk; EMPTY before and after
   int* readers;             // [problems]: blocks that have read a problem's mailboxes, less one; -1 before and after
-  uint32_t* spilled;        // with SPILL: [blocks][2][buffer]
   long long query_stride[3], stride[3], stride_out;  // elements: (b, t, h); (sequence or page, token, head); a row of masses
-  int wide_lengths, B, heads, N, page_size, pages_per_sequence, chunk, wide_masses, take_max;  // chunk: most keys of one
+  int wide_lengths, B, heads, N, page_size, pages_per_sequence, wide_masses;
   float scale;              // on the logits, times log2(e)
 };
 
-constexpr int MIN_CHUNK = 256;
-// Words between rows of a buffer, a word holding two keys: 4 more than a multiple of 32, so that stores do not conflict.
-__host__ __device__ constexpr int row_words(int chunk) { return (chunk / 2 + 27) / 32 * 32 + 4; }
-__host__ __device__ constexpr int buffer_words(int chunk) { return ROWS * row_words(chunk) + chunk / TILE * ROWS; }
-
-struct Item {  // one chunk of one problem
-  int b, h, problem, part, parts, first, keys, length;  // keys: including those of the tail
+struct Item {  // one chunk of one problem; without keys: nothing to do
+  int b, h, part, parts, first, keys, length;  // keys: including those of the tail
 };
 
-struct Items {  // in order of sequence, head, chunk
-  const int *lengths, *starts;  // in shared memory; starts [B + 1]: first item of each sequence
+// Where a sequence's problems go. Slot s is the block s % blocks in round s / blocks. A problem's chunks lie side by side in one round.
+struct Place {
+  int length, chunk, parts, start, early, per_round;  // start: slot of the first chunk; early: problems in the round of the start
+};
+
+struct Plan {
+  const Place* places;  // [B + 1], in shared memory; the last one's start is the number of slots
   int heads, blocks;
-  __device__ __forceinline__ int chunk_of(int tokens) const {
-    return max((tokens + blocks * TILE - 1) / (blocks * TILE) * TILE, MIN_CHUNK);
-  }
-  __device__ __forceinline__ int parts_of(int b) const {
-    const int tokens = lengths[b] + T;
-    return (tokens + chunk_of(tokens) - 1) / chunk_of(tokens);
-  }
-  __device__ __forceinline__ Item at(int i, int b) const {
-    while (i >= starts[b + 1]) b++;
-    Item item;
-    const int tokens = lengths[b] + T, chunk = chunk_of(tokens), within = i - starts[b];
-    item.b = b;
-    item.parts = parts_of(b);
-    item.h = within / item.parts;
-    item.part = within - item.h * item.parts;
-    item.problem = b * heads + item.h;
-    item.first = item.part * chunk;
-    item.keys = min(chunk, tokens - item.first);
-    item.length = lengths[b];
+  __device__ __noinline__ Item at(int slot, int b) const {  // the item at a slot of sequence b or later
+    while (slot >= places[b + 1].start) b++;
+    const Place place = places[b];
+    Item item = {b, 0, 0, place.parts, 0, 0, place.length};
+    int within = slot - place.start, problem;
+    if (within < place.early * place.parts) {
+      problem = within / place.parts;
+      within -= problem * place.parts;
+    } else {
+      within = slot - (place.start / blocks + 1) * blocks;
+      if (within < 0) return item;
+      const int round = within / blocks;
+      within -= round * blocks;
+      problem = within / place.parts;
+      if (problem >= place.per_round) return item;
+      within -= problem * place.parts;
+      problem += place.early + round * place.per_round;
+    }
+    if (problem >= heads) return item;
+    item.h = problem, item.part = within;
+    item.first = within * place.chunk;
+    item.keys = min(place.chunk, place.length + T - item.first);
     return item;
   }
 };
 
-__device__ __forceinline__ void sync_finishers() { ptx::named_barrier<1, 32 * FINISHERS>(); }
-
-__device__ __forceinline__ float2 merge(float2 x, float2 y) {  // (reference, sum)
-  const float reference = fmaxf(x.x, y.x);
-  if (reference == -INFINITY) return make_float2(reference, x.y + y.y);  // nothing visible; but a NaN counts
-  return make_float2(reference, x.y * ptx::exp2(x.x - reference) + y.y * ptx::exp2(y.x - reference));
-}
-
-__device__ void score(const Arguments& a, const Items& items, int total, char* queue, uint32_t* const (&buffers)[2], float2* const (&sums)[2],
-                      int* scored, uint64_t* full, uint64_t* empty) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, token = lane / 4 * 2, piece = lane % 4;
-  char* mine = queue + warp * STAGES * SLOT + lane * 16;
-  const uint32_t mine_address = ptx::shared_address(mine);
-
-  // The copying side of the queue runs STAGES - 1 tiles ahead, across items.
-  int copied_item = blockIdx.x, copied_tile = warp, copied_slot = 0;
-  Item source = copied_item < total ? items.at(copied_item, 0) : Item{};
-  auto skip_to_tile = [&] {
-    while (copied_item < total && copied_tile * TILE >= source.keys) {
-      copied_item += gridDim.x;
-      copied_tile = warp;
-      if (copied_item < total) source = items.at(copied_item, source.b);
+__device__ void lay_out(Place* places, int B, int heads, int blocks) {  // by one warp; lengths are there already
+  const int lane = threadIdx.x % 32;
+  int longest = 0;
+  for (int b = lane; b < B; b += 32) longest = max(longest, places[b].length + T);
+  longest = __reduce_max_sync(~0u, longest);
+  // A lane tries a number of problems per round: rounds times the time of a chunk, for sequences as long as the longest.
+  int chunk = (longest + max(blocks / (lane + 1), 1) - 1) / max(blocks / (lane + 1), 1);
+  chunk = max((chunk + TILE - 1) / TILE * TILE, SEGMENT);
+  float rounds = 0;
+  for (int b = 0; b < B; b++) {
+    const int parts = (places[b].length + T + chunk - 1) / chunk;
+    rounds += (float)heads / (blocks / min(parts, blocks));
+  }
+  constexpr int OVERHEAD = 128;  // keys that could be read while a chunk begins and ends
+  const unsigned cost = chunk > MAX_CHUNK ? ~0u : (unsigned)ceilf(rounds - 1e-3f) * (chunk + OVERHEAD);
+  const unsigned least = __reduce_min_sync(~0u, cost);
+  chunk = __shfl_sync(~0u, chunk, __ffs(__ballot_sync(~0u, cost == least)) - 1);
+  if (lane == 0) {
+    int start = 0;
+    for (int b = 0; b < B; b++) {
+      Place& place = places[b];
+      const int tokens = place.length + T;
+      place.parts = (tokens + chunk - 1) / chunk;
+      place.chunk = ((tokens + place.parts - 1) / place.parts + TILE - 1) / TILE * TILE;
+      place.parts = (tokens + place.chunk - 1) / place.chunk;
+      place.per_round = blocks / place.parts;
+      place.early = min(heads, (blocks - start % blocks) / place.parts);
+      if (place.early == 0) start = (start / blocks + 1) * blocks, place.early = min(heads, place.per_round);
+      place.start = start;
+      const int late = heads - place.early;
+      start = late ? (start / blocks + 1 + (late - 1) / place.per_round) * blocks + ((late - 1) % place.per_round + 1) * place.parts
+                   : start + place.early * place.parts;
     }
-  };
-  auto copy = [&] {
-    if (copied_item < total) {
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const int position = source.first + min(copied_tile * TILE + token + i, source.keys - 1);  // past the end: the last again
-        long long outer = source.b, inner = position;
-        if (a.page_table) {
-          outer = a.page_table[(long long)source.b * a.pages_per_sequence + position / a.page_size];
-          inner = position % a.page_size;
-        }
-        const __nv_bfloat16* key = a.keys + outer * a.stride[0] + inner * a.stride[1] + source.h * a.stride[2] + piece * 8;
-#pragma unroll
-        for (int p = 0; p < PIECES; p++) ptx::copy16(mine_address + copied_slot * SLOT + (2 * p + i) * 512, key + p * 32);
-      }
-      copied_tile += SCORERS;
-      skip_to_tile();
-    }
-    ptx::commit();
-    copied_slot = copied_slot + 1 == STAGES ? 0 : copied_slot + 1;
-  };
-  skip_to_tile();
-#pragma unroll 1
-  for (int s = 0; s < STAGES - 1; s++) copy();
-
-  int slot = 0, b = 0, round = 0;
-  for (int i = blockIdx.x; i < total; i += gridDim.x, round++) {
-    const Item item = items.at(i, b);
-    b = item.b;
-    uint32_t q[ROW_TILES][PIECES][4];
-    int last_seen[ROW_TILES][2];  // the last position that this thread's rows see
-#pragma unroll
-    for (int n = 0; n < ROW_TILES; n++) {
-      const int row = n * 8 + lane / 4, t = row / GROUP, g = row - t * GROUP;
-      const __nv_bfloat16* query = a.queries + b * a.query_stride[0] + t * a.query_stride[1] + (item.h * GROUP + g) * a.query_stride[2] + piece * 8;
-#pragma unroll
-      for (int p = 0; p < PIECES; p++)
-        *(uint4*)q[n][p] = t < T ? *(const uint4*)(query + p * 32) : make_uint4(0, 0, 0, 0);
-#pragma unroll
-      for (int k = 0; k < 2; k++) last_seen[n][k] = item.length + (n * 8 + piece * 2 + k) / GROUP;
-    }
-    uint32_t* buffer = buffers[round % 2];
-    float* references = (float*)(buffer + ROWS * row_words(a.chunk));  // [tiles][ROWS]
-    if (round >= 2) ptx::barrier_wait(empty + round % 2, (round / 2 - 1) % 2);
-
-    float reference[ROW_TILES][2], sum[ROW_TILES][2];
-#pragma unroll
-    for (int n = 0; n < ROW_TILES; n++) reference[n][0] = reference[n][1] = -INFINITY, sum[n][0] = sum[n][1] = 0;
-#pragma unroll 1
-    for (int tile = warp; tile * TILE < item.keys; tile += SCORERS) {
-      ptx::wait_group<STAGES - 2>();  // a thread reads only what it has copied itself
-      float logits[ROW_TILES][4] = {};
-#pragma unroll
-      for (int p = 0; p < PIECES; p++) {
-        const uint4 even = *(const uint4*)(mine + slot * SLOT + 2 * p * 512), odd = *(const uint4*)(mine + slot * SLOT + (2 * p + 1) * 512);
-        const uint32_t left[2][4] = {{even.x, odd.x, even.y, odd.y}, {even.z, odd.z, even.w, odd.w}};
-#pragma unroll
-        for (int n = 0; n < ROW_TILES; n++) {
-          ptx::multiply_add<__nv_bfloat16>(logits[n], left[0], q[n][p][0], q[n][p][1]);
-          ptx::multiply_add<__nv_bfloat16>(logits[n], left[1], q[n][p][2], q[n][p][3]);
-        }
-      }
-      copy();  // into the slot that was read in the round before
-      slot = slot + 1 == STAGES ? 0 : slot + 1;
-#pragma unroll
-      for (int n = 0; n < ROW_TILES; n++)
-#pragma unroll
-        for (int k = 0; k < 4; k++) logits[n][k] *= a.scale;
-      const int position = item.first + tile * TILE + token;  // of the thread's two keys
-      if (item.first + tile * TILE + TILE > item.length) {
-        asm volatile("");  // a branch, not predicates: it is rare
-#pragma unroll
-        for (int n = 0; n < ROW_TILES; n++)
-#pragma unroll
-          for (int k = 0; k < 4; k++)
-            if (position + k / 2 > last_seen[n][k % 2] || position + k / 2 >= item.first + item.keys) logits[n][k] = -INFINITY;
-      }
-      bool passed = false;
-#pragma unroll
-      for (int n = 0; n < ROW_TILES; n++)
-#pragma unroll
-        for (int k = 0; k < 2; k++) passed |= fmaxf(logits[n][k], logits[n][k + 2]) > reference[n][k] + SLACK;
-      if (__any_sync(~0u, passed)) {
-        asm volatile("");
-#pragma unroll
-        for (int n = 0; n < ROW_TILES; n++)
-#pragma unroll
-          for (int k = 0; k < 2; k++) {
-            float highest = fmaxf(reference[n][k], fmaxf(logits[n][k], logits[n][k + 2]));
-            highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 4));
-            highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 8));
-            highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 16));
-            if (highest > reference[n][k]) sum[n][k] *= ptx::exp2(reference[n][k] - highest);
-            reference[n][k] = highest;
-          }
-      }
-#pragma unroll
-      for (int n = 0; n < ROW_TILES; n++)
-#pragma unroll
-        for (int k = 0; k < 2; k++) {
-          const float base = reference[n][k] == -INFINITY ? 0 : reference[n][k];  // nothing visible yet
-          const float x = ptx::exp2(logits[n][k] - base), y = ptx::exp2(logits[n][k + 2] - base);
-          sum[n][k] += x + y;
-          const int row = n * 8 + piece * 2 + k;
-          buffer[row * row_words(a.chunk) + tile * 8 + lane / 4] = ptx::pack<__nv_bfloat16>(x, y);
-          if (lane < 4) references[tile * ROWS + row] = base;
-        }
-    }
-#pragma unroll
-    for (int n = 0; n < ROW_TILES; n++)
-#pragma unroll
-      for (int k = 0; k < 2; k++) {
-        sum[n][k] += __shfl_xor_sync(~0u, sum[n][k], 4);
-        sum[n][k] += __shfl_xor_sync(~0u, sum[n][k], 8);
-        sum[n][k] += __shfl_xor_sync(~0u, sum[n][k], 16);
-        if (lane < 4) sums[round % 2][warp * ROWS + n * 8 + piece * 2 + k] = make_float2(reference[n][k], sum[n][k]);
-      }
-    __threadfence_block();
-    __syncwarp();
-    int before = lane == 0 ? atomicAdd(scored + round % 2, 1) : 0;
-    if (__shfl_sync(~0u, before, 0) == SCORERS - 1) {  // the last warp publishes the chunk's sums
-      __threadfence_block();
-      if (lane == 0) scored[round % 2] = 0;
-      if (lane < ROWS) {
-        float2 own = {-INFINITY, 0};
-#pragma unroll
-        for (int w = 0; w < SCORERS; w++) own = merge(own, sums[round % 2][w * ROWS + lane]);
-        if (__float_as_uint(own.y) == EMPTY) own.y = __uint_as_float(0x7fffffff);
-        __stcg(a.mailboxes + ((long long)item.problem * gridDim.x + item.part) * ROWS + lane, own);
-      }
-      __syncwarp();
-    }
-    if (lane == 0) ptx::barrier_arrive(full + round % 2);
+    places[B].start = start;
   }
 }
 
-__device__ void finish(const Arguments& a, const Items& items, int total, uint32_t* const (&buffers)[2], float2* parts,
-                       int* to_empty, uint64_t* full, uint64_t* empty) {
-  const int thread = threadIdx.x - 32 * SCORERS, lane = thread % 32, warp = thread / 32;
-  // No mass at and past the length: zeros up to N.
-  for (int row = blockIdx.x; row < a.B * a.heads * GROUP; row += gridDim.x)
-    for (int i = items.lengths[row / (a.heads * GROUP)] + thread; i < a.N; i += 32 * FINISHERS) {
-      if (a.wide_masses)
-        ((float*)a.masses)[row * a.stride_out + i] = 0;
-      else
-        ((__nv_bfloat16*)a.masses)[row * a.stride_out + i] = __float2bfloat16_rn(0);
-    }
+struct Shared {
+  uint64_t full[ITEMS], taken[ITEMS], empty[RING];      // barriers: an item is scored; it is finished; a segment may be written again
+  float2 sums[ITEMS][SCORERS][PADDED_ROWS];         // of an item's warps: reference and sum
+  float2 shares[READERS][PADDED_ROWS];          // of a problem
+  __align__(16) float weights[SCORERS][PADDED_ROWS];          // what turns a warp's exponentials into masses
+  Place places[MAX_SEQUENCES + 1];
+  int last_reader;
+};
 
-  int b = 0, round = 0;
-  for (int i = blockIdx.x; i < total; i += gridDim.x, round++) {
-    const Item item = items.at(i, b);
+__device__ __forceinline__ void sync_finishers() { ptx::named_barrier<1, 32 * FINISHERS>(); }
+
+struct Ring {  // position in the ring of segments
+  int first = 0, pass = 0;  // of the item's first segment
+  __device__ __forceinline__ void advance(int keys) {
+    first += (keys + SEGMENT - 1) / SEGMENT;
+    if (first >= RING) first -= RING, pass++;
+  }
+};
+
+using Logits = float[EIGHTS][SUBTILES][2];  // of a thread's rows j * 8 + lane / 4, its keys i * 8 + lane % 4 * 2 + k of a tile: [j][i][k]
+
+// For each of the thread's rows, its largest logit in a tile.
+template <typename Body>
+__device__ __forceinline__ void over_keys(const Logits& x, Body body) {
+#pragma unroll
+  for (int j = 0; j < EIGHTS; j++) {
+    float highest = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < SUBTILES; i++) highest = fmaxf(highest, fmaxf(x[j][i][0], x[j][i][1]));
+    highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
+    body(j, fmaxf(highest, __shfl_xor_sync(~0u, highest, 2)));
+  }
+}
+
+// Multiplies what a warp has written of one row, in the tiles from its first to before `end`, with a power of two.
+__device__ __noinline__ void lower(uint32_t* row, int first_segment, int first, int end, float factor) {
+  for (int tile = first; tile < end; tile += SCORERS) {
+    int place = first_segment + tile / SEGMENT_TILES;
+    if (place >= RING) place -= RING;
+    for (int i = 0; i < SUBTILES; i++) {
+      uint32_t* word = row + place * SEGMENT_WORDS + tile % SEGMENT_TILES * (TILE / 2) + i * 4;
+      *word = ptx::pack<__nv_bfloat16>(factor * __uint_as_float(*word << 16), factor * __uint_as_float(*word & 0xffff0000));
+    }
+  }
+}
+
+__device__ void score(const Arguments& a, const Plan& plan, int slots, char* queues, uint32_t* ring, Shared& shared) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, eighth = lane / 4, quarter = lane % 4;
+  // Eight lanes copy a line of 128 bytes of a key: with half a line each time, the memory delivers a quarter less. They swap the halves
+  // of odd keys, so that two neighbouring keys' quarters of a half meet no bank conflict.
+  const int eight = lane / 8, swapped = (eight & 1) * 64;
+  char* queue = queues + warp * STAGES * SLOT;
+  const uint32_t queue_address = ptx::shared_address(queue) + eight * KEY_BYTES + (lane % 8 * 16 ^ swapped);
+  queue += eighth * KEY_BYTES + (quarter * 16 ^ (eighth & 1) * 64);
+  const int half = eighth & 1 ? -64 : 64;  // from a piece to the one 64 bytes behind it in memory
+
+  // The copying side of the queue runs STAGES - 1 tiles ahead, across items.
+  int copied_slot = blockIdx.x - gridDim.x, copied_tile = 0, copied_stage = 0;
+  Item source = {};
+  const char* source_keys = nullptr;
+  const int key_bytes = 2 * (int)a.stride[1];
+  auto copy = [&] {
+    while (copied_tile * TILE >= source.keys && copied_slot < slots) {  // the next item
+      copied_slot += gridDim.x;
+      copied_tile = warp;
+      source = copied_slot < slots ? plan.at(copied_slot, source.b) : Item{};
+      source_keys = (const char*)(a.keys + source.h * a.stride[2] + lane % 8 * 8);
+#ifndef PAGED
+      source_keys += 2 * (source.b * a.stride[0] + source.first * a.stride[1]);
+#endif
+    }
+    if (copied_slot < slots) {
+#pragma unroll
+      for (int i = 0; i < TILE / 4; i++) {
+        const int position = min(copied_tile * TILE + i * 4 + eight, source.keys - 1);  // past the end: the last again
+#ifdef PAGED
+        const int page = (source.first + position) / a.page_size, slot = source.first + position - page * a.page_size;
+        const char* key = source_keys + 2 * (a.page_table[(long long)source.b * a.pages_per_sequence + page] * a.stride[0]) + (long long)slot * key_bytes;
+#else
+        const char* key = source_keys + (long long)position * key_bytes;
+#endif
+#pragma unroll
+        for (int line = 0; line < LINES; line++) ptx::copy16(queue_address + copied_stage * SLOT + i * 4 * KEY_BYTES + line * 128, key + line * 128);
+      }
+      copied_tile += SCORERS;
+    }
+    ptx::commit();
+    copied_stage = copied_stage + 1 == STAGES ? 0 : copied_stage + 1;
+  };
+#pragma unroll 1
+  for (int s = 0; s < STAGES - 1; s++) copy();
+
+  Ring position;
+  int stage = 0, b = 0, items = 0;
+#pragma unroll 1
+  for (int slot = blockIdx.x; slot < slots; slot += gridDim.x) {
+    const Item item = plan.at(slot, b);
+    if (!item.keys) continue;
     b = item.b;
-    const uint32_t* buffer = buffers[round % 2];
-    float* weights = (float*)(buffers[round % 2] + ROWS * row_words(a.chunk));  // [tiles][ROWS]: references at first
-    ptx::barrier_wait(full + round % 2, round / 2 % 2);
+    uint32_t q[ROW_TILES][PIECES][2][4];
+#pragma unroll
+    for (int j = 0; j < 2 * ROW_TILES; j++) {
+      const int row = min(j * 8 + eighth, ROWS - 1), t = row / GROUP, g = row - t * GROUP;  // what is past the last row is not used
+      const __nv_bfloat16* query = a.queries + b * a.query_stride[0] + t * a.query_stride[1] + (item.h * GROUP + g) * a.query_stride[2] + quarter * 8;
+#pragma unroll
+      for (int p = 0; p < PIECES; p++)
+#pragma unroll
+        for (int k = 0; k < 4; k++)  // one word at a time: words that come together would have to be moved apart before every use
+asm("ld.global.nc.u32 %0, [%1];" : "=r"(q[j / 2][p][k / 2][j % 2 + k % 2 * 2]) : "l"((const uint32_t*)(query + p * 32) + k));
+    }
+    if (items >= ITEMS) ptx::barrier_wait(shared.taken + items % ITEMS, (items / ITEMS - 1) % 2);
 
-    // Sums of the rows over the whole problem.
-    float2* mailboxes = a.mailboxes + (long long)item.problem * gridDim.x * ROWS;
-    float2 mine = {-INFINITY, 0};
-    for (int base = warp; base < item.parts; base += 12 * FINISHERS) {
-      float2 read[12];
-      bool waiting = true;
-      while (waiting) {
-        waiting = false;
+    float reference[EIGHTS] = {}, sum[EIGHTS] = {};  // of the thread's rows, over its keys
+    const int plain_tiles = (item.length - item.first) / TILE;  // of those before, every query sees every key
+    int owned = -1;  // segment that this warp has waited for
+#pragma unroll 1
+    for (int tile = warp; tile * TILE < item.keys; tile += SCORERS) {
+      ptx::wait_group<STAGES - 2>();
+      __syncwarp();
+      float product[SUBTILES][ROW_TILES][4] = {};
 #pragma unroll
-        for (int k = 0; k < 12; k++) {
-          read[k] = make_float2(-INFINITY, 0);
-          if (base + k * FINISHERS < item.parts && lane < ROWS)
-            asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];"
-                         : "=f"(read[k].x), "=f"(read[k].y) : "l"(mailboxes + (base + k * FINISHERS) * ROWS + lane) : "memory");
+      for (int i = 0; i < SUBTILES; i++)
+#pragma unroll
+        for (int p = 0; p < PIECES; p++) {
+          const uint4 keys = *(const uint4*)(queue + stage * SLOT + i * 8 * KEY_BYTES + p / 2 * 128 + (p % 2 ? half : 0));
+#pragma unroll
+          for (int n = 0; n < ROW_TILES; n++) {
+            ptx::multiply_add<__nv_bfloat16>(product[i][n], q[n][p][0], keys.x, keys.y);
+            ptx::multiply_add<__nv_bfloat16>(product[i][n], q[n][p][1], keys.z, keys.w);
+          }
         }
+      copy();  // into the slot that was read in the round before
+      stage = stage + 1 == STAGES ? 0 : stage + 1;
+
+      const int segment = tile / SEGMENT_TILES;
+      int place = position.first + segment, pass = position.pass;
+      if (place >= RING) place -= RING, pass++;
+      if (segment != owned) {
+        if (pass) ptx::barrier_wait(shared.empty + place, (pass - 1) % 2);
+        owned = segment;
+      }
+      uint32_t* words = ring + place * SEGMENT_WORDS + eighth * ROW_WORDS + tile % SEGMENT_TILES * (TILE / 2) + quarter;
+
+      Logits x;
+      auto each = [&](auto body) {
 #pragma unroll
-        for (int k = 0; k < 12; k++) waiting |= __float_as_uint(read[k].x) == EMPTY || __float_as_uint(read[k].y) == EMPTY;
+        for (int j = 0; j < EIGHTS; j++)
+#pragma unroll
+          for (int i = 0; i < SUBTILES; i++)
+#pragma unroll
+            for (int k = 0; k < 2; k++) body(j, i, k);
+      };
+      if (tile == warp || tile >= plain_tiles) {
+        asm volatile("");  // a branch, not predicates: it is rare
+        each([&](int j, int i, int k) {
+          const int last_seen = min(item.length - item.first + (j * 8 + eighth) / GROUP, item.keys - 1);
+          x[j][i][k] = tile * TILE + i * 8 + quarter * 2 + k <= last_seen ? product[i][j / 2][j % 2 * 2 + k] * a.scale : -INFINITY;
+        });
+        if (tile == warp)
+          over_keys(x, [&](int j, float highest) { reference[j] = highest == -INFINITY ? 0 : ceilf(highest); });  // seeing nothing here is seeing nothing further on
+        each([&](int j, int i, int k) { x[j][i][k] -= reference[j]; });
+      } else {
+        each([&](int j, int i, int k) { x[j][i][k] = fmaf(product[i][j / 2][j % 2 * 2 + k], a.scale, -reference[j]); });
+      }
+
+      float total[EIGHTS], most = 0;  // over the thread's keys
+      uint32_t packed[EIGHTS][SUBTILES];
+      auto exponentiate = [&] {
+#pragma unroll
+        for (int j = 0; j < EIGHTS; j++) {
+          total[j] = 0;
+#pragma unroll
+          for (int i = 0; i < SUBTILES; i++) {
+            const float even = ptx::exp2(x[j][i][0]), odd = ptx::exp2(x[j][i][1]);
+            total[j] += even + odd;
+            packed[j][i] = ptx::pack<__nv_bfloat16>(even, odd);
+          }
+          most = fmaxf(most, total[j]);
+        }
+      };
+      exponentiate();
+      if (__any_sync(~0u, most > HIGHEST)) {  // raise the references, and lower what is written by as many powers of two
+        asm volatile("");
+        over_keys(x, [&](int j, float highest) {
+          const float by = ceilf(fmaxf(highest, 0)), factor = ptx::exp2(-by);
+#pragma unroll
+          for (int i = 0; i < SUBTILES; i++) x[j][i][0] -= by, x[j][i][1] -= by;
+          reference[j] += by;
+          sum[j] *= factor;
+          const int row = j * 8 + eighth;
+          if (row < ROWS && by > 0) lower(ring + row * ROW_WORDS + quarter, position.first, warp, tile, factor);
+        });
+        exponentiate();
       }
 #pragma unroll
-      for (int k = 0; k < 12; k++) mine = merge(mine, read[k]);
-    }
-    if (lane < ROWS) parts[warp * ROWS + lane] = mine;
-    sync_finishers();
-    if (thread == 0) {  // the last of the problem's readers empties the mailboxes
-      *to_empty = atomicAdd(a.readers + item.problem, 1) == item.parts - 2;
-      if (*to_empty) atomicExch(a.readers + item.problem, -1);
-    }
-    const int tiles = (item.keys + TILE - 1) / TILE;
-    if (lane < ROWS) {
-      float2 all = {-INFINITY, 0};
+      for (int j = 0; j < EIGHTS; j++) {
+        sum[j] += total[j];
+        if (j * 8 + 8 <= ROWS || j * 8 + eighth < ROWS)
 #pragma unroll
-      for (int w = 0; w < FINISHERS; w++) all = merge(all, parts[w * ROWS + lane]);
-      const float factor = 1 / (all.y * (a.take_max ? 1 : T));
-      for (int tile = warp; tile < tiles; tile += FINISHERS) weights[tile * ROWS + lane] = ptx::exp2(weights[tile * ROWS + lane] - all.x) * factor;
-    }
-    sync_finishers();
-    if (*to_empty)
-      for (int k = thread; k < item.parts * ROWS; k += 32 * FINISHERS) __stcg((uint2*)mailboxes + k, make_uint2(EMPTY, EMPTY));
-
-    // Two neighbouring keys a thread.
-    const int words = (min(item.keys, item.length - item.first) + 1) / 2, stride = row_words(a.chunk);
-    for (int word = thread; word < words; word += 32 * FINISHERS) {
-      const float4* weight = (const float4*)(weights + word / 8 * ROWS);
-      float w[ROWS];
-      uint32_t two[T * GROUP];
-#pragma unroll
-      for (int r = 0; r < ROWS / 4; r++) *(float4*)(w + 4 * r) = weight[r];
-#pragma unroll
-      for (int r = 0; r < T * GROUP; r++) two[r] = buffer[r * stride + word];
-      const bool last = item.first + 2 * word + 1 >= item.length;  // the second key is the first of the tail
-#pragma unroll
-      for (int g = 0; g < GROUP; g++) {
-        float x = 0, y = 0;
-#pragma unroll
-        for (int t = 0; t < T; t++) {
-          const int r = t * GROUP + g;
-          const float low = w[r] * __uint_as_float(two[r] << 16), high = w[r] * __uint_as_float(two[r] & 0xffff0000);
-          x = a.take_max ? fmaxf(x, low) : x + low;
-          y = a.take_max ? fmaxf(y, high) : y + high;
-        }
-        if (last) y = 0;
-        const long long at = ((long long)(item.b * a.heads + item.h) * GROUP + g) * a.stride_out + item.first + 2 * word;
-        if (a.wide_masses)
-          *(float2*)((float*)a.masses + at) = make_float2(x, y);
-        else
-          *(uint32_t*)((__nv_bfloat16*)a.masses + at) = ptx::pack<__nv_bfloat16>(x, y);
+          for (int i = 0; i < SUBTILES; i++) words[j * 8 * ROW_WORDS + i * 4] = packed[j][i];
       }
+    }
+#pragma unroll
+    for (int j = 0; j < EIGHTS; j++) {
+      sum[j] += __shfl_xor_sync(~0u, sum[j], 1);
+      sum[j] += __shfl_xor_sync(~0u, sum[j], 2);
+      if (quarter == 0) shared.sums[items % ITEMS][warp][j * 8 + eighth] = make_float2(sum[j] == 0 ? -INFINITY : reference[j], sum[j]);
     }
     __syncwarp();
-    if (lane == 0) ptx::barrier_arrive(empty + round % 2);
+    if (lane == 0) ptx::barrier_arrive(shared.full + items % ITEMS);
+    position.advance(item.keys);
+    items++;
+  }
+}
+
+__device__ __forceinline__ float max_or_nan(float x, float y) {
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+
+// (reference, sum) of several: the largest reference, and the sum in terms of it.
+template <int count>
+__device__ __forceinline__ float2 merge(const float2 (&parts)[count]) {
+  float reference = parts[0].x, sum = 0;
+#pragma unroll
+  for (int i = 1; i < count; i++) reference = fmaxf(reference, parts[i].x);
+  const float base = reference == -INFINITY ? 0 : reference;  // nothing visible; but a NaN counts
+#pragma unroll
+  for (int i = 0; i < count; i++) sum += parts[i].y * ptx::exp2(parts[i].x - base);
+  return make_float2(reference, sum);
+}
+
+__device__ void finish(const Arguments& a, const Plan& plan, int slots, const uint32_t* ring, Shared& shared) {
+  const int thread = threadIdx.x - 32 * SCORERS, lane = thread % 32;
+  const int row = thread % PADDED_ROWS, reader = thread / PADDED_ROWS;  // for sums
+  // No mass at and past the length: zeros up to N.
+  for (int r = blockIdx.x; r < a.B * a.heads * GROUP; r += gridDim.x)
+    for (int i = plan.places[r / (a.heads * GROUP)].length + thread; i < a.N; i += 32 * FINISHERS) {
+      if (a.wide_masses)
+        ((float*)a.masses)[r * a.stride_out + i] = 0;
+      else
+        ((__nv_bfloat16*)a.masses)[r * a.stride_out + i] = __float2bfloat16_rn(0);
+    }
+
+  Ring position;
+  int b = 0, items = 0;
+#pragma unroll 1
+  for (int slot = blockIdx.x; slot < slots; slot += gridDim.x) {
+    const Item item = plan.at(slot, b);
+    if (!item.keys) continue;
+    b = item.b;
+    const int problem = b * a.heads + item.h;
+    float2* mailboxes = a.mailboxes + (long long)problem * gridDim.x * PADDED_ROWS;
+    ptx::barrier_wait(shared.full + items % ITEMS, items / ITEMS % 2);
+    if (reader == 0) {
+      float2 warps[SCORERS];
+#pragma unroll
+      for (int w = 0; w < SCORERS; w++) warps[w] = shared.sums[items % ITEMS][w][row];
+      float2 own = merge(warps);
+      if (__float_as_uint(own.y) == EMPTY) own.y = __uint_as_float(0x7fffffff);
+      __stcg(mailboxes + item.part * PADDED_ROWS + row, own);
+    }
+
+    // Sums of the rows over the whole problem.
+    if (reader < READERS) {
+      constexpr int BATCH = 8;
+      float2 share[2] = {{-INFINITY, 0}};
+#pragma unroll 1
+      for (int base = reader; base < item.parts; base += BATCH * READERS) {
+        float2 read[BATCH];
+        bool waiting = true;
+        while (waiting) {
+          waiting = false;
+#pragma unroll
+          for (int k = 0; k < BATCH; k++) {
+            read[k] = make_float2(-INFINITY, 0);
+            if (base + k * READERS < item.parts)
+              asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];"
+                           : "=f"(read[k].x), "=f"(read[k].y) : "l"(mailboxes + (base + k * READERS) * PADDED_ROWS + row) : "memory");
+          }
+#pragma unroll
+          for (int k = 0; k < BATCH; k++) waiting |= __float_as_uint(read[k].x) == EMPTY || __float_as_uint(read[k].y) == EMPTY;
+        }
+        share[1] = merge(read);
+        share[0] = merge(share);
+      }
+      shared.shares[reader][row] = share[0];
+    }
+    sync_finishers();
+    if (reader < READERS) {
+      float2 shares[READERS];
+#pragma unroll
+      for (int i = 0; i < READERS; i++) shares[i] = shared.shares[i][row];
+      const float2 all = merge(shares);
+      const float factor = 1 / (all.y * (TAKE_MAX ? 1 : T));
+#pragma unroll
+      for (int w = 0; w < SCORERS; w++)
+        if (w % READERS == reader) shared.weights[w][row] = ptx::exp2(shared.sums[items % ITEMS][w][row].x - all.x) * factor;
+    }
+    int readers_before = 0;
+    if (thread == 0) readers_before = atomicAdd(a.readers + problem, 1);  // used last, so that nobody waits for it
+    sync_finishers();
+
+    // Two neighbouring keys a thread, a segment at a time.
+    const int keys = min(item.keys, item.length - item.first);
+    const int segments = (item.keys + SEGMENT - 1) / SEGMENT;
+#pragma unroll 1
+    for (int segment = 0; segment < segments; segment++) {
+      int place = position.first + segment;
+      if (place >= RING) place -= RING;
+      const int word = thread;
+      {
+        const int key = segment * SEGMENT + 2 * word;
+        const uint32_t* two = ring + place * SEGMENT_WORDS + word;
+        const float* weights = shared.weights[key / TILE % SCORERS];
+        float w[PADDED_ROWS];
+#pragma unroll
+        for (int r = 0; r < ROWS; r += 4) *(float4*)(w + r) = *(const float4*)(weights + r);
+        float x[GROUP] = {}, y[GROUP] = {};
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+          const uint32_t pair = two[r * ROW_WORDS];
+          const float low = __uint_as_float(pair << 16), high = __uint_as_float(pair & 0xffff0000);
+          x[r % GROUP] = TAKE_MAX ? max_or_nan(x[r % GROUP], w[r] * low) : fmaf(w[r], low, x[r % GROUP]);
+          y[r % GROUP] = TAKE_MAX ? max_or_nan(y[r % GROUP], w[r] * high) : fmaf(w[r], high, y[r % GROUP]);
+        }
+        if (key < keys)
+#pragma unroll
+          for (int g = 0; g < GROUP; g++) {
+            if (key + 1 >= keys) y[g] = 0;  // the first of the tail
+            const long long at = ((long long)(b * a.heads + item.h) * GROUP + g) * a.stride_out + item.first + key;
+            if (a.wide_masses)
+              *(float2*)((float*)a.masses + at) = make_float2(x[g], y[g]);
+            else
+              *(uint32_t*)((__nv_bfloat16*)a.masses + at) = ptx::pack<__nv_bfloat16>(x[g], y[g]);
+          }
+      }
+      __syncwarp();
+      if (lane == 0) ptx::barrier_arrive(shared.empty + place);
+    }
+    if (thread == 0) {
+      shared.last_reader = readers_before == item.parts - 2;
+      if (shared.last_reader) atomicExch(a.readers + problem, -1);
+    }
+    sync_finishers();
+    if (shared.last_reader)  // it empties the mailboxes
+      for (int k = thread; k < item.parts * PADDED_ROWS; k += 32 * FINISHERS) __stcg((uint2*)mailboxes + k, make_uint2(EMPTY, EMPTY));
+    __syncwarp();
+    if (lane == 0) ptx::barrier_arrive(shared.taken + items % ITEMS);
+    position.advance(item.keys);
+    items++;
   }
 }
 
 __global__ void __launch_bounds__(THREADS, 1) attention_mass(const __grid_constant__ Arguments a) {
-  extern __shared__ __align__(128) char shared[];
-  __shared__ __align__(8) uint64_t full[2], empty[2];
-  __shared__ int lengths[MAX_SEQUENCES], starts[MAX_SEQUENCES + 1], scored[2], to_empty;
-  __shared__ float2 all_sums[2][SCORERS * ROWS], parts[FINISHERS * ROWS];
-  uint32_t* space = (uint32_t*)(shared + SCORERS * STAGES * SLOT);
-#ifdef SPILL
-  space = a.spilled + (long long)blockIdx.x * 2 * buffer_words(a.chunk);
-#endif
-  uint32_t* const buffers[2] = {space, space + buffer_words(a.chunk)};
-  float2* const sums[2] = {all_sums[0], all_sums[1]};
+  extern __shared__ __align__(128) char dynamic[];
+  __shared__ __align__(16) Shared shared;
+  uint32_t* ring = (uint32_t*)(dynamic + QUEUES);
 
   for (int b = threadIdx.x; b < a.B; b += THREADS)
-    lengths[b] = a.wide_lengths ? (int)((const long long*)a.lengths)[b] : ((const int*)a.lengths)[b];
-  if (threadIdx.x < 2) {
-    scored[threadIdx.x] = 0;
-    ptx::barrier_init(full + threadIdx.x, SCORERS);
-    ptx::barrier_init(empty + threadIdx.x, FINISHERS);
-  }
+    shared.places[b].length = a.wide_lengths ? (int)((const long long*)a.lengths)[b] : ((const int*)a.lengths)[b];
+  if (threadIdx.x < ITEMS) ptx::barrier_init(shared.full + threadIdx.x, SCORERS), ptx::barrier_init(shared.taken + threadIdx.x, FINISHERS);
+  if (threadIdx.x < RING) ptx::barrier_init(shared.empty + threadIdx.x, FINISHERS);
   __syncthreads();
-  const Items items{lengths, starts, a.heads, (int)gridDim.x};
-  if (threadIdx.x == 0) {
-    int start = 0;
-    for (int b = 0; b < a.B; b++) starts[b] = start, start += a.heads * items.parts_of(b);
-    starts[a.B] = start;
-  }
+  if (threadIdx.x < 32) lay_out(shared.places, a.B, a.heads, gridDim.x);
   __syncthreads();
-  const int total = starts[a.B];
+  const Plan plan{shared.places, a.heads, (int)gridDim.x};
+  const int slots = shared.places[a.B].start;
   if (threadIdx.x < 32 * SCORERS)
-    score(a, items, total, shared, buffers, sums, scored, full, empty);
+    score(a, plan, slots, dynamic, ring, shared);
   else
-    finish(a, items, total, buffers, parts, &to_empty, full, empty);
+    finish(a, plan, slots, ring, shared);
 }
 
-// Bytes of dynamic shared memory; without SPILL for chunks of up to `chunk` keys.
-extern "C" int shared_bytes(int chunk) {
-#ifdef SPILL
-  return SCORERS * STAGES * SLOT;
-#else
-  return SCORERS * STAGES * SLOT + 2 * buffer_words(chunk) * 4;
-#endif
-}
-extern "C" int spilled_words(int chunk) { return 2 * buffer_words(chunk); }  // of one block
+extern "C" int max_chunk() { return MAX_CHUNK; }  // keys
 
 extern "C" int launch(const Arguments* arguments, int blocks, void* stream) {
-  const int bytes = shared_bytes(arguments->chunk);
+  const int bytes = QUEUES + RING * SEGMENT_WORDS * 4;
   const cudaError_t error = cudaFuncSetAttribute(attention_mass, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return (int)error;
   void* parameters[] = {(void*)arguments};

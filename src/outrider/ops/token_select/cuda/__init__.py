@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -12,12 +13,8 @@ from outrider.ops import compiler
 
 SOURCE = Path(__file__).with_name("kernel.cu")
 ELEMENTS = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half", torch.float32: "float"}
-THREADS = 256  # of a block
-STEP = THREADS * 8  # tokens that a block takes at a time
-AHEAD = 4
+SPAN, WARPS = 1024, 16  # tokens that a warp takes at a time; warps of a block
 MAX_BLOCKS = 8  # of a cluster
-BINS = 2048
-MAX_SHARED = 160 * 1024  # bytes; rows whose keys need more are read again in every phase
 VARIANTS = [("ELEMENT=__nv_bfloat16",), ("ELEMENT=float",)]  # compiled by the tests
 
 
@@ -32,7 +29,7 @@ class Arguments(ctypes.Structure):
             (name, ctypes.c_int)
             for name in (
                 "wide_lengths", "wide_budgets", "top_p", "B", "S", "lists", "G", "sinks", "recent", "take_max", "width",
-                "exact", "resident",
+                "exact",
             )
         ]
     )  # fmt: skip
@@ -68,13 +65,6 @@ def token_select(
     budget = top_p if top_k is None else top_k
     budgets = budget.contiguous() if isinstance(budget, Tensor) else None
     number = 0.0 if budget is None or isinstance(budget, Tensor) else float(budget)
-    steps = -(-S // STEP)  # of one block alone
-    blocks = next((n for n in (1, 2, 4) if 4 * n >= steps), MAX_BLOCKS)
-    fixed = 8 * (BINS // blocks + 2)
-    steps = -(-steps // blocks)  # of each
-    marks = THREADS // 32 * 256 * -(-steps // AHEAD)
-    resident = fixed + marks + 2 * STEP * steps <= MAX_SHARED
-    shared = fixed + marks + 2 * STEP * (steps if resident else AHEAD)
     arguments = Arguments(
         scores=scores.data_ptr(),
         lengths=lengths.data_ptr(),
@@ -97,12 +87,37 @@ def token_select(
         take_max=merge == "max",
         width=width,
         exact=G == 1 and scores.dtype == torch.bfloat16,
-        resident=resident,
     )
-    library = compiler.build(SOURCE, f"ELEMENT={ELEMENTS[scores.dtype]}")
-    if B and counts.numel():
-        with torch.cuda.device(device):
-            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-            error = library.launch(ctypes.byref(arguments), counts.numel(), blocks, shared, stream)
-        compiler.check(library, error, "token_select")
+    element = ELEMENTS[scores.dtype]
+    library = compiler.build(SOURCE, f"ELEMENT={element}")
+    if counts.numel() == 0:
+        return indices, counts
+    with torch.cuda.device(device):
+        blocks = _blocks(element, device, counts.numel(), S)
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        error = library.launch(ctypes.byref(arguments), counts.numel(), blocks, _steps(blocks, S), stream)
+    compiler.check(library, error, "token_select")
     return indices, counts
+
+
+def _steps(blocks: int, S: int) -> int:
+    """Of a warp, where a row of S tokens is cut among so many blocks."""
+    part = -(-S // (blocks * SPAN)) * SPAN
+    return max(1, -(-part // (WARPS * SPAN)))
+
+
+@lru_cache(maxsize=1024)
+def _blocks(element: str, device: torch.device, lists: int, S: int) -> int:
+    """How many blocks share a list: those that are done first, by rounds of clusters times the tokens of a block.
+
+    The search for the threshold takes as long as reading some tokens more.
+    """
+    library = compiler.build(SOURCE, f"ELEMENT={element}")
+    search = 32 * SPAN
+
+    def time(blocks: int) -> int:
+        clusters = library.clusters(blocks, _steps(blocks, S))
+        compiler.check(library, max(0, -clusters), "token_select")
+        return -(-lists // max(clusters, 1)) * (-(-S // blocks) + search)
+
+    return min((1, 2, 3, 4, MAX_BLOCKS), key=time)

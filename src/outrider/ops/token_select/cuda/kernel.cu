@@ -1,41 +1,41 @@
-// Token selection for Hopper: one launch, one *cluster* of thread blocks per list, no sort.
+// Token selection for Hopper: one launch, one block of threads per list, or a cluster of blocks for each of a few or long ones. No sort.
 //
 // A token's key is the upper half of its merged fp32 score: 15 bits that order like the score. The blocks of a cluster take equal,
-// contiguous parts of the row; their warps likewise. Scores are read from memory once and their keys kept in shared memory; rows too
-// long for that are read again in every phase.
+// contiguous parts of the row, and so do the warps of a block. A warp walks its tokens step by step through a ring of its own in shared
+// memory, filled by bulk copies where scores are their own keys.
 //
-//     1  histogram of the keys' upper 11 bits; the blocks add theirs up, a slice of bins each, and find the bin of the threshold
-//     2  histogram of the lower 4 bits within that bin: the threshold, the quota of tokens equal to it, the blocks' first places
-//     3  every warp counts what it keeps, then writes positions in order
+//     1  downwards: a histogram of the keys in a window of 32 octaves, a bin per key; what lies above and below it is added up beside
+//     2  every block adds up what the blocks of its cluster have counted, first 16 bins at a time, then one by one, and finds the
+//        threshold: the highest key that, with all keys above it, is enough. A bin has one key, so counts are masses, too. Should the
+//        threshold lie outside of the window, the window moves. Counts of the blocks before tell where this block's tokens go.
+//     3  upwards: every warp marks what it keeps, a bit per token, and counts
+//     4  downwards: it writes positions
+// What is still in the ring is not read again.
 //
-// A histogram holds counts (top-k) or integer significands (top-p): with the exponent, which a bin fixes, these are exact masses that
-// do not depend on the order of additions.
+// Forced tokens (sinks, recent ones) are counted like all others, and taken out of the histogram again, since few are forced.
+// Sums are of integers, or of doubles in a fixed order.
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <stdint.h>
 #include "host.cuh"
+#include "ptx.cuh"
 
 #ifndef ELEMENT
 #define ELEMENT __nv_bfloat16
 #endif
-#ifndef BLOCKS_PER_SM
-#define BLOCKS_PER_SM 3
-#endif
-#ifndef THREADS
-#define THREADS 256
-#endif
 
 namespace cg = cooperative_groups;
 
-constexpr int WARPS = THREADS / 32, MAX_BLOCKS = 8;
-constexpr int VECTOR = 8;                  // tokens a thread takes at a time
-constexpr int AHEAD = 4;                   // steps whose scores a warp has under way at a time
-constexpr int STEP = 32 * VECTOR;          // tokens a warp takes at a time
-constexpr int BINS = 2048, FINE = 16;      // 11 + 4 bits
-constexpr int FORCED = 0x7fff, OUTSIDE = -0x8000;  // in place of a key, read as signed: above and below all keys
-
-constexpr int MAX_SHARED = 160 * 1024;
+constexpr int THREADS = 512, WARPS = THREADS / 32, MAX_BLOCKS = 8;  // of a cluster
+constexpr int VECTOR = 8, VECTORS = 4;               // tokens a thread reads at a time; and how often, in a step
+constexpr int SPAN = 32 * VECTOR * VECTORS;          // tokens of a step
+constexpr int HOMES = 5, SAVED = 8;                  // steps of a warp that its ring holds; whose marks are kept
+constexpr int BINS = 4096, FINE = 16, COARSE = BINS / FINE, PER_THREAD = BINS / THREADS;  // keys of a window; bins that are first taken together
+constexpr int WINDOW = 3;                            // the first one tried: scores from 2^-31 to below 2
+constexpr int INFINITE = 0x7f80;                     // the largest key
+constexpr int NONE = 0x7ffe;                         // a threshold above every key
+constexpr unsigned ALL = ~0u;                        // lanes
 
 struct Arguments {
   const ELEMENT* scores;     // [B, R, S]
@@ -46,7 +46,7 @@ struct Arguments {
   int* counts;               // [Lt, B, Hs]
   long long stride_b, stride_r;
   double budget;
-  int wide_lengths, wide_budgets, top_p, B, S, lists, G, sinks, recent, take_max, width, exact, resident;
+  int wide_lengths, wide_budgets, top_p, B, S, lists, G, sinks, recent, take_max, width, exact;
 };
 
 __device__ __forceinline__ float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -59,394 +59,583 @@ __device__ constexpr bool is_bfloat(__nv_bfloat16) { return true; }
 struct Row {  // one merged row of scores
   const ELEMENT* scores;     // of the sequence
   const long long* sources;  // [G]
-  long long stride, first_source;
+  long long stride;
   int G, length, forced_below, forced_from;
   bool take_max;
 
-  // Where the eight scores from `start` on are their own keys: they compete for places, in one row of aligned bfloat16.
-  __device__ __forceinline__ const uint4* plain(int start) const {
-    const ELEMENT* source = scores + first_source + start;
-    const bool competing = start >= forced_below && start + VECTOR <= forced_from;
-    return is_bfloat(ELEMENT()) && G == 1 && competing && (uintptr_t)source % 16 == 0 ? (const uint4*)source : nullptr;
-  }
-  static __device__ __forceinline__ bool clean(const uint4& keys) {  // no negative score, no NaN
-    const uint32_t highest = __vmaxu2(__vmaxu2(keys.x, keys.y), __vmaxu2(keys.z, keys.w));
-    return (highest & 0xffff) <= 0x7f80 && highest <= 0x7f80ffff;
-  }
+  __device__ __forceinline__ bool is_forced(int position) const { return position < forced_below || position >= forced_from; }
 
-  // Keys of the eight tokens from `start` on; where `marked`, FORCED and OUTSIDE where they do not compete. NaN and negative scores
-  // count as 0. Apart, since it is long: a kernel whose hot path does not fit the instruction cache is slow.
-  __device__ __noinline__ void merge(uint4* target, int start, bool marked) const {
-    const bool whole = start + VECTOR <= length;
-    float merged[VECTOR];
+  // NaN and negative scores count as 0.
+  __device__ __forceinline__ float add(float merged, float score) const {
+    return take_max ? fmaxf(merged, score) : merged + fmaxf(score, 0);
+  }
+  __device__ __forceinline__ unsigned key(float merged) const {
+    if (!take_max && G > 1) merged = (G & G - 1) ? __fdiv_rn(merged, G) : merged * (1.0f / G);  // both exact to the last bit
+    return __float_as_uint(merged) >> 16;
+  }
+  __device__ __noinline__ unsigned key_at(int position) const {
+    float merged = 0;
+#pragma unroll 1
+    for (int g = 0; g < G; g++) merged = add(merged, as_float(scores[sources[g] * stride + position]));
+    return key(merged);
+  }
+  // Keys of the eight tokens from `start` on, 0 past the end.
+  __device__ __noinline__ uint4 keys_at(int start) const {
+    float merged[VECTOR] = {};
 #pragma unroll 1
     for (int g = 0; g < G; g++) {
       const ELEMENT* source = scores + sources[g] * stride + start;
-      float score[VECTOR];
-      if (whole && (uintptr_t)source % 16 == 0) {
-        uint4 raw[sizeof(ELEMENT) * VECTOR / 16];
 #pragma unroll
-        for (int i = 0; i < sizeof(raw) / 16; i++) raw[i] = __ldg((const uint4*)source + i);
+      for (int i = 0; i < VECTOR; i++)
+        if (start + i < length) merged[i] = add(merged[i], as_float(source[i]));
+    }
+    return keys_of(merged);
+  }
+  __device__ __forceinline__ uint4 keys_of(const float (&merged)[VECTOR]) const {
+    unsigned keys[VECTOR];
 #pragma unroll
-        for (int i = 0; i < VECTOR; i++) score[i] = as_float(((const ELEMENT*)raw)[i]);
-      } else {
+    for (int i = 0; i < VECTOR; i++) keys[i] = key(merged[i]);
+    return make_uint4(keys[0] | keys[1] << 16, keys[2] | keys[3] << 16, keys[4] | keys[5] << 16, keys[6] | keys[7] << 16);
+  }
+  // Keys of a step, whose first token is `first`, if its scores are all there and aligned; false if not. Many reads are under way at once.
+  __device__ __noinline__ bool merge_step(uint4* home, int first, int last) const {
+    constexpr int WORDS = sizeof(ELEMENT) * VECTOR / 16, ROWS = 2 / WORDS;  // of a vector; rows at a time
+    const int lane = threadIdx.x % 32;
+    if (first + SPAN > last || (uintptr_t)(scores + first) % 16 || stride * sizeof(ELEMENT) % 16) return false;
+    float merged[VECTORS][VECTOR] = {};
+#pragma unroll 1
+    for (int g = 0; g < G; g += ROWS) {
+      uint4 raw[ROWS][VECTORS][WORDS];
 #pragma unroll
-        for (int i = 0; i < VECTOR; i++) score[i] = start + i < length ? as_float(source[i]) : 0;
+      for (int r = 0; r < ROWS; r++) {
+        const ELEMENT* source = scores + sources[min(g + r, G - 1)] * stride + first + lane * VECTOR;
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++)
+#pragma unroll
+          for (int w = 0; w < WORDS; w++) raw[r][i][w] = __ldg((const uint4*)(source + i * 32 * VECTOR) + w);
       }
 #pragma unroll
-      for (int i = 0; i < VECTOR; i++) {
-        const float clean = fmaxf(score[i], 0);  // 0 for NaN
-        merged[i] = g == 0 ? clean : take_max ? fmaxf(merged[i], clean) : merged[i] + clean;
-      }
-    }
-    unsigned key[VECTOR];
+      for (int r = 0; r < ROWS; r++)
+        if (g + r < G)
 #pragma unroll
-    for (int i = 0; i < VECTOR; i++) {
-      if (G > 1 && !take_max) merged[i] = __fdiv_rn(merged[i], G);
-      key[i] = __float_as_uint(merged[i]) >> 16;
-      if (marked && (start + i < forced_below || start + i >= forced_from)) key[i] = FORCED;
-      if (start + i >= length) key[i] = OUTSIDE & 0xffff;
+          for (int i = 0; i < VECTORS; i++)
+#pragma unroll
+            for (int k = 0; k < VECTOR; k++) merged[i][k] = add(merged[i][k], as_float(((const ELEMENT*)raw[r][i])[k]));
     }
-    *target = make_uint4(key[0] | key[1] << 16, key[2] | key[3] << 16, key[4] | key[5] << 16, key[6] | key[7] << 16);
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++) home[i * 32 + lane] = keys_of(merged[i]);
+    return true;
   }
 };
 
-// A key's mass is its significand times the unit of its exponent. Infinity weighs as much as the largest finite key.
-__device__ __forceinline__ unsigned significand(unsigned key) { return key >= 0x7f80 ? 255 : (key & 127) + (key > 127 ? 128 : 0); }
-__device__ __forceinline__ double unit(unsigned exponent) {
-  return __longlong_as_double((long long)(1023 - 134 + min(max(exponent, 1), 254)) << 52);
+// A key's mass. Infinity weighs as much as the largest finite key.
+__device__ __forceinline__ double mass_of(unsigned key) { return __uint_as_float(min(key, INFINITE - 1) << 16); }
+template <typename Weight>
+__device__ __forceinline__ Weight weight_of(unsigned key);
+template <>
+__device__ __forceinline__ int weight_of<int>(unsigned) { return 1; }
+template <>
+__device__ __forceinline__ double weight_of<double>(unsigned key) { return mass_of(key); }
+
+__device__ __forceinline__ bool clean(const uint4& keys) {  // no negative score, no NaN
+  const uint32_t highest = __vmaxu2(__vmaxu2(keys.x, keys.y), __vmaxu2(keys.z, keys.w));
+  return (highest & 0xffff) <= INFINITE && highest <= (INFINITE << 16 | 0xffff);
+}
+
+// One bit a token: is its key at least `key` (0 .. 0x8000)? Adding 0x8000 - key sets a key's top bit exactly then; the product
+// collects the top bits of four bytes.
+__device__ __forceinline__ unsigned at_least(const uint4& keys, unsigned key) {
+  const uint32_t lift = (0x8000 - key) * 0x10001;
+  const uint32_t low = __byte_perm(keys.x + lift, keys.y + lift, 0x7531), high = __byte_perm(keys.z + lift, keys.w + lift, 0x7531);
+  return ((low & 0x80808080) * 0x00204081 >> 28) | ((high & 0x80808080) * 0x00204081 >> 28 << 4);
 }
 
 // Sum of `x` over this thread and those behind it; `all` becomes the sum over all.
-__device__ __forceinline__ double sum_from_here(double x, double& all, double* scratch) {
+template <typename Number>
+__device__ __forceinline__ Number sum_from_here(Number x, Number& all, Number* scratch) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
-    const double above = __shfl_down_sync(~0u, x, step);
+    const Number above = __shfl_down_sync(ALL, x, step);
     if (lane + step < 32) x += above;
   }
-  __syncthreads();
   if (lane == 0) scratch[warp] = x;
   __syncthreads();
-  all = 0;
-  double behind = 0;
+  Number behind = lane < WARPS ? scratch[lane] : 0;
 #pragma unroll
-  for (int w = WARPS - 1; w >= 0; w--) {
-    behind = w == warp ? all : behind;
-    all += scratch[w];
+  for (int step = 1; step < WARPS; step *= 2) {
+    const Number above = __shfl_down_sync(ALL, behind, step);
+    if (lane + step < 32) behind += above;
   }
-  return x + behind;
+  all = __shfl_sync(ALL, behind, 0);
+  const Number next = __shfl_sync(ALL, behind, (warp + 1) % 32);
+  __syncthreads();
+  return warp + 1 < WARPS ? x + next : x;
+}
+__device__ __noinline__ double sum_of_all(double x, double* scratch) {
+  double all;
+  sum_from_here(x, all, scratch);
+  return all;
+}
+__device__ __forceinline__ int sum_of_all(int x, int* scratch) {
+  x = __reduce_add_sync(ALL, x);
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = __reduce_add_sync(ALL, threadIdx.x % 32 < WARPS ? scratch[threadIdx.x % 32] : 0);
+  __syncthreads();
+  return x;
 }
 
-__global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) token_select(const __grid_constant__ Arguments a) {
-  __shared__ unsigned histogram[BINS + 1], forced_histogram[256];  // tokens that do not compete fall into bins without keys
-  extern __shared__ __align__(16) char dynamic[];
-  __shared__ double slice_weight, forced_mass, scratch[WARPS];
-  __shared__ unsigned fine[FINE + 1];       // counts of the threshold's bin by key, and of all above it
-  __shared__ unsigned all_fine[MAX_BLOCKS][FINE + 1];
-  __shared__ double all_slices[MAX_BLOCKS], all_forced[MAX_BLOCKS], found_base;
-  __shared__ int found_bin, found_threshold, found_first, found_quota, found_total, warp_kept[WARPS], warp_equal[WARPS];
+struct Outside {  // tokens outside of the window
+  double below, above;  // their mass
+  int count;            // of those above
+};
+struct List {  // what is looked for: so many tokens, or such a share of the mass
+  bool by_mass, exact;
+  double budget, held;                       // held: mass of the forced tokens
+  int length, width, forced, forced_before;  // tokens: in all; before this block's
+};
+struct Found {  // kept are keys above the threshold and the first `quota` of this block equal to it
+  int threshold, quota, place, total;  // place: of this block's first kept token
+  int move;                            // 1, -1: the threshold lies above, below the window
+};
+
+struct Shared {
+  Row row;
+  List list;
+  Found found;
+  __align__(16) unsigned histogram[BINS];  // of this block's tokens
+  int coarse_counts[COARSE];
+  double coarse_masses[COARSE];
+  Outside outside, others[MAX_BLOCKS];  // this block's; those of the cluster
+  int fine[MAX_BLOCKS][FINE];           // bins of the threshold's coarse one, by block
+  double scratch[WARPS];
+  int warps_higher[WARPS], warps_same[WARPS];  // tokens that they keep: above the threshold and forced; equal to it
+  uint64_t full[WARPS][HOMES];          // barriers: a step has come
+  double found_reached;  // what the keys above the threshold's coarse bin weigh
+  int found_coarse, found_fine, found_quota, found_before, found_higher, found_higher_before;
+};
+
+// Counts eight keys if all of them are in the window.
+__device__ __forceinline__ bool count_usual(Shared& shared, const uint4& keys, int window) {
+  const uint32_t words[4] = {keys.x, keys.y, keys.z, keys.w}, pattern = window * 0x10001000u;
+  const uint32_t strange = ((words[0] ^ pattern) | (words[1] ^ pattern) | (words[2] ^ pattern) | (words[3] ^ pattern)) & 0xf000f000;
+  if (strange) return false;
+  char* histogram = (char*)shared.histogram;
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    atomicAdd((unsigned*)(histogram + (words[j] << 2 & 0x3ffc)), 1);
+    atomicAdd((unsigned*)(histogram + (words[j] >> 14 & 0x3ffc)), 1);
+  }
+  return true;
+}
+// Counts eight keys that may lie outside of the window, behind the end, or not yet where they belong. What is forced and outside of
+// the window does not count: to take it out of a sum again would not be exact.
+__device__ __noinline__ Outside count_strange(Shared& shared, uint4* place, int start, int end, bool in_place, int window) {
+  Outside outside = {};
+  if (start >= end) return outside;
+  uint4 keys = *place;
+  if (!in_place || !clean(keys)) *place = keys = shared.row.keys_at(start);
+  if (start + VECTOR <= end && count_usual(shared, keys, window)) return outside;
+#pragma unroll 1
+  for (int j = start; j < min(start + VECTOR, end); j++) {
+    const unsigned key = keys.x & 0xffff;
+    const int side = (int)(key >> 12) - window;
+    if (side == 0) atomicAdd(&shared.histogram[key & 0xfff], 1);
+    if (side < 0 && !shared.row.is_forced(j)) outside.below += mass_of(key);
+    if (side > 0 && !shared.row.is_forced(j)) outside.count++, outside.above += mass_of(key);
+    keys.x = keys.x >> 16 | keys.y << 16, keys.y = keys.y >> 16 | keys.z << 16, keys.z = keys.z >> 16 | keys.w << 16, keys.w >>= 16;
+  }
+  return outside;
+}
+
+// Sums of FINE bins each, for the others of the cluster.
+__device__ __noinline__ void add_up(Shared& shared, const Outside& outside, int window, bool by_mass) {
+  const int thread = threadIdx.x;
+  constexpr int SHARING = FINE / PER_THREAD;  // threads that share a coarse bin
+  int count = 0;
+  double mass = 0;
+#pragma unroll
+  for (int j = 0; j < PER_THREAD; j++) {
+    const int bin = thread * PER_THREAD + j, tokens = shared.histogram[bin];
+    count += tokens;
+    if (by_mass) mass += tokens * mass_of(window * BINS + bin);
+  }
+#pragma unroll
+  for (int step = 1; step < SHARING; step *= 2) count += __shfl_xor_sync(ALL, count, step), mass += __shfl_xor_sync(ALL, mass, step);
+  if (thread % SHARING == 0) shared.coarse_counts[thread / SHARING] = count, shared.coarse_masses[thread / SHARING] = mass;
+  if (thread == 0) shared.outside = outside;
+}
+
+// Weights are counts (int) or masses (double).
+template <typename Weight>
+__device__ __forceinline__ Found search(Shared& shared, int window, bool went_down) {
+  constexpr bool BY_MASS = sizeof(Weight) > sizeof(int);
+  const List& list = shared.list;
+  cg::cluster_group cluster = cg::this_cluster();
+  const int blocks = cluster.num_blocks(), rank = cluster.block_rank(), thread = threadIdx.x;
+  // A coarse bin a thread.
+  int count = 0, count_before = 0;  // in the blocks before this one
+  Weight weight = 0;
+  if (thread < COARSE) {
+    int counts[MAX_BLOCKS];
+    double masses[MAX_BLOCKS];
+#pragma unroll
+    for (int other = 0; other < MAX_BLOCKS; other++) {
+      counts[other] = other < blocks ? cluster.map_shared_rank(shared.coarse_counts, other)[thread] : 0;
+      masses[other] = BY_MASS && other < blocks ? cluster.map_shared_rank(shared.coarse_masses, other)[thread] : 0;
+    }
+#pragma unroll
+    for (int other = 0; other < MAX_BLOCKS; other++) {
+      count += counts[other], count_before += other < rank ? counts[other] : 0;
+      weight += BY_MASS ? (Weight)masses[other] : (Weight)counts[other];
+    }
+  } else if (thread < COARSE + blocks) {
+    shared.others[thread - COARSE] = *cluster.map_shared_rank(&shared.outside, thread - COARSE);
+  }
+  Weight all, reached = sum_from_here(weight, all, (Weight*)shared.scratch) - weight;  // by the keys above this thread's
+  Outside outside = {};
+  int above_before = 0;
+#pragma unroll 1
+  for (int other = 0; other < blocks; other++) {
+    const Outside more = shared.others[other];
+    outside.below += more.below, outside.above += more.above, outside.count += more.count;
+    above_before += other < rank ? more.count : 0;
+  }
+  const Weight top = BY_MASS ? (Weight)outside.above : (Weight)outside.count;
+  reached += top;
+  Weight needed;  // of the tokens to choose besides the forced ones
+  if (BY_MASS) {
+    const double slack = 1 + 1.0 / 128, everything = top + all + outside.below;  // keys may understate what is dropped by as much
+    needed = list.exact ? list.budget * (everything + list.held) - list.held
+                        : (list.budget * slack * everything - (1 - list.budget) * list.held) / (1 - list.budget + list.budget * slack);
+  } else {
+    needed = (int)min(max(list.budget, (double)list.forced), (double)list.length) - list.forced;
+  }
+  Found found = {NONE, 0, list.forced_before, list.forced, 0};
+  if (needed <= 0) return found;
+  if (top >= needed && !went_down) return found.move = 1, found;
+  if (thread == 0) shared.found_coarse = -1;
+  __syncthreads();
+  if (thread < COARSE && reached < needed && reached + weight >= needed) shared.found_coarse = thread, shared.found_reached = reached;
+  __syncthreads();
+  int coarse = shared.found_coarse;
+  if (coarse < 0 && top < needed && window > 0) return found.move = -1, found;
+  if (coarse < 0) {
+    // By mass alone: of what has none, nothing is needed; or rounding has moved the window down and up. Key 0, or the key below
+    // those above the window, and none of it.
+    coarse = top < needed ? -1 : COARSE;
+    found.threshold = top < needed ? 0 : (window + 1) * BINS - 1;
+  } else {
+    if (thread < FINE * blocks) shared.fine[thread / FINE][thread % FINE] = cluster.map_shared_rank(shared.histogram, thread / FINE)[coarse * FINE + thread % FINE];
+    __syncthreads();
+    if (thread < 32) {  // a bin a lane
+      const bool bin = thread < FINE;
+      const unsigned key = window * BINS + coarse * FINE + thread;
+      const Weight one = weight_of<Weight>(key);
+      int tokens = 0, tokens_before = 0;
+#pragma unroll 1
+      for (int other = 0; other < blocks; other++) {
+        const int more = bin ? shared.fine[other][thread] : 0;
+        tokens += more, tokens_before += other < rank ? more : 0;
+      }
+      const double own = (double)(tokens * one);
+      double from_here = own;  // exact: of one octave
+#pragma unroll
+      for (int step = 1; step < FINE; step *= 2) {
+        const double above = __shfl_down_sync(ALL, from_here, step);
+        if (thread + step < 32) from_here += above;
+      }
+      const double above = shared.found_reached + from_here - own;
+      // The lowest bin with a token takes what roundings leave over.
+      const unsigned enough = __ballot_sync(ALL, tokens && above + own >= needed), some = __ballot_sync(ALL, tokens);
+      const int chosen = enough ? 31 - __clz(enough) : __ffs(some) - 1;
+      if (thread == chosen) {
+        shared.found_fine = chosen, shared.found_before = tokens_before;
+        shared.found_quota = (int)min(ceil((needed - above) / one), (double)tokens);
+      }
+      const int higher = __reduce_add_sync(ALL, thread > chosen ? tokens : 0), higher_before = __reduce_add_sync(ALL, thread > chosen ? tokens_before : 0);
+      if (thread == 0) shared.found_higher = higher, shared.found_higher_before = higher_before;
+    }
+    __syncthreads();
+    const int equal_before = min(shared.found_before, shared.found_quota);
+    found.threshold = window * BINS + coarse * FINE + shared.found_fine;
+    found.total += shared.found_higher + shared.found_quota;
+    found.place += shared.found_higher_before + equal_before;
+    found.quota = shared.found_quota - equal_before;
+  }
+  const bool above = thread < COARSE && thread > coarse;
+  found.total += outside.count + sum_of_all(above ? count : 0, (int*)shared.scratch);
+  if (blocks > 1) found.place += above_before + sum_of_all(above ? count_before : 0, (int*)shared.scratch);
+  return found;
+}
+
+template <typename Weight>
+__device__ __noinline__ void find(Shared& shared, int window, bool went_down) {
+  const Found found = search<Weight>(shared, window, went_down);
+  if (threadIdx.x == 0) shared.found = found;
+  __syncthreads();
+}
+
+// Of the lane's 32 neighbours in a step: those above the threshold or forced, and those equal to it.
+__device__ __noinline__ uint2 mark(const uint4* keys, int threshold, int start, int end, int forced_below, int forced_from) {
+  const int lane = threadIdx.x % 32;
+  unsigned higher = 0, reaching = 0;
+#pragma unroll
+  for (int i = 0; i < VECTORS; i++) {
+    const int vector = (i + lane / 2) % VECTORS;  // turned, against bank conflicts
+    const uint4 eight = keys[lane * VECTORS + vector];
+    higher |= at_least(eight, threshold + 1) << 8 * vector;
+    reaching |= at_least(eight, threshold) << 8 * vector;
+  }
+  unsigned same = reaching & ~higher;
+  if (start < forced_below || start + SPAN > min(forced_from, end)) {
+    auto first = [&](int to) {  // those up to there
+      const int count = to - start - lane * 32;
+      return count >= 32 ? ALL : count > 0 ? (1u << count) - 1 : 0;
+    };
+    const unsigned inside = first(end);
+    higher = (higher | first(forced_below) | ~first(forced_from)) & inside;
+    same &= ~higher & inside;
+  }
+  return make_uint2(higher, same);
+}
+
+__global__ void __launch_bounds__(THREADS, 1) token_select(const __grid_constant__ Arguments a) {
+  __shared__ __align__(16) Shared shared;
+  extern __shared__ __align__(128) uint4 dynamic[];  // rings [WARPS][HOMES][SPAN / VECTOR] of keys, then [WARPS][SAVED][32] marks
 
   cg::cluster_group cluster = cg::this_cluster();
   const int blocks = cluster.num_blocks(), rank = cluster.block_rank(), list = blockIdx.x / blocks;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int heads = a.lists / a.B, l = list / a.lists, b = list % a.lists / heads, h = list % heads;  // a.lists: of one layer
   const int length = min(a.wide_lengths ? (int)((const long long*)a.lengths)[b] : ((const int*)a.lengths)[b], a.S);
-  const int recent_from = max(length - a.recent, 0);
-  Row row{a.scores + b * a.stride_b, a.sources + ((long long)l * heads + h) * a.G, a.stride_r, 0, a.G, length, min(a.sinks, length), recent_from, (bool)a.take_max};
-  row.first_source = row.sources[0] * row.stride;
-  const int forced = min((long long)length, (long long)a.sinks + a.recent);
+  const ELEMENT* scores = a.scores + b * a.stride_b;
+  const long long* sources = a.sources + ((long long)l * heads + h) * a.G;
+  const int forced_below = min(a.sinks, length), forced_from = max(length - a.recent, forced_below), forced = forced_below + length - forced_from;
+  if (thread == 0) shared.row = {scores, sources, a.stride_r, a.G, length, forced_below, forced_from, (bool)a.take_max};
 
-  // This warp's tokens: begin .. end - 1, in steps of STEP.
-  const int steps = (length + blocks * WARPS * STEP - 1) / (blocks * WARPS * STEP);
-  const int begin = min((rank * WARPS + warp) * steps * STEP, length), end = min(begin + steps * STEP, length);
-  double* suffix = (double*)dynamic;  // [BINS / blocks + 1], of this block's slice of bins: weight from a bin to the slice's end
-  uint4* resident = (uint4*)(suffix + BINS / blocks + 2) + warp * (a.resident ? steps : AHEAD) * 32;  // [steps or AHEAD][32] of this warp
-  const int mine = (end - begin + STEP - 1) / STEP;
-  auto fetch = [&](int s) {  // AHEAD steps from step s on into shared memory, from `resident` on
-    uint4 keys[AHEAD];
-    const uint4* source[AHEAD];
+  // This block's tokens: begin .. end - 1, a multiple of SPAN; this warp's: first .. last - 1, in steps of SPAN.
+  const int part = (length + blocks * SPAN - 1) / (blocks * SPAN) * SPAN, begin = min(rank * part, length), end = min(begin + part, length);
+  const int range = (end - begin + WARPS * SPAN - 1) / (WARPS * SPAN) * SPAN, first = min(begin + warp * range, end), last = min(first + range, end);
+  const int steps = (last - first + SPAN - 1) / SPAN;
+  const int homes = min(range / SPAN, HOMES), saved = min(range / SPAN, SAVED);
+  uint4* const ring = dynamic + warp * homes * (SPAN / VECTOR);
+  uint2* const saved_marks = (uint2*)(dynamic + WARPS * homes * (SPAN / VECTOR)) + warp * saved * 32 + lane;
+  // Scores that are their own keys, if they are clean: of one row of aligned bfloat16.
+  const ELEMENT* source = scores + sources[0] * a.stride_r;
+  const bool direct = is_bfloat(ELEMENT()) && a.G == 1 && (uintptr_t)source % 16 == 0;
+  uint64_t* const full = shared.full[warp];
+  unsigned phases = 0;  // of its barriers, a bit each
+  if (lane == 0) {
 #pragma unroll
-    for (int i = 0; i < AHEAD; i++) {
-      source[i] = s + i < mine ? row.plain(begin + (s + i) * STEP + lane * VECTOR) : nullptr;
-      if (source[i]) keys[i] = __ldg(source[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < AHEAD; i++)
-      if (s + i < mine) {
-        uint4* target = resident + ((a.resident ? s : 0) + i) * 32 + lane;
-        if (source[i] && Row::clean(keys[i]))
-          *target = keys[i];
-        else
-          row.merge(target, begin + (s + i) * STEP + lane * VECTOR, true);
-      }
+    for (int i = 0; i < HOMES; i++) ptx::barrier_init(full + i, 1);
+    ptx::fence_barrier_init();
+  }
+  __syncwarp();
+  auto home = [&](int s) { return ring + s % HOMES * (SPAN / VECTOR); };
+  auto whole_bytes = [&](int s) { return direct && s >= 0 && s < steps ? min(SPAN, last - first - s * SPAN) / VECTOR * 16 : 0; };
+  auto copy = [&](int s) {
+    const int bytes = whole_bytes(s);
+    if (bytes && lane == 0) ptx::copy_bulk(home(s), source + first + s * SPAN, bytes, full + s % HOMES);
+  };
+  auto wait = [&](int s) {
+    if (!whole_bytes(s)) return;
+    ptx::barrier_wait(full + s % HOMES, phases >> s % HOMES & 1);
+    phases ^= 1 << s % HOMES;
+  };
+  auto copy_again = [&](int s) {
+    ptx::fence_async();  // keys may have been put there
     __syncwarp();
+    copy(s);
   };
-  // body(16-bit keys of AHEAD steps, number of tokens, position of the first)
-  auto for_each_batch = [&](auto body) {
 #pragma unroll 1
-    for (int s = 0; s < mine; s += AHEAD) {
-      if (!a.resident) {
-        __syncwarp();
-        fetch(s);
-      }
-      body((const short*)(resident + (a.resident ? s : 0) * 32), min(AHEAD, mine - s) * STEP, begin + s * STEP);
-    }
-  };
+  for (int s = steps - 1; s >= steps - HOMES; s--) copy(s);
 
-  bool by_mass = a.top_p;
-  double budget = a.budget;
-  if (a.budgets && a.top_p) budget = a.wide_budgets ? ((const double*)a.budgets)[b] : ((const float*)a.budgets)[b];
-  if (a.budgets && !a.top_p) budget = a.wide_budgets ? (double)((const long long*)a.budgets)[b] : ((const int*)a.budgets)[b];
-  if (a.top_p && budget >= 1) by_mass = false, budget = length;  // everything
-  if (!by_mass) budget = min(budget, (double)a.width);
+  // The forced tokens' scores are asked for early, where they are keys.
+  auto forced_position = [&](int i) { return i < forced_below ? i : forced_from + i - forced_below; };
+  ELEMENT early = ELEMENT();
+  if (direct && thread < forced) early = source[forced_position(thread)];
+  if (thread == 0) {
+    List list = {(bool)a.top_p, (bool)a.exact, a.budget, 0, length, a.width, forced, min(begin, forced_below) + max(begin - forced_from, 0)};
+    if (a.budgets && a.top_p) list.budget = a.wide_budgets ? ((const double*)a.budgets)[b] : ((const float*)a.budgets)[b];
+    if (a.budgets && !a.top_p) list.budget = a.wide_budgets ? (double)((const long long*)a.budgets)[b] : ((const int*)a.budgets)[b];
+    if (a.top_p && list.budget >= 1) list.by_mass = false, list.budget = length;  // everything
+    if (!list.by_mass) list.budget = min(list.budget, (double)a.width);
+    shared.list = list;
+  }
 
-  int threshold, own_quota, first, total;  // kept: keys above the threshold, and of this block's equal to it the first `own_quota`
-  if (a.resident)
-#pragma unroll 1
-    for (int s = 0; s < mine; s += AHEAD) fetch(s);
-
+  int window = WINDOW;
+  bool settled = false, went_down = false;
 #pragma unroll 1
   while (true) {
-    for (int i = thread; i < BINS; i += THREADS) histogram[i] = 0;
-    for (int i = thread; i < 256; i += THREADS) forced_histogram[i] = 0;
-    if (thread <= FINE) fine[thread] = 0;
-    if (thread == 0) found_bin = -1;
-    __syncthreads();
-    for_each_batch([&](const short* keys, int tokens, int) {
-      const uint32_t* pairs = (const uint32_t*)keys + lane;
-      if (by_mass)
-#pragma unroll 4
-        for (int i = 0; i < tokens / 64; i++) {
-          const unsigned low = pairs[i * 32] & 0xffff, high = pairs[i * 32] >> 16;
-          atomicAdd(&histogram[min(low / FINE, BINS)], significand(low));
-          atomicAdd(&histogram[min(high / FINE, BINS)], significand(high));
-        }
-      else
-#pragma unroll 4
-        for (int i = 0; i < tokens / 64; i++) {
-          const unsigned low = pairs[i * 32] & 0xffff, high = pairs[i * 32] >> 16;
-          atomicAdd(&histogram[min(low / FINE, BINS)], 1);
-          atomicAdd(&histogram[min(high / FINE, BINS)], 1);
-        }
-    });
-    if (by_mass)  // the mass of the forced tokens, by exponent; they were not keyed
-      for (int i = rank * THREADS + thread; i < forced; i += blocks * THREADS) {
-        const int position = forced == length || i < a.sinks ? i : length - a.recent + i - a.sinks;
-        uint4 key_and_following;
-        row.merge(&key_and_following, position, false);
-        const unsigned key = key_and_following.x & 0xffff;
-        atomicAdd(&forced_histogram[key / 128], significand(key));
-      }
-    cluster.sync();
-
-    // Weights of the bins, from the top: each block adds up its slice.
-    const int slice = BINS / blocks;
-    double weight_above = 0, forced_weight = 0;
-#pragma unroll 1
-    for (int base = slice - THREADS;; base -= THREADS) {  // of this slice: bins base .. base + THREADS - 1
-      const int i = base + thread;
-      double weight = 0;
-      if (i >= 0 && i < slice) {
-        unsigned sum = 0;
 #pragma unroll
-        for (int other = 0; other < MAX_BLOCKS; other++)
-          if (other < blocks && rank * slice + i < FORCED / FINE) sum += cluster.map_shared_rank(histogram, other)[rank * slice + i];
-        weight = by_mass ? sum * unit((rank * slice + i) / 8) : sum;
-      }
-      double all;
-      const double from_here = sum_from_here(weight, all, scratch);
-      if (i >= 0 && i < slice) suffix[i] = from_here + weight_above;
-      weight_above += all;
-      if (base <= 0) break;
-    }
-    if (by_mass) sum_from_here(thread < 256 ? forced_histogram[thread] * unit(thread) : 0.0, forced_weight, scratch);
-    if (thread == 0) suffix[slice] = 0, slice_weight = weight_above, forced_mass = forced_weight;
-    cluster.sync();
-
-    if (thread < blocks) {
-      all_slices[thread] = *cluster.map_shared_rank(&slice_weight, thread);
-      all_forced[thread] = *cluster.map_shared_rank(&forced_mass, thread);
-    }
+    for (int j = 0; j < PER_THREAD; j += 4) ((uint4*)shared.histogram)[(thread * PER_THREAD + j) / 4] = make_uint4(0, 0, 0, 0);
     __syncthreads();
-    double everything = 0, held = 0;
-    for (int other = 0; other < blocks; other++) everything += all_slices[other], held += all_forced[other];
-    double needed;  // weight of the tokens to choose besides the forced ones
+    const bool by_mass = shared.list.by_mass;
+    Outside outside = {};
+    double held = 0;
+#pragma unroll 1
+    for (int i = thread; i < forced; i += THREADS) {
+      const int position = forced_position(i);
+      const unsigned key = direct && i == thread ? __float_as_uint(fmaxf(as_float(early), 0)) >> 16 : shared.row.key_at(position);
+      held += mass_of(key);
+      if (position >= begin && position < end && key >> 12 == window) atomicSub(&shared.histogram[key & 0xfff], 1);
+    }
+#pragma unroll 1
+    for (int s = steps - 1; s >= 0; s--) {
+      const int start = first + s * SPAN + lane * VECTOR;
+      const bool whole = first + (s + 1) * SPAN <= last;
+      bool in_place = settled || direct;
+      if (!in_place) in_place = shared.row.merge_step(home(s), first + s * SPAN, last);
+      if (!settled) wait(s);
+#pragma unroll 2
+      for (int i = 0; i < VECTORS; i++) {
+        uint4* place = home(s) + i * 32 + lane;
+        if (in_place && whole && count_usual(shared, *place, window)) continue;
+        const int here = start + i * 32 * VECTOR;
+        const Outside more = count_strange(shared, place, here, last, in_place && (settled || here + VECTOR <= last), window);
+        outside.below += more.below, outside.above += more.above, outside.count += more.count;
+      }
+      if (s >= HOMES) copy_again(s - HOMES);
+    }
+    __syncwarp();
+    settled = range <= HOMES * SPAN;
     if (by_mass) {
-      const double slack = 1 + 1.0 / 128;  // keys may understate what is dropped by as much, where they are not exact
-      needed = a.exact ? budget * (everything + held) - held
-                       : (budget * slack * everything - (1 - budget) * held) / (1 - budget + budget * slack);
-    } else {
-      needed = min(max(budget, (double)forced), (double)length) - forced;
+      held = sum_of_all(held, shared.scratch);
+      if (thread == 0) shared.list.held = held;
+      outside.below = sum_of_all(outside.below, shared.scratch);
+      outside.above = sum_of_all(outside.above, shared.scratch);
     }
-    if (needed > 0) {
-      double above = 0;
-      int owner = blocks - 1;  // of the threshold's bin; the lowest slice takes what rounding may leave over
+    outside.count = sum_of_all(outside.count, (int*)shared.scratch);
+    add_up(shared, outside, window, by_mass);
+    if (blocks > 1)
+      cluster.sync();
+    else
+      __syncthreads();
+    bool by_count = !by_mass;
+    if (by_mass) {
+      find<double>(shared, window, went_down);
+      by_count = !shared.found.move && shared.found.total > a.width;  // too long a list: its best `width` tokens
+      __syncthreads();
+      if (by_count) {
+        went_down = false;
+        if (thread == 0) shared.list.by_mass = false, shared.list.budget = a.width;
+        __syncthreads();
+      }
+    }
+    if (by_count) find<int>(shared, window, went_down);
+    const int move = shared.found.move;
+    if (!move) break;
+    window += move;
+    went_down |= move < 0;
+    if (blocks > 1)
+      cluster.sync();  // nobody reads this histogram any more
+    else
+      __syncthreads();
+    if (!settled)
 #pragma unroll 1
-      for (; owner > 0; owner--) {
-        const double weight = all_slices[owner];
-        if (above + weight >= needed) break;
-        above += weight;
-      }
-      const double* theirs = cluster.map_shared_rank(suffix, owner);
-      for (int i = thread; i < slice; i += THREADS) {
-        const bool last = owner == 0 && i == 0 && above + theirs[0] < needed;
-        if ((above + theirs[i] >= needed && above + theirs[i + 1] < needed) || last) {
-          found_bin = owner * slice + i;
-          found_base = above + theirs[i + 1];
-        }
-      }
-    }
-    __syncthreads();
-
-    const int bin = found_bin;  // -1: nothing but the forced tokens
-    if (bin >= 0) {
-      int above = 0;
-      for_each_batch([&](const short* keys, int tokens, int) {
-        const int* pairs = (const int*)keys + lane;
-#pragma unroll 4
-        for (int i = 0; i < tokens / 64; i++) {
-          const int low = (short)pairs[i * 32] - bin * FINE, high = (pairs[i * 32] >> 16) - bin * FINE;
-          above += low >= FINE;  // forced ones, too
-          above += high >= FINE;
-          if (__any_sync(~0u, min((unsigned)low, (unsigned)high) < FINE)) {
-            if ((unsigned)low < FINE) atomicAdd(&fine[low], 1);
-            if ((unsigned)high < FINE) atomicAdd(&fine[high], 1);
-          }
-        }
-      });
-      above = __reduce_add_sync(~0u, above);
-      if (lane == 0 && above) atomicAdd(&fine[FINE], above);
-    }
-    cluster.sync();
-    for (int i = thread; i < blocks * (FINE + 1); i += THREADS)
-      all_fine[i / (FINE + 1)][i % (FINE + 1)] = cluster.map_shared_rank(fine, i / (FINE + 1))[i % (FINE + 1)];
-    __syncthreads();
-    if (warp == 0) {
-      // Lane j < 16: the tokens of key bin * 16 + j. The threshold is the highest key that, with all above it, is enough.
-      unsigned sum = 0;
-#pragma unroll
-      for (int other = 0; other < MAX_BLOCKS; other++) sum += other < blocks && lane < FINE ? all_fine[other][lane] : 0;
-      const unsigned key = max(bin, 0) * FINE + lane;
-      const double value = by_mass ? significand(key) * unit(key / 128) : 1, weight = lane < FINE ? sum * value : 0;
-      double reached = weight;  // by this key and those above it
-#pragma unroll
-      for (int step = 1; step < FINE; step *= 2) {
-        const double above = __shfl_down_sync(~0u, reached, step);
-        if (lane + step < FINE) reached += above;
-      }
-      reached += found_base;
-      const unsigned enough = __ballot_sync(~0u, lane < FINE && (reached >= needed || lane == 0));
-      const int chosen = 31 - __clz(enough);
-      int quota = value > 0 ? (int)min(ceil((needed - (reached - weight)) / value), (double)sum) : 0;
-      quota = __shfl_sync(~0u, quota, chosen);
-      // Lane c: what block c keeps, and where it starts.
-      const int span = WARPS * steps * STEP, from = min(lane * span, length), to = min(from + span, length);
-      int above = 0, equal = 0;
-      if (lane < blocks) {
-        if (bin < 0) {
-          above = forced == length ? to - from : max(min(to, a.sinks) - from, 0) + max(to - max(from, length - a.recent), 0);
-        } else {
-          above = all_fine[lane][FINE];
-#pragma unroll
-          for (int j = 1; j < FINE; j++) above += j > chosen ? all_fine[lane][j] : 0;
-          equal = all_fine[lane][chosen];
-        }
-      }
-      int equal_end = equal;
-#pragma unroll
-      for (int step = 1; step < MAX_BLOCKS; step *= 2) {
-        const int below = __shfl_up_sync(~0u, equal_end, step);
-        if (lane >= step) equal_end += below;
-      }
-      const int left = max(quota - (equal_end - equal), 0), kept = above + (bin >= 0 ? min(equal, left) : 0);
-      int end = kept;
-#pragma unroll
-      for (int step = 1; step < MAX_BLOCKS; step *= 2) {
-        const int below = __shfl_up_sync(~0u, end, step);
-        if (lane >= step) end += below;
-      }
-      if (lane == rank) {
-        found_threshold = bin >= 0 ? bin * FINE + chosen : FORCED - 1;  // above every key
-        found_first = end - kept;
-        found_quota = left;
-      }
-      if (lane == blocks - 1) found_total = end;
-    }
-    __syncthreads();
-    threshold = found_threshold, first = found_first, own_quota = found_quota, total = found_total;
-    if (!(by_mass && total > a.width)) break;
-    by_mass = false, budget = a.width;  // too long a list: its best `width` tokens
-    cluster.sync();
+      for (int s = steps - 1; s >= steps - HOMES; s--) copy_again(s);
   }
-  __syncthreads();
+  if (blocks > 1) asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");  // this block has read what it needs
 
-  // Mark the tokens above the threshold and those equal to it, a bit each, 32 to a word; count what the warps keep.
-  uint2* marks = (uint2*)(suffix + BINS / blocks + 2) + (a.resident ? WARPS * steps * 64 : WARPS * AHEAD * 64) + warp * ((steps + AHEAD - 1) / AHEAD) * 32 + lane;
-  int above = 0, equal = 0, batch = 0;  // marks: [batches][32] of this warp, behind all keys
-  for_each_batch([&](const short* keys, int tokens, int) {
-    uint2 mark = {0, 0};
-#pragma unroll 4
-    for (int i = 0; i < tokens / 32; i++) {
-      const int key = keys[i * 32 + lane];
-      const unsigned higher = __ballot_sync(~0u, key > threshold), same = __ballot_sync(~0u, key == threshold);
-      if (lane == i) mark = make_uint2(higher, same);
+  const int threshold = shared.found.threshold, quota = shared.found.quota, place = shared.found.place, total = min(shared.found.total, a.width);
+  // A step whose keys have been overwritten comes again.
+  auto settle = [&](int s) {
+    wait(s);
+    if (!direct && shared.row.merge_step(home(s), first + s * SPAN, last)) return __syncwarp();
+#pragma unroll 1
+    for (int i = 0; i < VECTORS; i++) {
+      uint4* place = home(s) + i * 32 + lane;
+      const int start = first + s * SPAN + (i * 32 + lane) * VECTOR;
+      if (start < last && !(direct && start + VECTOR <= last && clean(*place))) *place = shared.row.keys_at(start);
     }
-    above += __popc(mark.x), equal += __popc(mark.y);
-    marks[batch++ * 32] = mark;
-  });
-  above = __reduce_add_sync(~0u, above);
-  equal = __reduce_add_sync(~0u, equal);
-  if (lane == 0) warp_kept[warp] = above, warp_equal[warp] = equal;
+    __syncwarp();
+  };
+  auto marks = [&](int s) { return mark(home(s), threshold, first + s * SPAN, last, forced_below, forced_from); };
+  int higher = 0, same = 0;  // of this warp
+#pragma unroll 1
+  for (int s = 0; s < steps; s++) {
+    if (s >= HOMES) settle(s);
+    const uint2 marked = marks(s);
+    if (s < SAVED) saved_marks[s * 32] = marked;
+    higher += __popc(marked.x), same += __popc(marked.y);
+    if (s + HOMES < steps) copy_again(s + HOMES);
+  }
+  __syncwarp();
+  higher = __reduce_add_sync(ALL, higher), same = __reduce_add_sync(ALL, same);
+  if (lane == 0) shared.warps_higher[warp] = higher, shared.warps_same[warp] = same;
   __syncthreads();
-  int place = first, ties = own_quota;  // where this warp starts, and how many tokens equal to the threshold it may keep
-#pragma unroll
-  for (int w = 0; w < WARPS; w++)
-    if (w < warp) {
-      const int taken = min(warp_equal[w], ties);
-      place += warp_kept[w] + taken;
-      ties -= taken;
-    }
-  auto up_to_here = [&](int x) {  // sum over the lanes up to this one
+  higher = __reduce_add_sync(ALL, lane <= warp ? shared.warps_higher[lane] : 0);  // of this block, up to this warp's last
+  same = __reduce_add_sync(ALL, lane <= warp ? shared.warps_same[lane] : 0);
+
+  int* const indices = a.indices + (long long)list * a.width;
+#pragma unroll 1
+  for (int s = steps - 1; s >= 0; s--) {
+    if (s >= SAVED && s < steps - HOMES) settle(s);
+    const uint2 marked = s < SAVED ? saved_marks[s * 32] : marks(s);
+    // Both counts in one number, 16 bits each.
+    const unsigned here = __popc(marked.x) | __popc(marked.y) << 16;
+    unsigned up_to_here = here;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
-      const int below = __shfl_up_sync(~0u, x, step);
-      if (lane >= step) x += below;
+      const unsigned less = __shfl_up_sync(ALL, up_to_here, step);
+      if (lane >= step) up_to_here += less;
     }
-    return x;
-  };
-  int* indices = a.indices + (long long)list * a.width;
+    const unsigned of_step = __shfl_sync(ALL, up_to_here, 31), before = up_to_here - here;
+    higher -= of_step & 0xffff, same -= of_step >> 16;  // up to this step's first
+    // The first kept token of the step has place `to` of the list; the lane's first is the `own`th of the step.
+    const int to = place + higher + min(same, quota), equal = same + (before >> 16);
+    unsigned kept = marked.x;
+    for (unsigned left = max(quota - equal, 0), more = marked.y; more && left; more &= more - 1, left--) kept |= more & -more;
+    int own = (before & 0xffff) + min(equal, quota) - min(same, quota);
+    const int count = __shfl_sync(ALL, own + __popc(kept), 31);
+    // Through the step's keys, which have been read, so that neighbours are written side by side.
+    uint16_t* staged = (uint16_t*)home(s);
+    __syncwarp();
 #pragma unroll 1
-  for (int i = 0; i < batch; i++) {
-    uint2 mark = marks[i * 32];
-    if (ties && __any_sync(~0u, mark.y)) {
-      const int here = __popc(mark.y), end = up_to_here(here);
-      for (int left = ties - (end - here); mark.y && left > 0; mark.y &= mark.y - 1, left--) mark.x |= mark.y & -mark.y;
-      ties -= min(ties, __shfl_sync(~0u, end, 31));
-    }
-    const int here = __popc(mark.x), end = place + up_to_here(here);
-    const int position = begin + (i * 32 + lane) * 32;
-    for (int at = end - here; mark.x; mark.x &= mark.x - 1, at++)
-      if (at < a.width) indices[at] = position + __ffs(mark.x) - 1;
-    place = __shfl_sync(~0u, end, 31);
+    for (; kept; kept &= kept - 1, own++) staged[own] = lane * 32 + __ffs(kept) - 1;
+    __syncwarp();
+#pragma unroll 1
+    for (int i = lane; i < min(count, a.width - to); i += 32) indices[to + i] = first + s * SPAN + staged[i];
+    if (s - HOMES >= SAVED) copy_again(s - HOMES);
   }
-  total = min(total, a.width);
   if (rank == 0 && thread == 0) a.counts[list] = total;
+#pragma unroll 1
   for (int i = total + rank * THREADS + thread; i < a.width; i += blocks * THREADS) indices[i] = -1;
-  cluster.sync();  // no block leaves while another reads its shared memory
+  if (blocks > 1) asm volatile("barrier.cluster.wait.aligned;" ::: "memory");  // no block leaves while another reads its shared memory
 }
 
-extern "C" int launch(const Arguments* arguments, int lists, int blocks, int shared_bytes, void* stream) {
-  static const cudaError_t prepared = cudaFuncSetAttribute(token_select, cudaFuncAttributeMaxDynamicSharedMemorySize, MAX_SHARED);
-  if (prepared != cudaSuccess) return (int)prepared;
+constexpr int STEP_BYTES = WARPS * SPAN * 2, MARK_BYTES = WARPS * 32 * 8;  // of a step of all warps
+
+static cudaLaunchConfig_t configuration(int lists, int blocks, int steps, cudaLaunchAttribute* cluster) {  // steps: of a warp, at most
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(lists * blocks);
   config.blockDim = dim3(THREADS);
-  config.dynamicSmemBytes = shared_bytes;
+  config.dynamicSmemBytes = min(steps, HOMES) * STEP_BYTES + min(steps, SAVED) * MARK_BYTES;
+  cluster->id = cudaLaunchAttributeClusterDimension;
+  cluster->val.clusterDim.x = blocks, cluster->val.clusterDim.y = 1, cluster->val.clusterDim.z = 1;
+  config.attrs = cluster, config.numAttrs = 1;
+  return config;
+}
+static cudaError_t prepare() {
+  static const cudaError_t prepared = cudaFuncSetAttribute(token_select, cudaFuncAttributeMaxDynamicSharedMemorySize, HOMES * STEP_BYTES + SAVED * MARK_BYTES);
+  return prepared;
+}
+
+// Clusters of so many blocks that the device runs at a time; a CUDA error, negated, if it cannot be told.
+extern "C" int clusters(int blocks, int steps) {
+  cudaLaunchAttribute cluster = {};
+  const cudaLaunchConfig_t config = configuration(1, blocks, steps, &cluster);
+  int count = 0;
+  const cudaError_t error = prepare() != cudaSuccess ? prepare() : cudaOccupancyMaxActiveClusters(&count, token_select, &config);
+  return error == cudaSuccess ? count : -(int)error;
+}
+
+extern "C" int launch(const Arguments* arguments, int lists, int blocks, int steps, void* stream) {
+  if (prepare() != cudaSuccess) return (int)prepare();
+  cudaLaunchAttribute cluster = {};
+  cudaLaunchConfig_t config = configuration(lists, blocks, steps, &cluster);
   config.stream = (cudaStream_t)stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = blocks, attribute.val.clusterDim.y = 1, attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute, config.numAttrs = 1;
   return (int)cudaLaunchKernelEx(&config, token_select, *arguments);
 }

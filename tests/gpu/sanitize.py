@@ -1,0 +1,57 @@
+"""A small call of every kernel, to be run under compute-sanitizer: make sanitize-gpu.
+
+compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
+compute-sanitizer --tool racecheck python tests/gpu/sanitize.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from outrider.ops import attention_mass, sparse_attention, token_select
+
+BACKENDS = ("triton", "cuda")
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
+
+
+def attention_masses(backend: str) -> Iterator[Tensor]:
+    """Ragged, and with pages."""
+    queries, keys, lengths = random(3, 5, 8, 64), random(3, 1600, 2, 64), torch.tensor([1501, 0, 33], device="cuda")
+    yield attention_mass(queries, keys, lengths, scale=0.125, backend=backend)
+    pages = torch.arange(300, dtype=torch.int32, device="cuda").view(3, 100)
+    yield attention_mass(queries, keys.reshape(300, 16, 2, 64), lengths, scale=0.125, page_table=pages, backend=backend)
+
+
+def selections(backend: str) -> Iterator[Tensor]:
+    """One row and merged rows, top-k and top-p; few lists of a long row are shared by several blocks."""
+    lengths = torch.tensor([9001, 77], device="cuda")
+    alone, merged = torch.arange(4, device="cuda").view(1, 4, 1), torch.randint(4, (1, 4, 3), device="cuda")
+    for sources, S in ((alone, 9008), (merged, 9008), (alone[:, :1], 50_000)):
+        scores = random(2, 4, S, dtype=torch.float32).exp().to(torch.bfloat16)
+        for budget in ({"top_k": 900}, {"top_p": 0.5}):
+            yield token_select(scores, lengths, sources, sinks=4, recent=20, width=5000, backend=backend, **budget).counts
+
+
+def attentions(backend: str) -> Iterator[Tensor]:
+    """Lists per KV head, ragged, one of them empty."""
+    queries, caches = random(2, 5, 8, 128), random(2, 2, 1200, 2, 128)
+    indices = torch.rand(2, 2, 1100, device="cuda").topk(300).indices.sort().values.int()
+    counts = torch.tensor([[300, 0], [17, 299]], dtype=torch.int32, device="cuda")
+    lengths = torch.tensor([1100, 1190], device="cuda")
+    yield sparse_attention(queries, caches[0], caches[1], indices, counts, lengths, scale=0.1, backend=backend)
+
+
+if __name__ == "__main__":
+    for backend in BACKENDS:
+        for op in (attention_masses, selections, attentions):
+            for result in op(backend):
+                assert result.isfinite().all()
+            torch.cuda.synchronize()
+            print(op.__name__, backend, "ok", flush=True)
