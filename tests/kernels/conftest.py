@@ -1,4 +1,4 @@
-"""The kernels' matrix: the same tests run tiny shapes in Triton's interpreter on a CPU, and the full matrix on a GPU.
+"""The kernels' matrix: the full one on a GPU; tiny shapes on a CPU, in Triton's interpreter and in an emulated CUDA.
 
     pytest tests/kernels                                            what this machine can run
     pytest tests/kernels --kernel-summary FILE                      and one JSON line per op and backend into FILE
@@ -9,13 +9,20 @@ A test reports how near it came to its tolerance through the fixture `margin`: t
 from __future__ import annotations
 
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import emulation
 
 GPU = torch.cuda.is_available()
 
@@ -29,10 +36,28 @@ def device() -> torch.device:
     return torch.device("cuda" if GPU else "cpu")
 
 
-@pytest.fixture(scope="module", params=["triton", "cuda"] if GPU else ["triton"])
-def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend this machine can run. A test calls `run_or_skip` where a backend does not take all arguments."""
-    return request.param
+@pytest.fixture(scope="session")
+def emulation_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where CUDA C++ kernels are built for the CPU."""
+    if reason := emulation.obstacle():
+        pytest.skip(f"emulated CUDA: {reason}")
+    return tmp_path_factory.mktemp("emulation")
+
+
+@pytest.fixture(scope="session")
+def emulated(emulation_folder: Path) -> Callable[..., AbstractContextManager[None]]:
+    """`with emulated():` lets backend="cuda" run on the CPU."""
+    return partial(emulation.emulated, emulation_folder)
+
+
+@pytest.fixture(scope="module", params=["triton", "cuda"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend. A test calls `run_or_skip` where a backend does not take all arguments."""
+    if request.param == "cuda" and not GPU:
+        with request.getfixturevalue("emulated")():
+            yield "cuda"
+    else:
+        yield request.param
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -33,7 +33,7 @@ if GPU:
     LENGTHS = [(0, 1, 33, 700), (4999, 64, 0), (2048,), (1023, 1025, 1, 3000), (129, 0, 20000)]
     LAYOUTS = ["plain", "head_major", "gaps", "token_kv", "head_token_kv", "pages_1", "pages_3", "pages_16", "pages_64"]
 else:
-    HEAD_DIMS = [8, 24]
+    HEAD_DIMS = [64, 24]
     HEADS = [(4, 2), (3, 1)]
     QUERIES = [1, 3]
     LENGTHS = [(0, 1, 75), (300, 0), (128,)]
@@ -190,6 +190,21 @@ def test_small_masses_are_kept_beside_a_large_one(backend, device, run_or_skip):
         got = run_or_skip(lambda arguments=arguments: attention_mass(**arguments, scale=1.0, backend=backend))
         exact = masses(queries.double(), keys.double(), arguments["lengths"], 1.0, "mean", None)
         torch.testing.assert_close(got.double(), exact, rtol=2**-7, atol=0)
+
+
+def test_logits_that_rise_along_the_cache(backend, device, run_or_skip, margin):
+    """Each key outweighs those before: what was kept of them must become nothing."""
+    case = Case(lengths=(1000,))
+    arguments, end = make(case, device).arguments, 1000 + case.T
+    arguments["queries"][..., 0] = 16
+    arguments["keys"][0, :end, :, 0] = torch.arange(end, device=device).view(-1, 1) / 4
+    got = run_or_skip(lambda: attention_mass(**arguments, backend=backend))
+    queries, keys, lengths = arguments["queries"], arguments["keys"][:, :end], arguments["lengths"]
+    exact, rounded = (
+        masses(queries.to(dtype), keys.to(dtype), lengths, arguments["scale"], case.reduce, None)
+        for dtype in (torch.float64, case.dtype)
+    )
+    margin(got[..., :end], rounded, exact)
 
 
 def test_later_tail_keys_do_not_reach_earlier_queries(backend, device, run_or_skip):

@@ -65,20 +65,20 @@ def token_select(run: Callable, scores: torch.dtype, S: int, *, G: int = 1, merg
         width=64, **{"top_k": None, "top_p": None} | budget)  # fmt: skip
 
 
-# The first of an op for every GPU, the others for Hopper.
+# The first two of an op for every GPU, the others for Hopper.
 CASES: dict[str, list[Callable[[Callable], None]]] = {
     "attention_mass": [
         partial(attention_mass, queries=BF16, D=128),
+        partial(attention_mass, queries=FP32, D=256, T=1, reduce="max"),
         partial(attention_mass, queries=FP16, D=64, paged=True, reduce="none"),
         partial(attention_mass, queries=BF16, D=128, keys=FP8, heads=True),
-        partial(attention_mass, queries=FP32, D=64, T=1, reduce="max"),
         partial(attention_mass, queries=BF16, D=256, T=16),
     ],
     "sparse_attention": [
         partial(sparse_attention, queries=BF16, D=128),
+        partial(sparse_attention, queries=FP32, D=80, T=1),
         partial(sparse_attention, queries=FP16, D=64, paged=True, Hs=1),
         partial(sparse_attention, queries=BF16, D=128, keys=FP8, Hs=8),
-        partial(sparse_attention, queries=FP32, D=80, T=1),
         partial(sparse_attention, queries=BF16, D=256, T=16),
     ],
     "token_select": [
@@ -121,7 +121,7 @@ def compile_all(capability: int) -> Iterator[dict]:
     for op, cases in CASES.items():
         if op in triton_ops():
             run = getattr(importlib.import_module(f"outrider.ops.{op}.triton"), op)
-            for case in cases if capability == 90 else cases[:1]:
+            for case in cases if capability == 90 else cases[:2]:
                 case(run)
                 yield from ({"op": op, "case": str(case.keywords), **row} for row in compiled)
                 compiled.clear()

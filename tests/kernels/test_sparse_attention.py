@@ -34,7 +34,7 @@ if GPU:
     LENGTHS = [(0, 1, 33, 700), (4999, 64, 0), (2048,), (1023, 1025, 1, 3000), (129, 0, 5000)]
     LAYOUTS = ["plain", "head_major", "gaps", "token_kv", "head_token_kv", "pages_1", "pages_3", "pages_16", "pages_64"]
 else:
-    HEAD_DIMS = [8, 24]
+    HEAD_DIMS = [64, 24]
     HEADS = [(4, 2), (3, 1)]
     QUERIES = [1, 3]
     LENGTHS = [(0, 1, 75), (130, 0), (33,)]
@@ -211,6 +211,20 @@ def test_empty_lists_leave_the_tail(backend, device, run_or_skip, margin, width)
     values = problem.arguments["values"]
     first = torch.stack([values[b, length] for b, length in enumerate(case.lengths)])
     torch.testing.assert_close(got[:, 0], first.repeat_interleave(case.heads[0] // Hkv, 1), rtol=2**-7, atol=0)
+
+
+def test_logits_that_rise_along_the_list(backend, device, run_or_skip, margin):
+    """Each token outweighs those before: what was kept of them must become nothing."""
+    case = Case(lengths=(1000,), keep="all")
+    arguments, end = make(case, device).arguments, 1000 + case.T
+    arguments["queries"][..., 0] = 16
+    arguments["keys"][0, :end, :, 0] = torch.arange(end, device=device).view(-1, 1) / 4
+    got = run_or_skip(lambda: sparse_attention(**arguments, backend=backend))
+    visible = torch.arange(end, device=device) <= 1000 + torch.arange(case.T, device=device).view(-1, 1)
+    keys, values = (arguments[name][:, :end].float() for name in ("keys", "values"))
+    visible = visible.expand(1, case.heads[0], case.T, end)
+    exact, rounded = judge(arguments["queries"], keys, values, [None, None], visible, arguments["scale"])
+    margin(got, rounded, exact)
 
 
 def test_later_tail_rows_do_not_reach_earlier_queries(backend, device, run_or_skip):
