@@ -235,7 +235,8 @@ def test_later_tail_rows_do_not_reach_earlier_queries(backend, device, run_or_sk
         problem.arguments["keys"][b, length + 2 :] = torch.nan
         problem.arguments["values"][b, length + 2 :] = torch.inf
     dirty = sparse_attention(**problem.arguments, backend=backend)
-    assert torch.equal(dirty[:, :2], clean[:, :2])
+    # A kernel may add such rows one by one, and so in another order: equal to a rounding.
+    torch.testing.assert_close(dirty[:, :2].double(), clean[:, :2].double(), rtol=2**-6, atol=2**-8)
     assert not dirty[:, 2].isfinite().any(), "what a query does see is not hidden"
 
 

@@ -200,23 +200,8 @@ def _sample(
 
 @triton.jit(do_not_specialize=VARYING)
 def _count(
-    scores,
-    strides,
-    lengths,
-    stride_length,
-    sources,
-    keys,
-    pitch,
-    B,
-    Hs,
-    S,
-    sinks,
-    recent,
-    width,
-    budget,
-    stride_budget,
-    splits,
-    windows,
+    scores, strides, lengths, stride_length, sources, keys, pitch, B, Hs, S, sinks, recent, width,
+    budget, stride_budget, splits, windows,
     tables,  # [lists, splits, WINDOW] int32: counts of the keys of the window but the lowest
     totals,  # [lists, splits, 2] int32: counts of the keys from the window's lowest on, and of those above the window
     masses,  # [lists, splits, 2] float64: of all keys, and of those above the window
@@ -224,7 +209,7 @@ def _count(
     BLOCK: tl.constexpr,
     G: tl.constexpr,
     MEAN: tl.constexpr,
-):
+):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     item, split = program // splits, (program % splits).to(tl.int32)
     b, row, length, first, last = _list(item, scores, strides, lengths, stride_length, sources, B, Hs, S, sinks, recent, G)
@@ -267,27 +252,8 @@ def _count(
 
 @triton.jit(do_not_specialize=VARYING)
 def _settle(
-    scores,
-    strides,
-    lengths,
-    stride_length,
-    sources,
-    keys,
-    pitch,
-    B,
-    Hs,
-    S,
-    sinks,
-    recent,
-    width,
-    budget,
-    stride_budget,
-    splits,
-    windows,
-    tables,
-    totals,
-    masses,
-    held,
+    scores, strides, lengths, stride_length, sources, keys, pitch, B, Hs, S, sinks, recent, width,
+    budget, stride_budget, splits, windows, tables, totals, masses, held,
     plan,  # [lists, splits, 4] int32: threshold; quota of tokens at it; tokens kept by the splits before; tokens kept
     counts,  # [Lt, B, Hs] int32
     TOP_P: tl.constexpr,
@@ -296,7 +262,7 @@ def _settle(
     BLOCK: tl.constexpr,
     G: tl.constexpr,
     MEAN: tl.constexpr,
-):
+):  # fmt: skip
     item = tl.program_id(0).to(tl.int64)
     b, row, length, first, last = _list(item, scores, strides, lengths, stride_length, sources, B, Hs, S, sinks, recent, G)
     stored = keys if keys is None else keys + item * pitch
@@ -378,27 +344,13 @@ def _settle(
 
 @triton.jit(do_not_specialize=VARYING)
 def _write(
-    scores,
-    strides,
-    lengths,
-    stride_length,
-    sources,
-    keys,
-    pitch,
-    B,
-    Hs,
-    S,
-    sinks,
-    recent,
-    width,
-    splits,
-    plan,
-    counts,
+    scores, strides, lengths, stride_length, sources, keys, pitch, B, Hs, S, sinks, recent, width,
+    splits, plan, counts,
     indices,  # [Lt, B, Hs, width] int32
     BLOCK: tl.constexpr,
     G: tl.constexpr,
     MEAN: tl.constexpr,
-):
+):  # fmt: skip
     # Backwards: what _count read last is still in the L2 cache.
     program = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     item, split = program // splits, (program % splits).to(tl.int32)
