@@ -131,7 +131,7 @@ class Summary:
         import triton
 
         conditions = {"torch": torch.__version__, "triton": triton.__version__}
-        conditions["device"] = torch.cuda.get_device_name() if GPU else "cpu, interpreted"
+        conditions["device"] = torch.cuda.get_device_name() if GPU else "cpu, interpreted or emulated"
         text = "".join(
             json.dumps({"op": op, "backend": backend, **row, "conditions": conditions}) + "\n"
             for (op, backend), row in sorted(self.rows.items())

@@ -14,10 +14,10 @@ import ctypes
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
-from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,11 +38,11 @@ REGISTERS = {".pred": "bool", ".b32": "uint32_t", ".u32": "uint32_t", ".b64": "u
 @cache
 def obstacle() -> str | None:
     """Why kernels cannot be emulated on this machine, or None."""
-    if shutil.which("g++") is None:
-        return "needs g++"
-    probe = ["g++", "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
-    done = subprocess.run(probe, input="#include <sys/mman.h>\n#include <ucontext.h>\n", text=True, capture_output=True)
-    return None if done.returncode == 0 else "needs a g++ that knows C++20, on Linux"
+    if sys.platform != "linux" or shutil.which("g++") is None:
+        return "needs g++, on Linux"
+    command = [*COMPILE, "-fsyntax-only", "-x", "c++", "-"]
+    probe = subprocess.run(command, input="#include <concepts>\n", text=True, capture_output=True)
+    return None if probe.returncode == 0 else "needs a g++ that knows C++20"
 
 
 def translate(source: str) -> str:
@@ -50,20 +50,19 @@ def translate(source: str) -> str:
     source = re.sub(r"#include <(cuda|cooperative_groups)[^>]*>\n", "\n", source)
     source = re.sub(r"extern\s+__shared__\s+(?:__align__\(\d+\)\s*)?(\w+)\s+(\w+)\[\];",
                     r"\1* const \2 = (\1*)emulation::dynamic_shared();", source)  # fmt: skip
-    number = count()
-    source = re.sub(r"__shared__\s+([^;]+);", lambda match: _shared_variables(match[1], number), source)
+    source = re.sub(r"__shared__\s+([^;]+);", lambda match: _shared_variables(match[1]), source)
     source = re.sub(r"(cudaLaunchCooperativeKernel\()\((?:const )?void\s*\*\)", r"\1", source)  # the kernel's type is needed
     return _replace_assembly(source)
 
 
-def _shared_variables(declaration: str, number: Iterator[int]) -> str:
+def _shared_variables(declaration: str) -> str:
     """References into the block's shared memory for `unsigned x[4], y`."""
     first, *others = _split(re.sub(r"__align__\(\d+\)", "", declaration), ",")
     match = re.fullmatch(r"\s*(.*?)\s*(\w+)\s*((?:\[.*\])?)\s*", first, re.DOTALL)
     assert match, declaration
     type_ = match[1]
     variables = [(match[2], match[3]), *(re.fullmatch(r"\s*(\w+)\s*((?:\[.*\])?)\s*", other).groups() for other in others)]
-    return " ".join(f"auto& {name} = emulation::shared<{type_}{size}, {next(number)}>();" for name, size in variables)
+    return " ".join(f"auto& {name} = emulation::shared<{type_}{size}, __COUNTER__>();" for name, size in variables)
 
 
 def _replace_assembly(source: str) -> str:
@@ -136,11 +135,13 @@ def build(source: Path, folder: Path, *defines: str) -> ctypes.CDLL:
 @cache
 def _compile(source: Path, folder: Path, *defines: str) -> tuple[Path, str]:
     """The library's file, and what is wrong."""
-    name = "_".join([source.parents[1].name, *(re.sub(r"\W", "_", define) for define in defines)])
-    for header in [*OPS.glob("*.cuh"), *source.parent.glob("*.cuh")]:
-        (folder / header.name).write_text(translate(header.read_text(encoding="utf-8")), encoding="utf-8")
-    translated, binary = folder / f"{name}.cpp", folder / f"{name}.so"
-    translated.write_text(translate(source.read_text(encoding="utf-8")), encoding="utf-8")
+    place = folder / source.parents[1].name
+    place.mkdir(exist_ok=True)
+    name = "_".join([source.stem, *(re.sub(r"\W", "_", define) for define in defines)])
+    translated, binary = place / f"{name}.cpp", place / f"{name}.so"
+    for original in [source, *source.parent.glob("*.cuh"), *OPS.glob("*.cuh")]:
+        target = translated if original == source else place / original.name
+        target.write_text(translate(original.read_text(encoding="utf-8")), encoding="utf-8")
     _precompile_headers(folder)
     command = [*COMPILE, "-shared", f"-I{folder}", f"-I{HEADERS}", "-include", "ptx.h", *(f"-D{define}" for define in defines)]
     done = subprocess.run([*command, str(translated), "-o", str(binary)], capture_output=True, text=True)

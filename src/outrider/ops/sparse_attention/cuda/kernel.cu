@@ -323,7 +323,8 @@ __global__ void __launch_bounds__(THREADS, 1) sparse_attention(const __grid_cons
         bool wild = false;
         for (int i = lane; i < (TILE - tail) * CHUNKS; i += 32)
           wild |= not_finite(*(const uint4*)(v_rows + i / CHUNKS * STRIDE + i % CHUNKS * 8));
-        if (__any_sync(~0u, wild)) {  // then these rows go one by one, and as zeros into the product
+        if (__any_sync(~0u, wild)) {  // then what is not finite goes apart, and as zeros into the product
+          auto if_wild = [](float x) { return fabsf(x) < INFINITY ? 0 : x; };
 #pragma unroll 1
           for (int j = tail; j < TILE; j++) {
             const ELEMENT* v = k_tile + (TILE + j) * STRIDE + lane / 4;
@@ -335,14 +336,16 @@ __global__ void __launch_bounds__(THREADS, 1) sparse_attention(const __grid_cons
                 if (x > 0)
 #pragma unroll
                   for (int m = 0; m < D / 16; m++) {
-                    out[m][n][i] += x * as_float(v[m * 16]);
-                    out[m][n][i + 2] += x * as_float(v[m * 16 + 8]);
+                    out[m][n][i] += x * if_wild(as_float(v[m * 16]));
+                    out[m][n][i + 2] += x * if_wild(as_float(v[m * 16 + 8]));
                   }
               }
           }
           __syncwarp();
-          for (int i = lane; i < (TILE - tail) * CHUNKS; i += 32)
-            *(uint4*)(v_rows + i / CHUNKS * STRIDE + i % CHUNKS * 8) = make_uint4(0, 0, 0, 0);
+          for (int i = lane; i < (TILE - tail) * D; i += 32) {
+            ELEMENT* v = v_rows + i / D * STRIDE + i % D;
+            if (if_wild(as_float(*v)) != 0) *(uint16_t*)v = 0;
+          }
           __syncwarp();
         }
       }
