@@ -439,40 +439,37 @@ __device__ void finish(const Arguments& a, const Plan& plan, int slots, const ui
     if (thread == 0) readers_before = atomicAdd(a.readers + problem, 1);  // used last, so that nobody waits for it
     sync_finishers();
 
-    // Two neighbouring keys a thread, a segment at a time.
+    // A segment at a time, two neighbouring keys a thread.
     const int keys = min(item.keys, item.length - item.first);
     const int segments = (item.keys + SEGMENT - 1) / SEGMENT;
 #pragma unroll 1
     for (int segment = 0; segment < segments; segment++) {
       int place = position.first + segment;
       if (place >= RING) place -= RING;
-      const int word = thread;
-      {
-        const int key = segment * SEGMENT + 2 * word;
-        const uint32_t* two = ring + place * SEGMENT_WORDS + word;
-        const float* weights = shared.weights[key / TILE % SCORERS];
-        float w[PADDED_ROWS];
+      const int key = segment * SEGMENT + 2 * thread;
+      const uint32_t* two = ring + place * SEGMENT_WORDS + thread;
+      const float* weights = shared.weights[key / TILE % SCORERS];
+      float w[PADDED_ROWS];
 #pragma unroll
-        for (int r = 0; r < ROWS; r += 4) *(float4*)(w + r) = *(const float4*)(weights + r);
-        float x[GROUP] = {}, y[GROUP] = {};
+      for (int r = 0; r < ROWS; r += 4) *(float4*)(w + r) = *(const float4*)(weights + r);
+      float x[GROUP] = {}, y[GROUP] = {};
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-          const uint32_t pair = two[r * ROW_WORDS];
-          const float low = __uint_as_float(pair << 16), high = __uint_as_float(pair & 0xffff0000);
-          x[r % GROUP] = TAKE_MAX ? max_or_nan(x[r % GROUP], w[r] * low) : fmaf(w[r], low, x[r % GROUP]);
-          y[r % GROUP] = TAKE_MAX ? max_or_nan(y[r % GROUP], w[r] * high) : fmaf(w[r], high, y[r % GROUP]);
-        }
-        if (key < keys)
-#pragma unroll
-          for (int g = 0; g < GROUP; g++) {
-            if (key + 1 >= keys) y[g] = 0;  // the first of the tail
-            const long long at = ((long long)(b * a.heads + item.h) * GROUP + g) * a.stride_out + item.first + key;
-            if (a.wide_masses)
-              *(float2*)((float*)a.masses + at) = make_float2(x[g], y[g]);
-            else
-              *(uint32_t*)((__nv_bfloat16*)a.masses + at) = ptx::pack<__nv_bfloat16>(x[g], y[g]);
-          }
+      for (int r = 0; r < ROWS; r++) {
+        const uint32_t pair = two[r * ROW_WORDS];
+        const float low = __uint_as_float(pair << 16), high = __uint_as_float(pair & 0xffff0000);
+        x[r % GROUP] = TAKE_MAX ? max_or_nan(x[r % GROUP], w[r] * low) : fmaf(w[r], low, x[r % GROUP]);
+        y[r % GROUP] = TAKE_MAX ? max_or_nan(y[r % GROUP], w[r] * high) : fmaf(w[r], high, y[r % GROUP]);
       }
+      if (key < keys)
+#pragma unroll
+        for (int g = 0; g < GROUP; g++) {
+          if (key + 1 >= keys) y[g] = 0;  // the first of the tail
+          const long long at = ((long long)(b * a.heads + item.h) * GROUP + g) * a.stride_out + item.first + key;
+          if (a.wide_masses)
+            *(float2*)((float*)a.masses + at) = make_float2(x[g], y[g]);
+          else
+            *(uint32_t*)((__nv_bfloat16*)a.masses + at) = ptx::pack<__nv_bfloat16>(x[g], y[g]);
+        }
       __syncwarp();
       if (lane == 0) ptx::barrier_arrive(shared.empty + place);
     }
