@@ -15,6 +15,7 @@ import test_token_select as selection
 import torch
 
 from outrider.ops import attention_mass, sparse_attention, token_select
+from outrider.ops.attention_mass import cuda as mass_cuda
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the kernels themselves")
 CPU = torch.device("cpu")
@@ -71,6 +72,13 @@ def test_any_number_of_blocks_of_masses(emulated, run_or_skip, margin, case, mul
     with emulated(multiprocessors=multiprocessors):
         got = run_or_skip(lambda: attention_mass(**problem.arguments, backend="cuda"))
     margin(got[..., : problem.N], problem.rounded, problem.exact)
+
+
+@pytest.mark.parametrize(("D", "T", "group"), [(64, 5, 4), (128, 5, 3)])
+def test_as_many_keys_fit_as_is_said(emulation_folder, D, T, group):
+    """What `obstacle` refuses is told without building."""
+    library = emulation.build(mass_cuda.SOURCE, emulation_folder, f"HEAD_DIM={D}", f"QUERIES={T}", f"GROUP={group}")
+    assert library.max_chunk() == mass_cuda._max_chunk(D, T * group)
 
 
 EXERCISES = r"""

@@ -84,7 +84,7 @@ def build(source: Path, *defines: str) -> ctypes.CDLL:
     """
     from torch.utils.cpp_extension import load
 
-    variant = "_".join(define.split("=")[-1].strip("_") for define in defines)
+    variant = "_".join(define.replace("=", "").strip("_") for define in defines)
     path = load(
         name=f"outrider_{source.parents[1].name}_{variant}".rstrip("_"),
         sources=[str(source)],

@@ -106,4 +106,10 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t phase) 
 template <int number, int threads>
 __device__ __forceinline__ void named_barrier() { asm volatile("bar.sync %0, %1;" ::"n"(number), "n"(threads) : "memory"); }
 
+// How many registers the threads of a warpgroup have from here on; a multiple of 8. What some give back others may take.
+template <int count>
+__device__ __forceinline__ void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count)); }
+template <int count>
+__device__ __forceinline__ void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count)); }
+
 }  // namespace ptx

@@ -186,6 +186,10 @@ inline void cp_async_bulk_shared_cluster_global_mbarrier_complete_tx_bytes(uint3
     self->block->copies.push_back(copy);
 }
 inline void fence_proxy_async_shared_cta() {}
+inline void setmaxnreg_inc_sync_aligned_u32(int count) {
+  if (count % 8 || count > 256) emulation::fail("setmaxnreg takes multiples of 8 up to 256");
+}
+inline void setmaxnreg_dec_sync_aligned_u32(int count) { setmaxnreg_inc_sync_aligned_u32(count); }
 inline void fence_mbarrier_init_release_cluster() {}
 
 inline void barrier_cluster_arrive_aligned() { cooperative_groups::cluster_group::barrier_arrive(); }

@@ -33,6 +33,7 @@ MAX_HEAD_DIM = 256
 MAX_ROWS = 128  # T x group rows a program holds; more go to further programs, which read the keys again
 PROGRAMS_PER_SM = 2
 REDUCE_ELEMENTS = 8192  # queries x tokens of a program of _reduce
+REDUCE_SPLITS = 512  # queries x splits, at least: enough for all threads, or several would write the same value to the same place
 HEADROOM = tl.constexpr(14.0)  # a tile's largest value is stored as 2 ** 14: float16 then holds 2 ** -38 of it
 LOG2_E = tl.constexpr(math.log2(math.e))
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -261,7 +262,7 @@ def attention_mass(
                 scores, bases, bests, sums, lengths, None if heads is None else heads.contiguous(), result,
                 N, T, Hq, G, splits, tiles, result.stride(),
                 REDUCTION=reduce, STEPS=steps, KEPT=steps if reduce == "none" else 1,
-                SPLITS_PADDED=triton.next_power_of_2(splits), TILES=block, TILE=tile,
+                SPLITS_PADDED=max(triton.next_power_of_2(splits), REDUCE_SPLITS // steps), TILES=block, TILE=tile,
             )  # fmt: skip
     return result if reduce == "none" else result.squeeze(1)
 

@@ -32,6 +32,7 @@ constexpr bool TAKE_MAX = false;
 constexpr int D = HEAD_DIM, T = QUERIES, ROWS = T * GROUP;
 constexpr int EIGHTS = (ROWS + 7) / 8, PADDED_ROWS = 8 * EIGHTS, ROW_TILES = (EIGHTS + 1) / 2;  // rows by eights, tiles by 16
 constexpr int SCORERS = 8, FINISHERS = 8, THREADS = 32 * (SCORERS + FINISHERS);  // warps
+constexpr int SCORER_REGISTERS = 152, FINISHER_REGISTERS = 104;  // of the 128 a thread begins with
 constexpr int STAGES = HEAD_DIM == 64 ? 3 : 2;      // tiles in a queue
 constexpr int TILE = 32, SUBTILES = TILE / 8, PIECES = D / 32;  // keys; 64-byte pieces of a key
 constexpr int KEY_BYTES = 2 * D, LINES = KEY_BYTES / 128, SLOT = TILE * KEY_BYTES;  // bytes; of a tile
@@ -42,6 +43,7 @@ constexpr int SEGMENT_WORDS = ROWS * ROW_WORDS;
 constexpr int DYNAMIC = 206 * 1024;                 // bytes for queues and ring; the rest of 227 KB is declared below
 constexpr int RING = (DYNAMIC - QUEUES) / (4 * SEGMENT_WORDS);  // segments
 constexpr int MAX_CHUNK = RING * SEGMENT;           // keys
+static_assert(SEGMENT_TILES % SCORERS == 0, "a thread's keys of all segments belong to one scoring warp");
 constexpr int ITEMS = 4;                            // that the scorers may be ahead
 constexpr int MAX_SEQUENCES = 256;
 constexpr int READERS = 32 * FINISHERS / PADDED_ROWS;           // threads that share the reading of a row's sums
@@ -72,7 +74,7 @@ struct Place {
 struct Plan {
   const Place* places;  // [B + 1], in shared memory; the last one's start is the number of slots
   int heads, blocks;
-  __device__ __noinline__ Item at(int slot, int b) const {  // the item at a slot of sequence b or later
+  __device__ __forceinline__ Item at(int slot, int b) const {  // the item at a slot of sequence b or later
     while (slot >= places[b + 1].start) b++;
     const Place place = places[b];
     Item item = {b, 0, 0, place.parts, 0, 0, place.length};
@@ -170,7 +172,7 @@ __device__ __forceinline__ void over_keys(const Logits& x, Body body) {
 }
 
 // Multiplies what a warp has written of one row, in the tiles from its first to before `end`, with a power of two.
-__device__ __noinline__ void lower(uint32_t* row, int first_segment, int first, int end, float factor) {
+__device__ __forceinline__ void lower(uint32_t* row, int first_segment, int first, int end, float factor) {
   for (int tile = first; tile < end; tile += SCORERS) {
     int place = first_segment + tile / SEGMENT_TILES;
     if (place >= RING) place -= RING;
@@ -343,8 +345,7 @@ asm("ld.global.nc.u32 %0, [%1];" : "=r"(q[j / 2][p][k / 2][j % 2 + k % 2 * 2]) :
       sum[j] += __shfl_xor_sync(~0u, sum[j], 2);
       if (quarter == 0) shared.sums[items % ITEMS][warp][j * 8 + eighth] = make_float2(sum[j] == 0 ? -INFINITY : reference[j], sum[j]);
     }
-    __syncwarp();
-    if (lane == 0) ptx::barrier_arrive(shared.full + items % ITEMS);
+    ptx::barrier_arrive(shared.full + items % ITEMS);  // every lane, for what it has written itself
     position.advance(item.keys);
     items++;
   }
@@ -398,6 +399,16 @@ __device__ void finish(const Arguments& a, const Plan& plan, int slots, const ui
       if (__float_as_uint(own.y) == EMPTY) own.y = __uint_as_float(0x7fffffff);
       __stcg(mailboxes + item.part * PADDED_ROWS + row, own);
     }
+    auto take = [&](int segment, uint32_t(&pairs)[ROWS]) {  // two neighbouring keys a thread
+      int place = position.first + segment;
+      if (place >= RING) place -= RING;
+#pragma unroll
+      for (int r = 0; r < ROWS; r++) pairs[r] = ring[place * SEGMENT_WORDS + r * ROW_WORDS + thread];
+      __syncwarp();
+      if (lane == 0) ptx::barrier_arrive(shared.empty + place);
+    };
+    uint32_t pairs[ROWS];
+    take(0, pairs);  // already, so that the scorers have one segment more while the sums are awaited
 
     // Sums of the rows over the whole problem.
     if (reader < READERS) {
@@ -439,24 +450,18 @@ __device__ void finish(const Arguments& a, const Plan& plan, int slots, const ui
     if (thread == 0) readers_before = atomicAdd(a.readers + problem, 1);  // used last, so that nobody waits for it
     sync_finishers();
 
-    // A segment at a time, two neighbouring keys a thread.
-    const int keys = min(item.keys, item.length - item.first);
-    const int segments = (item.keys + SEGMENT - 1) / SEGMENT;
+    const int keys = min(item.keys, item.length - item.first), segments = (item.keys + SEGMENT - 1) / SEGMENT;
+    float w[PADDED_ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; r += 4) *(float4*)(w + r) = *(const float4*)(shared.weights[2 * thread / TILE % SCORERS] + r);
 #pragma unroll 1
     for (int segment = 0; segment < segments; segment++) {
-      int place = position.first + segment;
-      if (place >= RING) place -= RING;
+      if (segment) take(segment, pairs);
       const int key = segment * SEGMENT + 2 * thread;
-      const uint32_t* two = ring + place * SEGMENT_WORDS + thread;
-      const float* weights = shared.weights[key / TILE % SCORERS];
-      float w[PADDED_ROWS];
-#pragma unroll
-      for (int r = 0; r < ROWS; r += 4) *(float4*)(w + r) = *(const float4*)(weights + r);
       float x[GROUP] = {}, y[GROUP] = {};
 #pragma unroll
       for (int r = 0; r < ROWS; r++) {
-        const uint32_t pair = two[r * ROW_WORDS];
-        const float low = __uint_as_float(pair << 16), high = __uint_as_float(pair & 0xffff0000);
+        const float low = __uint_as_float(pairs[r] << 16), high = __uint_as_float(pairs[r] & 0xffff0000);
         x[r % GROUP] = TAKE_MAX ? max_or_nan(x[r % GROUP], w[r] * low) : fmaf(w[r], low, x[r % GROUP]);
         y[r % GROUP] = TAKE_MAX ? max_or_nan(y[r % GROUP], w[r] * high) : fmaf(w[r], high, y[r % GROUP]);
       }
@@ -470,8 +475,6 @@ __device__ void finish(const Arguments& a, const Plan& plan, int slots, const ui
           else
             *(uint32_t*)((__nv_bfloat16*)a.masses + at) = ptx::pack<__nv_bfloat16>(x[g], y[g]);
         }
-      __syncwarp();
-      if (lane == 0) ptx::barrier_arrive(shared.empty + place);
     }
     if (thread == 0) {
       shared.last_reader = readers_before == item.parts - 2;
@@ -494,17 +497,20 @@ __global__ void __launch_bounds__(THREADS, 1) attention_mass(const __grid_consta
 
   for (int b = threadIdx.x; b < a.B; b += THREADS)
     shared.places[b].length = a.wide_lengths ? (int)((const long long*)a.lengths)[b] : ((const int*)a.lengths)[b];
-  if (threadIdx.x < ITEMS) ptx::barrier_init(shared.full + threadIdx.x, SCORERS), ptx::barrier_init(shared.taken + threadIdx.x, FINISHERS);
+  if (threadIdx.x < ITEMS) ptx::barrier_init(shared.full + threadIdx.x, 32 * SCORERS), ptx::barrier_init(shared.taken + threadIdx.x, FINISHERS);
   if (threadIdx.x < RING) ptx::barrier_init(shared.empty + threadIdx.x, FINISHERS);
   __syncthreads();
   if (threadIdx.x < 32) lay_out(shared.places, a.B, a.heads, gridDim.x);
   __syncthreads();
   const Plan plan{shared.places, a.heads, (int)gridDim.x};
   const int slots = shared.places[a.B].start;
-  if (threadIdx.x < 32 * SCORERS)
+  if (threadIdx.x < 32 * SCORERS) {
+    ptx::more_registers<SCORER_REGISTERS>();
     score(a, plan, slots, dynamic, ring, shared);
-  else
+  } else {
+    ptx::fewer_registers<FINISHER_REGISTERS>();
     finish(a, plan, slots, ring, shared);
+  }
 }
 
 extern "C" int max_chunk() { return MAX_CHUNK; }  // keys
