@@ -13,9 +13,13 @@ from outrider.ops import compiler
 
 SOURCE = Path(__file__).with_name("kernel.cu")
 ELEMENTS = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half", torch.float32: "float"}
-SPAN, WARPS = 1024, 16  # tokens that a warp takes at a time; warps of a block
+SPAN = 1024  # tokens that a warp takes at a time
 MAX_BLOCKS = 8  # of a cluster
-VARIANTS = [("ELEMENT=__nv_bfloat16",), ("ELEMENT=float",)]  # compiled by the tests
+VARIANTS = [  # compiled by the tests
+    ("ELEMENT=__nv_bfloat16", "THREADS=256"),
+    ("ELEMENT=__nv_bfloat16", "THREADS=512"),
+    ("ELEMENT=float", "THREADS=512"),
+]
 
 
 class Arguments(ctypes.Structure):
@@ -88,35 +92,37 @@ def token_select(
         width=width,
         exact=G == 1 and scores.dtype == torch.bfloat16,
     )
-    element = ELEMENTS[scores.dtype]
-    library = compiler.build(SOURCE, f"ELEMENT={element}")
-    if counts.numel() == 0:
+    element, lists = ELEMENTS[scores.dtype], counts.numel()
+    # Two small blocks to a multiprocessor overlap their phases. Merging rows takes all registers of a large one.
+    threads = 256 if G == 1 and scores.dtype == torch.bfloat16 and lists > compiler.multiprocessors(device) else 512
+    library = compiler.build(SOURCE, f"ELEMENT={element}", f"THREADS={threads}")
+    if lists == 0:
         return indices, counts
     with torch.cuda.device(device):
-        blocks = _blocks(element, device, counts.numel(), S)
+        blocks = _blocks(element, threads, device, lists, S)
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        error = library.launch(ctypes.byref(arguments), counts.numel(), blocks, _steps(blocks, S), stream)
+        error = library.launch(ctypes.byref(arguments), lists, blocks, _steps(threads, blocks, S), stream)
     compiler.check(library, error, "token_select")
     return indices, counts
 
 
-def _steps(blocks: int, S: int) -> int:
+def _steps(threads: int, blocks: int, S: int) -> int:
     """Of a warp, where a row of S tokens is cut among so many blocks."""
     part = -(-S // (blocks * SPAN)) * SPAN
-    return max(1, -(-part // (WARPS * SPAN)))
+    return max(1, -(-part // (threads // 32 * SPAN)))
 
 
 @lru_cache(maxsize=1024)
-def _blocks(element: str, device: torch.device, lists: int, S: int) -> int:
+def _blocks(element: str, threads: int, device: torch.device, lists: int, S: int) -> int:
     """How many blocks share a list: those that are done first, by rounds of clusters times the tokens of a block.
 
     The search for the threshold takes as long as reading some tokens more.
     """
-    library = compiler.build(SOURCE, f"ELEMENT={element}")
+    library = compiler.build(SOURCE, f"ELEMENT={element}", f"THREADS={threads}")
     search = 32 * SPAN
 
     def time(blocks: int) -> int:
-        clusters = library.clusters(blocks, _steps(blocks, S))
+        clusters = library.clusters(blocks, _steps(threads, blocks, S))
         compiler.check(library, max(0, -clusters), "token_select")
         return -(-lists // max(clusters, 1)) * (-(-S // blocks) + search)
 

@@ -18,7 +18,7 @@
 #include "ptx.cuh"
 #include "threshold.cuh"
 
-constexpr int SAVED = 8;   // steps of a warp whose marks are kept
+constexpr int SAVED = BLOCKS_PER_SM == 2 ? 16 : 8;  // steps of a warp whose marks are kept
 constexpr int WINDOW = 3;  // of 32 octaves, the first one tried: scores from 2^-31 to below 2
 
 struct Arguments {
@@ -57,7 +57,7 @@ __device__ __noinline__ uint2 mark(const uint4* keys, int threshold, int start, 
   return make_uint2(higher, same);
 }
 
-__global__ void __launch_bounds__(THREADS, 1) token_select(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) token_select(const __grid_constant__ Arguments a) {
   __shared__ __align__(16) Shared shared;
   extern __shared__ __align__(128) uint4 dynamic[];  // rings [WARPS][HOMES][SPAN / VECTOR] of keys, then [WARPS][SAVED][32] marks
 

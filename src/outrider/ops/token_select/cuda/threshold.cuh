@@ -8,9 +8,13 @@
 
 namespace cg = cooperative_groups;
 
-constexpr int THREADS = 512, WARPS = THREADS / 32, MAX_BLOCKS = 8;  // of a cluster
+#ifndef THREADS  // of a block; 256, of which two run on a multiprocessor, where there are many lists
+#define THREADS 512
+#endif
+constexpr int BLOCKS_PER_SM = THREADS == 256 ? 2 : 1;
+constexpr int WARPS = THREADS / 32, MAX_BLOCKS = 8;  // of a block; of a cluster
 constexpr int BINS = 4096, FINE = 16, COARSE = BINS / FINE, PER_THREAD = BINS / THREADS;  // keys of a window; bins first taken together
-constexpr int HOMES = 5;                             // steps that a warp's ring of keys holds
+constexpr int HOMES = BLOCKS_PER_SM == 2 ? 3 : 5;    // steps that a warp's ring of keys holds
 constexpr unsigned ALL = ~0u;                        // lanes
 
 // Sum of `x` over this thread and those behind it; `all` becomes the sum over all.
@@ -153,9 +157,8 @@ __device__ __forceinline__ Found search(Shared& shared, int window, bool went_do
       count += counts[other], count_before += other < rank ? counts[other] : 0;
       weight += BY_MASS ? (Weight)masses[other] : (Weight)counts[other];
     }
-  } else if (thread < COARSE + blocks) {
-    shared.others[thread - COARSE] = *cluster.map_shared_rank(&shared.outside, thread - COARSE);
   }
+  if (thread >= THREADS - blocks) shared.others[THREADS - 1 - thread] = *cluster.map_shared_rank(&shared.outside, THREADS - 1 - thread);
   Weight all, reached = sum_from_here(weight, all, (Weight*)shared.scratch) - weight;  // by the keys above this thread's
   Outside outside = {};
   int above_before = 0;
