@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.kernels.attention_mass import AttentionMass
 from benchmarks.kernels.case import Case
+from benchmarks.kernels.dense_attention import DenseAttention
 from benchmarks.kernels.sparse_attention import SparseAttention
 from benchmarks.kernels.token_select import TokenSelect
 from outrider.errors import OptionError
@@ -19,6 +20,7 @@ CASES: tuple[Case, ...] = (
     *(SparseAttention(id=f"sparse_attention-{name}-keep10", S=S, B=B) for name, S, B in SIZES),
     *(SparseAttention(id=f"sparse_attention-{name}-keep10-separate", S=S, B=B, separate=True) for name, S, B in SIZES),
     SparseAttention(id="sparse_attention-128k-b1-keep10-fp8", S=K128, B=1, fp8=True),
+    *(DenseAttention(id=f"dense_attention-{name}", S=S, B=B, separate=True) for name, S, B in SIZES[:3]),
     TokenSelect(id="token_select-256x128k-top_k", R=256, S=K128),
     TokenSelect(id="token_select-256x128k-top_p", R=256, S=K128, budget="top_p"),
     TokenSelect(id="token_select-32x1m-top_k", R=32, S=M1),

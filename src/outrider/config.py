@@ -90,6 +90,7 @@ class EngineConfig:
     draft_tokens: int = option(4, "tokens the draft proposes each round (K)")
     batch_size: int = option(8, "sequences that run at the same time; more prompts wait")
     prefill_chunk: int = option(2048, "prompt tokens per forward of the prefill")
+    eager: bool = option(False, "on a GPU, run rounds kernel by kernel; default: as CUDA graphs, captured once")
     audit: bool = option(False, "after each sequence, count the tokens that the dense target would also have chosen")
     backend: str = option(
         "auto",

@@ -54,6 +54,13 @@ class Selection:
     counts: Tensor  # [len(layers), B, Hs] int32
     lengths: Tensor  # [B] int64, cached tokens the lists refer to: every listed token is below it
 
+    def of(self, layer: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Indices [B, Hs, M] and counts [B, Hs] of a target layer; None twice where it has no lists."""
+        if layer not in self.layers:
+            return None, None
+        row = self.layers.index(layer)
+        return self.indices[row], self.counts[row]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Acceptance:

@@ -15,6 +15,7 @@ if str(ROOT) not in sys.path:
 
 from benchmarks.kernels.attention_mass import AttentionMass  # noqa: E402
 from benchmarks.kernels.case import Case  # noqa: E402
+from benchmarks.kernels.dense_attention import DenseAttention  # noqa: E402
 from benchmarks.kernels.run import Bench  # noqa: E402
 from benchmarks.kernels.sparse_attention import SparseAttention  # noqa: E402
 from benchmarks.kernels.token_select import TokenSelect  # noqa: E402
@@ -25,6 +26,7 @@ TINY: tuple[Case, ...] = (
     SparseAttention(id="sparse_attention-tiny", S=200, B=2, **HEADS),
     SparseAttention(id="sparse_attention-tiny-separate", S=200, B=2, separate=True, **HEADS),
     SparseAttention(id="sparse_attention-tiny-fp8", S=200, B=1, fp8=True, **HEADS),
+    DenseAttention(id="dense_attention-tiny-separate", S=200, B=2, separate=True, **HEADS),
     TokenSelect(id="token_select-tiny-top_k", R=8, S=2000),
     TokenSelect(id="token_select-tiny-top_p", R=8, S=2000, budget="top_p"),
     TokenSelect(id="token_select-tiny-merge4-top_k", R=16, S=2000, G=4),

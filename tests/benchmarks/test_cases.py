@@ -6,6 +6,7 @@ import pytest
 import torch
 from benchmarks.kernels.attention_mass import AttentionMass
 from benchmarks.kernels.cases import CASES, chosen
+from benchmarks.kernels.dense_attention import DenseAttention
 from benchmarks.kernels.sparse_attention import SparseAttention
 from benchmarks.kernels.token_select import TokenSelect
 
@@ -17,14 +18,15 @@ CPU = torch.device("cpu")
 
 def test_the_table_has_the_cases_that_are_reported():
     ids = [case.id for case in CASES]
-    assert len(set(ids)) == len(ids) == 19
+    assert len(set(ids)) == len(ids) == 22
     layer = {"128k-b1": (2**17, 1), "128k-b4": (2**17, 4), "32k-b1": (2**15, 1), "32k-b4": (2**15, 4)}
     for case in CASES:
         assert case.id.startswith(case.op + "-")
         if isinstance(case, SparseAttention):
             assert layer["-".join(case.id.split("-")[1:3])] == (case.S, case.B)
-            assert (case.Hq, case.Hkv, case.D, case.T, case.keep) == (32, 8, 128, 5, 0.1)
-            assert case.separate == case.id.endswith("-separate")
+            dense = case.op == "dense_attention"
+            assert (case.Hq, case.Hkv, case.D, case.T, case.keep) == (32, 8, 128, 5, 0.0 if dense else 0.1)
+            assert case.separate == (dense or case.id.endswith("-separate"))
         if isinstance(case, AttentionMass):
             assert (case.Hq, case.Hkv, case.D, case.T) == (32, 8, 64, 5)
 
@@ -35,8 +37,8 @@ def test_cases_are_chosen_by_a_part_of_their_name():
         "attention_mass-32k-b1",
     ]
     assert len(chosen([])) == len(CASES)
-    with pytest.raises(OptionError, match=r"--only: got 'dense'; allowed: a part of sparse_attention-128k-b1-keep10, .*mass"):
-        chosen(["sparse", "dense"])
+    with pytest.raises(OptionError, match=r"--only: got 'prefill'; allowed: a part of sparse_attention-128k-b1-keep10, .*mass"):
+        chosen(["sparse", "prefill"])
 
 
 def test_bytes_of_sparse_attention():
@@ -48,6 +50,13 @@ def test_bytes_of_sparse_attention():
     halved = SparseAttention(id="x", S=1000, B=2, Hq=8, Hkv=2, D=16, fp8=True)
     assert expected - halved.fewest_bytes(halved.inputs(CPU)) == rows * 2 * 16
     assert pytest.approx(12.5, abs=0.1) == 13107 * 8 * 2 * 128 * 2 / 4.3e6
+
+
+def test_bytes_of_dense_attention():
+    """Llama-3.1-8B, 128K, one sequence: 537 MB of keys and values."""
+    case = DenseAttention(id="x", S=1000, B=2, Hq=8, Hkv=2, D=16)
+    expected = 2 * 2 * 1005 * 2 * 16 * 2 + 2 * 4 + 2 * (2 * 5 * 8 * 16 * 2)
+    assert case.fewest_bytes(case.inputs(CPU)) == expected
 
 
 def test_bytes_of_token_select():

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--only", "dense"], "--only: got 'dense'; allowed: a part of sparse_attention-128k-b1-keep10, "),
+        (["--only", "prefill"], "--only: got 'prefill'; allowed: a part of sparse_attention-128k-b1-keep10, "),
         (["--backend", "cpu"], "--backend: got 'cpu'; allowed: auto, triton, cuda, reference"),
         (["--peer-fa3", "/nowhere/fa3.so"], "--peer-fa3: got '/nowhere/fa3.so'; allowed: a path that exists"),
         (["--peer-flashinfer", "/nowhere"], "--peer-flashinfer: got '/nowhere'; allowed: a path that exists"),

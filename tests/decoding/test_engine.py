@@ -106,7 +106,7 @@ def test_sparse_rounds_begin_at_min_context(make_pair, make_engine, random_promp
     forward = target.forward
 
     def spy(tokens, cache, *, selection=None, **options):
-        if not options.get("last_only"):
+        if options.get("logits") is not False:
             seen.append((int(cache.lengths[0]), selection is not None))
         return forward(tokens, cache, selection=selection, **options)
 

@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from outrider.config import SamplingParams
-from outrider.decoding.sampling import distributions, draw
+from outrider.decoding.sampling import Sampling, distributions, draw
 
 LOGITS = st.lists(st.integers(-400, 400), min_size=1, max_size=12, unique=True).map(lambda row: [x / 50 for x in row])
 ALMOST_ONE = 1 - 2**-24  # the largest number that torch.rand returns
@@ -38,16 +38,16 @@ def test_distribution_equals_the_naive_one(logits, temperature, top_k, top_p):
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
     wanted = naive(logits, params)
     assume(wanted is not None)
-    [[found]] = distributions(torch.tensor([[logits]]), [params]).tolist()
+    [[found]] = distributions(torch.tensor([[logits]]), Sampling.of([params])).tolist()
     assert found == pytest.approx(wanted, abs=2e-5)
 
 
 def test_every_row_follows_its_own_params():
     logits = torch.randn(3, 2, 20, generator=torch.Generator().manual_seed(0))
     params = [SamplingParams(), SamplingParams(temperature=1.0, top_k=3), SamplingParams(temperature=0.5, top_p=0.5)]
-    together = distributions(logits, params)
+    together = distributions(logits, Sampling.of(params))
     for row in range(3):
-        assert torch.equal(together[row], distributions(logits[row : row + 1], params[row : row + 1])[0])
+        assert torch.equal(together[row], distributions(logits[row : row + 1], Sampling.of(params[row : row + 1]))[0])
     assert together[0].sum(-1).tolist() == [1, 1]
     assert torch.equal(together[0].argmax(-1), logits[0].argmax(-1))
     assert (together[1] > 0).sum(-1).tolist() == [3, 3]
@@ -56,15 +56,15 @@ def test_every_row_follows_its_own_params():
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-40, 5e-324])
 def test_low_temperature_becomes_greedy(temperature):
     logits = torch.randn(1, 4, 50, generator=torch.Generator().manual_seed(0)) * 30
-    probs = distributions(logits, [SamplingParams(temperature=temperature)])
-    assert torch.equal(probs, distributions(logits, [SamplingParams()]))
+    probs = distributions(logits, Sampling.of([SamplingParams(temperature=temperature)]))
+    assert torch.equal(probs, distributions(logits, Sampling.of([SamplingParams()])))
 
 
 def test_impossible_tokens_stay_impossible():
     """Padding of a narrower draft is -inf; neither temperature nor top-p may bring it back."""
     logits = torch.tensor([[[1.0, 0.5, -math.inf, -math.inf]]])
     for params in (SamplingParams(), SamplingParams(temperature=9.0), SamplingParams(temperature=2.0, top_k=3, top_p=0.99)):
-        assert distributions(logits, [params])[0, 0, 2:].tolist() == [0, 0]
+        assert distributions(logits, Sampling.of([params]))[0, 0, 2:].tolist() == [0, 0]
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=9).filter(any), st.floats(0, ALMOST_ONE, width=32))

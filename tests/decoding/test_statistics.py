@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outrider.config import SamplingParams
-from outrider.decoding.statistics import STAGES, StageClock, Statistics, count_reads, total
+from outrider.decoding.statistics import STAGES, Listed, StageClock, Statistics, count_reads, total
 from outrider.models import LayerShape, ModelSpec
 from outrider.types import Selection
 
@@ -51,7 +51,7 @@ def test_reads_equal_a_naive_count(lengths, owners, data):
         lengths=torch.tensor(lengths),
     )
     scored = data.draw(st.sampled_from([(0,), (0, 2)]))
-    reads = count_reads(selection, SPEC, DRAFT, scored, torch.tensor(lengths), T)
+    reads = count_reads(Listed.of(selection, SPEC, 12), SPEC, DRAFT, scored, torch.tensor(lengths), T)
     row_bytes = 2 * 8 * 2  # key and value, D = 8, two bytes
     for b, n in enumerate(lengths):
         read = window = min(n, 4) + T  # the first of T queries sees itself and 4 tokens before, the others no older ones

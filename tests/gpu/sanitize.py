@@ -40,12 +40,16 @@ def selections(backend: str) -> Iterator[Tensor]:
 
 
 def attentions(backend: str) -> Iterator[Tensor]:
-    """Lists per KV head, ragged, one of them empty."""
+    """Lists per KV head, ragged, one of them empty; then without lists, with pages and a window."""
     queries, caches = random(2, 5, 8, 128), random(2, 2, 1200, 2, 128)
     indices = torch.rand(2, 2, 1100, device="cuda").topk(300).indices.sort().values.int()
     counts = torch.tensor([[300, 0], [17, 299]], dtype=torch.int32, device="cuda")
     lengths = torch.tensor([1100, 1190], device="cuda")
     yield sparse_attention(queries, caches[0], caches[1], indices, counts, lengths, scale=0.1, backend=backend)
+    yield sparse_attention(queries, caches[0], caches[1], None, None, lengths, scale=0.1, backend=backend)
+    pages = torch.arange(150, dtype=torch.int32, device="cuda").view(2, 75)
+    keys, values = caches.view(2, 150, 16, 2, 128)
+    yield sparse_attention(queries, keys, values, None, None, lengths, scale=0.1, page_table=pages, window=100, backend=backend)
 
 
 if __name__ == "__main__":

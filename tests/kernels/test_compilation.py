@@ -49,13 +49,14 @@ def attention_mass(
 
 def sparse_attention(
     run: Callable, queries: torch.dtype, D: int, *, keys: torch.dtype | None = None, paged: bool = False,
-    T: int = 5, Hs: int = 2,
+    T: int = 5, Hs: int = 2, dense: bool = False, window: int | None = None,
 ) -> None:  # fmt: skip
     q, k = torch.empty(2, T, 8, D, dtype=queries), torch.empty(2, 4096, 2, D, dtype=keys or queries)
     k = k.view(512, 16, 2, D) if paged else k
     indices, counts = torch.empty(2, Hs, 2048, dtype=torch.int32), torch.empty(2, Hs, dtype=torch.int32)
     scale = torch.empty(2) if keys == FP8 else None
-    run(q, k, k, indices, counts, torch.empty(2, dtype=torch.int64), scale=0.1, key_scale=scale, value_scale=scale,
+    lists = (None, None) if dense else (indices, counts)
+    run(q, k, k, *lists, torch.empty(2, dtype=torch.int64), scale=0.1, key_scale=scale, value_scale=scale, window=window,
         page_table=torch.empty(2, 256, dtype=torch.int32) if paged else None)  # fmt: skip
 
 
@@ -63,6 +64,12 @@ def token_select(run: Callable, scores: torch.dtype, S: int, *, G: int = 1, merg
     sources = torch.zeros(2, 8, G, dtype=torch.int64)
     run(torch.empty(2, 8, S, dtype=scores), torch.empty(2, dtype=torch.int32), sources, sinks=4, recent=64, merge=merge,
         width=64, **{"top_k": None, "top_p": None} | budget)  # fmt: skip
+
+
+def kv_append(run: Callable, new: torch.dtype, D: int, cache: torch.dtype | None = None) -> None:
+    x, rows = torch.empty(2, 5, 2, D, dtype=new), torch.empty(2, 4096, 2, D, dtype=cache or new)
+    scale = torch.empty(2) if cache == FP8 else None
+    run(x, x, rows, rows, torch.empty(2, dtype=torch.int64), key_scale=scale, value_scale=scale)
 
 
 # The first two of an op for every GPU, the others for Hopper.
@@ -74,12 +81,19 @@ CASES: dict[str, list[Callable[[Callable], None]]] = {
         partial(attention_mass, queries=BF16, D=128, keys=FP8, heads=True),
         partial(attention_mass, queries=BF16, D=256, T=16),
     ],
+    "kv_append": [
+        partial(kv_append, new=BF16, D=128),
+        partial(kv_append, new=FP32, D=80),
+        partial(kv_append, new=BF16, D=64, cache=FP8),
+    ],
     "sparse_attention": [
         partial(sparse_attention, queries=BF16, D=128),
         partial(sparse_attention, queries=FP32, D=80, T=1),
         partial(sparse_attention, queries=FP16, D=64, paged=True, Hs=1),
         partial(sparse_attention, queries=BF16, D=128, keys=FP8, Hs=8),
         partial(sparse_attention, queries=BF16, D=256, T=16),
+        partial(sparse_attention, queries=BF16, D=128, dense=True),
+        partial(sparse_attention, queries=FP16, D=64, paged=True, T=16, dense=True, window=4096),
     ],
     "token_select": [
         partial(token_select, scores=BF16, S=131072, top_p=0.95),  # top-k is in it

@@ -26,6 +26,7 @@ DTYPES = [  # queries, cache
     (torch.float16, FP8),
 ]
 LISTS = ["kv_head", "query_head", "shared"]
+DENSE = {"lists": "none", "keep": "all"}
 KEEP = {"most": 0.7, "some": 0.1, "all": 1.0, "one": 0.0, "none": 0.0}  # share of the past that a list holds, or so
 if GPU:
     HEAD_DIMS = [64, 80, 96, 128, 256]
@@ -33,12 +34,14 @@ if GPU:
     QUERIES = [1, 5, 16]
     LENGTHS = [(0, 1, 33, 700), (4999, 64, 0), (2048,), (1023, 1025, 1, 3000), (129, 0, 5000)]
     LAYOUTS = ["plain", "head_major", "gaps", "token_kv", "head_token_kv", "pages_1", "pages_3", "pages_16", "pages_64"]
+    WINDOWS = [None, 1, 3, 100, 1024, 4096]
 else:
     HEAD_DIMS = [64, 24]
     HEADS = [(4, 2), (3, 1)]
     QUERIES = [1, 3]
     LENGTHS = [(0, 1, 75), (130, 0), (33,)]
     LAYOUTS = ["plain", "gaps", "head_token_kv", "pages_1", "pages_3"]
+    WINDOWS = [None, 1, 3, 40, 1000]
 on_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 
 
@@ -53,14 +56,15 @@ class Case:
     layout: str = "plain"
     lists: str = "kv_head"
     keep: str = "some"
+    window: int | None = None
 
     def __str__(self) -> str:
         kinds = f"{NAMES[self.dtype]}_{NAMES[self.cache]}-D{self.D}-{self.heads[0]}q{self.heads[1]}kv-T{self.T}"
-        return f"{kinds}-{'_'.join(map(str, self.lengths))}-{self.layout}-{self.lists}-{self.keep}"
+        return f"{kinds}-{'_'.join(map(str, self.lengths))}-{self.layout}-{self.lists}-{self.window or self.keep}"
 
     @property
     def owners(self) -> int:
-        return {"shared": 1, "kv_head": self.heads[1], "query_head": self.heads[0]}[self.lists]
+        return {"none": 1, "shared": 1, "kv_head": self.heads[1], "query_head": self.heads[0]}[self.lists]
 
 
 def matrix() -> list[Case]:
@@ -69,6 +73,15 @@ def matrix() -> list[Case]:
     return [
         Case(*dtypes, D, heads, T, draw(LENGTHS), draw(LAYOUTS), draw(LISTS), draw([*KEEP]))
         for dtypes, D, heads, T in product(DTYPES, HEAD_DIMS, HEADS, QUERIES)
+    ]
+
+
+def dense_matrix() -> list[Case]:
+    """Without lists: every combination of dtypes, head dim and heads; on a CPU the heads are drawn, too."""
+    draw = random.Random(0).choice
+    return [
+        Case(*dtypes, D, heads or draw(HEADS), draw([1, 5, 16]), draw(LENGTHS), draw(LAYOUTS), "none", "all", draw(WINDOWS))
+        for dtypes, D, heads, _ in product(DTYPES, HEAD_DIMS, HEADS if GPU else [None], range(3 if GPU else 1))
     ]
 
 
@@ -109,6 +122,8 @@ def make(case: Case, device: torch.device, seed: int = 0) -> Problem:
     step = torch.arange(T, device=device).view(T, 1)
     tail = (position >= lengths.view(B, 1, 1, 1)) & (position <= lengths.view(B, 1, 1, 1) + step)
     visible = per_query_head.unsqueeze(2) | tail  # [B, Hq, T, N]
+    if case.window is not None:
+        visible &= position > lengths.view(B, 1, 1, 1) + step - case.window
     scale = D**-0.5
     exact, rounded = judge(queries, keys, values, scales, visible, scale)
 
@@ -120,6 +135,8 @@ def make(case: Case, device: torch.device, seed: int = 0) -> Problem:
         "queries": queries, "keys": keys, "values": values, "indices": indices, "counts": counts, "lengths": lengths,
         "scale": scale, "key_scale": scales[0], "value_scale": scales[1], "page_table": page_table,
     }  # fmt: skip
+    if case.lists == "none":
+        arguments |= {"indices": None, "counts": None, "window": case.window}
     return Problem(arguments, exact, rounded, listed)
 
 
@@ -173,7 +190,7 @@ def lay_out(
     return *pages, torch.where(page * page_size < ends.view(B, 1), order.view(B, P), junk).int()
 
 
-@pytest.mark.parametrize("case", matrix(), ids=str)
+@pytest.mark.parametrize("case", [*matrix(), *dense_matrix()], ids=str)
 def test_error_is_at_most_twice_that_of_torch(backend, device, run_or_skip, margin, case):
     problem = make(case, device)
     got = run_or_skip(lambda: sparse_attention(**problem.arguments, backend=backend))
@@ -188,13 +205,17 @@ def test_two_runs_are_equal(backend, device, run_or_skip, lists):
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("layout", ["plain", "pages_3"])
-def test_a_sequence_in_a_ragged_batch_agrees_with_the_same_alone(backend, device, run_or_skip, margin, layout):
-    problem = make(Case(lengths=LENGTHS[0], layout=layout, keep="most"), device)
+@pytest.mark.parametrize(
+    ("layout", "form"),
+    [("plain", {"keep": "most"}), ("pages_3", {"keep": "most"}), ("plain", DENSE), ("pages_3", DENSE | {"window": 40})],
+    ids=["plain", "pages_3", "plain-dense", "pages_3-window"],
+)
+def test_a_sequence_in_a_ragged_batch_agrees_with_the_same_alone(backend, device, run_or_skip, margin, layout, form):
+    problem = make(Case(lengths=LENGTHS[0], layout=layout, **form), device)
     together = run_or_skip(lambda: sparse_attention(**problem.arguments, backend=backend))
     cut = ["queries", "indices", "counts", "lengths"] + (["keys", "values"] if layout == "plain" else ["page_table"])
     for b in range(len(together)):
-        row = {name: x[b : b + 1] if name in cut else x for name, x in problem.arguments.items()}
+        row = {name: x[b : b + 1] if name in cut and x is not None else x for name, x in problem.arguments.items()}
         alone = sparse_attention(**row, backend=backend)
         margin(alone, problem.rounded[b : b + 1], problem.exact[b : b + 1])
         torch.testing.assert_close(alone, together[b : b + 1], rtol=2**-7, atol=2**-7)  # splits and so roundings differ
@@ -227,8 +248,16 @@ def test_logits_that_rise_along_the_list(backend, device, run_or_skip, margin):
     margin(got, rounded, exact)
 
 
-def test_later_tail_rows_do_not_reach_earlier_queries(backend, device, run_or_skip):
-    case = Case(lengths=LENGTHS[0], T=3)
+def test_without_lists_is_with_every_token_listed(backend, device, run_or_skip):
+    arguments = make(Case(lengths=LENGTHS[0], layout="pages_3", keep="all"), device).arguments
+    listed = run_or_skip(lambda: sparse_attention(**arguments, backend=backend))
+    dense = sparse_attention(**(arguments | {"indices": None, "counts": None}), backend=backend)
+    torch.testing.assert_close(dense, listed, rtol=2**-7, atol=2**-8)
+
+
+@pytest.mark.parametrize("form", [{}, DENSE], ids=["lists", "dense"])
+def test_later_tail_rows_do_not_reach_earlier_queries(backend, device, run_or_skip, form):
+    case = Case(lengths=LENGTHS[0], T=3, **form)
     problem = make(case, device)
     clean = run_or_skip(lambda: sparse_attention(**problem.arguments, backend=backend))
     for b, length in enumerate(case.lengths):
@@ -240,8 +269,9 @@ def test_later_tail_rows_do_not_reach_earlier_queries(backend, device, run_or_sk
     assert not dirty[:, 2].isfinite().any(), "what a query does see is not hidden"
 
 
-def test_a_value_that_is_not_finite_reaches_the_queries_that_see_it(backend, device, run_or_skip):
-    case = Case(lengths=(9,), T=3)
+@pytest.mark.parametrize("form", [{}, DENSE], ids=["lists", "dense"])
+def test_a_value_that_is_not_finite_reaches_the_queries_that_see_it(backend, device, run_or_skip, form):
+    case = Case(lengths=(9,), T=3, **form)
     problem = make(case, device)
     problem.arguments["values"][0, 10, 0, 2] = torch.nan  # seen by the queries 1 and 2 of KV head 0
     got = run_or_skip(lambda: sparse_attention(**problem.arguments, backend=backend))
@@ -303,13 +333,15 @@ CHANGES = [
     {"lengths": (3000, 5), "keep": "none"},
     {"lengths": (0, 3000), "keep": "all"},
 ]
+FORMS = {"lists": {"keep": "all"}, "dense": DENSE, "window": DENSE | {"window": 500}}
 
 
 @on_gpu
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layout", ["head_token_kv", "pages_16"])
-def test_a_captured_call_follows_its_arguments(backend, device, run_or_skip, layout):
+def test_a_captured_call_follows_its_arguments(backend, device, run_or_skip, layout, form):
     """One graph, replayed with other queries, caches, lists, counts and lengths."""
-    case = Case(D=128, lengths=(3000, 3000), layout=layout, keep="all")
+    case = Case(D=128, lengths=(3000, 3000), layout=layout, **FORMS[form])
     static = make(case, device).arguments
     for name in ("keys", "values"):
         static[name].copy_(torch.randn(static[name].shape, device=device))
@@ -319,16 +351,19 @@ def test_a_captured_call_follows_its_arguments(backend, device, run_or_skip, lay
         result = sparse_attention(**static, backend=backend)
     for seed, change in enumerate(CHANGES):
         other = make(Case(**vars(case) | change), device, seed).arguments
-        for name in ("queries", "counts", "lengths"):
+        for name in ("queries", "lengths"):
             static[name].copy_(other[name])
-        static["indices"].fill_(-1)[..., : other["indices"].shape[2]] = other["indices"]
+        if form == "lists":
+            static["counts"].copy_(other["counts"])
+            static["indices"].fill_(-1)[..., : other["indices"].shape[2]] = other["indices"]
         graph.replay()
         assert torch.equal(result, sparse_attention(**static, backend=backend))
 
 
 @on_gpu
-def test_offsets_beyond_31_bits(backend, device, run_or_skip, margin):
-    """Two sequences of a million tokens: 4.6 G elements, all NaN but the listed ones."""
+@pytest.mark.parametrize("form", ["lists", "window"])
+def test_offsets_beyond_31_bits(backend, device, run_or_skip, margin, form):
+    """Two sequences of a million tokens: 4.6 G elements, all NaN but the listed ones, or those in a window."""
     B, T, Hq, Hkv, D, M, length = 2, 5, 32, 8, 128, 1500, 1_100_000
     N = length + T
     storage = torch.full((B, N, Hkv, 2, D), torch.nan, dtype=torch.bfloat16, device=device)
@@ -336,6 +371,8 @@ def test_offsets_beyond_31_bits(backend, device, run_or_skip, margin):
     indices = torch.rand(B, Hkv, length - 1, generator=generator, device=device).topk(M).indices
     indices[..., 0] = length - 1
     indices = indices.sort(-1).values
+    if form == "window":  # of M tokens before the first query
+        indices = torch.arange(length - M, length, device=device).expand(B, Hkv, M)
     tail = torch.arange(length, N, device=device).expand(B, Hkv, T)
     read = torch.cat([indices, tail], -1)  # [B, Hkv, M + T]
     at = (torch.arange(B, device=device).view(B, 1, 1), read, torch.arange(Hkv, device=device).view(Hkv, 1))
@@ -346,9 +383,13 @@ def test_offsets_beyond_31_bits(backend, device, run_or_skip, margin):
         "counts": torch.full((B, Hkv), M, dtype=torch.int32, device=device),
         "lengths": torch.full((B,), length, device=device), "scale": D**-0.5,
     }  # fmt: skip
+    if form == "window":
+        arguments |= {"indices": None, "counts": None, "window": M + 1}
     got = run_or_skip(lambda: sparse_attention(**arguments, backend=backend))
     keys, values = (storage[at][..., i, :].transpose(1, 2).float() for i in (0, 1))
     visible = torch.ones(B, Hq, T, M + T, dtype=torch.bool, device=device)
     visible[..., M:] = torch.ones(T, T, device=device).tril().bool()
+    if form == "window":
+        visible[..., :T] = torch.ones(T, T, device=device).triu().bool()
     exact, rounded = judge(queries, keys, values, [None, None], visible, D**-0.5)
     margin(got, rounded, exact)

@@ -13,6 +13,7 @@ from torch import Tensor
 from outrider.config import Budget, SamplingParams
 from outrider.decoding.drafting import propose
 from outrider.decoding.engine import prefill
+from outrider.decoding.sampling import Sampling
 from outrider.decoding.scoring import score
 from outrider.guidance.selectors import SELECTORS, Selector, build_selector
 from outrider.models import KVCache, LanguageModel
@@ -82,7 +83,9 @@ def begin_round(make_selector: Callable[..., Selector]) -> Callable[..., Round]:
         lengths = caches[0].lengths.clone()
         pending = torch.tensor([prompt[-1] for prompt in prompts])
         uniforms = torch.full((len(prompts), k), 0.5)
-        trace = propose(draft, caches[1], pending, [SamplingParams()] * len(prompts), uniforms, target.spec.vocabulary)
+        trace = propose(
+            draft, caches[1], pending, Sampling.of([SamplingParams()] * len(prompts)), uniforms, target.spec.vocabulary
+        )
         return Round.guided(
             make_selector(pair, method, alignment, **budget),
             target=target,

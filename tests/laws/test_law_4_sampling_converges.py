@@ -16,7 +16,7 @@ import torch
 from outrider.config import SamplingParams
 from outrider.decoding.drafting import propose
 from outrider.decoding.engine import prefill
-from outrider.decoding.sampling import distributions
+from outrider.decoding.sampling import Sampling, distributions
 from outrider.decoding.scoring import score
 from outrider.types import Selection
 
@@ -97,7 +97,7 @@ def next_token(model, contexts, params, selection=None, prefilled=None):
     tokens = torch.tensor(contexts)
     cache = prefilled or model.new_cache(len(contexts), tokens.shape[1])
     logits = model.forward(tokens, cache, selection=selection).logits[:, -1:]
-    return distributions(logits, [params] * len(contexts))[:, 0]
+    return distributions(logits, Sampling.of([params] * len(contexts)))[:, 0]
 
 
 def joint(model, prompt, params):
@@ -178,13 +178,13 @@ def test_sparse_with_lists_that_follow_the_drafted_token(tiny_pair, make_engine,
     lengths, pending = caches[0].lengths.clone(), torch.full((V,), prompt[-1])
     drafted = next_token(draft, [prompt], params)[0]
     middle = (drafted.cumsum(0) - drafted / 2)[:, None]  # the number that draws each token
-    trace = propose(draft, caches[1], pending, [params] * V, middle, V)
+    trace = propose(draft, caches[1], pending, Sampling.of([params] * V), middle, V)
     assert trace.tokens[:, 0].tolist() == list(range(V))
     selector = engine._engine.selector
     selection = selector.select(score(draft, caches[1], trace.queries, lengths, selector.draft_layers, per_query=False))
     assert len({str(row) for row in selection.indices[0, :, 0].tolist()}) > 1, "the lists do depend on the drafted token"
     logits = target.forward(torch.stack([pending, trace.tokens[:, 0]], dim=1), caches[0], selection=selection).logits
-    under = distributions(logits, [params] * V)[:, 0]  # [drafted token, next token]
+    under = distributions(logits, Sampling.of([params] * V))[:, 0]  # [drafted token, next token]
     accept = (under.diagonal() / drafted).clamp(max=1)
     residual = (under - drafted).clamp(min=0)
     residual /= residual.sum(-1, keepdim=True).clamp(min=1e-9)

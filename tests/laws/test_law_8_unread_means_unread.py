@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from outrider.config import SamplingParams
-from outrider.decoding.statistics import count_reads, total
+from outrider.decoding.statistics import Listed, count_reads, total
 from outrider.types import Selection
 
 PROMPTS = [41, 23, 30]
@@ -92,7 +92,14 @@ def test_reported_reads_are_the_rows_read(method, budget, make_pair, begin_round
     begun = begin_round(pair, random_prompts(PROMPTS), method, **budget)
     target, draft = (model.spec for model in pair)
     t = begun.tokens.shape[1]
-    reported = count_reads(begun.selection, target, draft, begun.selector.draft_layers, begun.lengths, t)
+    reported = count_reads(
+        Listed.of(begun.selection, target, int(begun.lengths.max())),
+        target,
+        draft,
+        begun.selector.draft_layers,
+        begun.lengths,
+        t,
+    )
     scoring = sum(draft.layers[layer].kv_heads * draft.layers[layer].head_dim * 4 for layer in begun.selector.draft_layers)
     naive = read_rows(begun.selection, pair[0])
     for row, length in enumerate(begun.lengths.tolist()):
@@ -118,7 +125,7 @@ def test_statistics_of_a_run_add_up_its_rounds(mode, method, make_pair, make_eng
     forward = target.forward
 
     def spy(tokens, cache, *, selection=None, **options):
-        if not options.get("last_only"):  # a verification, not the prefill
+        if options.get("logits") is not False:  # a verification, not the prefill
             rounds.append((selection, int(cache.lengths[0]), tokens.shape[1]))
         return forward(tokens, cache, selection=selection, **options)
 

@@ -87,13 +87,17 @@ def test_both_forms_of_grouped_attention(t, make_model, random_prompts, independ
     torch.testing.assert_close(forwards(model, tokens, [20, t]), wanted, rtol=1e-4, atol=2e-4)
 
 
-def test_last_only_is_the_last_row(make_model, tokens):
-    model = make_model("qwen3")
-    cache = model.new_cache(2, TOKENS)
-    whole = model.forward(tokens, cache).logits
-    last = model.forward(tokens, cache, last_only=True).logits
-    assert last.shape == (2, 1, 97)
-    torch.testing.assert_close(last[:, 0], whole[:, -1], rtol=1e-5, atol=1e-5)
+def test_without_logits_the_rest_is_the_same(family, make_model, tokens):
+    model = make_model(family)
+    caches = [model.new_cache(2, TOKENS) for _ in range(2)]
+    whole, rest = (
+        model.forward(tokens, cache, record_queries=True, logits=wanted)
+        for cache, wanted in zip(caches, (True, False), strict=True)
+    )
+    assert rest.logits.shape == (2, 0, 97)
+    for layer in range(len(model.spec.layers)):
+        assert torch.equal(rest.queries[layer], whole.queries[layer])
+        assert torch.equal(caches[1].keys(layer), caches[0].keys(layer))
 
 
 def test_recorded_queries(family, make_model, tokens):

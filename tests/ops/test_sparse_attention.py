@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +47,12 @@ def visible(x: dict[str, Tensor]) -> Tensor:
     """`[B, T, Hq, N]` bool: what each query attends to."""
     B, T, Hq, _ = x["queries"].shape
     mask = torch.zeros(B, T, Hq, x["keys"].shape[1], dtype=torch.bool)
+    if x["indices"] is None:
+        for b, length in enumerate(x["lengths"].tolist()):
+            for t in range(T):
+                first = 0 if x["window"] is None else max(length + t + 1 - x["window"], 0)
+                mask[b, t, :, first : length + t + 1] = True
+        return mask
     Hs = x["counts"].shape[1]
     for b, length in enumerate(x["lengths"].tolist()):
         for h in range(Hq):
@@ -54,6 +61,11 @@ def visible(x: dict[str, Tensor]) -> Tensor:
                 mask[b, t, h, x["indices"][b, owner, : x["counts"][b, owner]].long()] = True
                 mask[b, t, h, length : length + t + 1] = True
     return mask
+
+
+def dense(x: dict[str, Tensor], window: int | None = None) -> dict[str, Any]:
+    """Without lists."""
+    return x | {"indices": None, "counts": None, "window": window}
 
 
 def oracle(x: dict[str, Tensor]) -> Tensor:
@@ -127,6 +139,43 @@ def test_float64_is_computed_in_float64(lay_out):
     torch.testing.assert_close(run(poison(x), lay_out), oracle(x), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("window", [None, 1, 3, 20, 1000])
+def test_without_lists_the_error_is_at_most_twice_that_of_torch(lay_out, assert_as_good_as_torch, window, dtype):
+    x = dense(case([0, 21, 33], dtype=dtype), window)
+    got = run(poison(x), lay_out)
+    assert got.dtype == dtype
+    assert_as_good_as_torch(got, by_torch(x), oracle(x))
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 20])
+def test_without_lists_float64_is_computed_in_float64(lay_out, window):
+    x = dense(case([0, 21, 33], dtype=torch.float64), window)
+    torch.testing.assert_close(run(poison(x), lay_out), oracle(x), rtol=1e-12, atol=1e-14)
+
+
+def test_without_lists_is_with_every_token_listed():
+    x = case([0, 64, 130], keep=2.0, dtype=torch.float64)
+    torch.testing.assert_close(run(dense(x)), run(x), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["keys", "values"])
+@pytest.mark.parametrize("window", [None, 3, 12])
+def test_a_row_that_is_not_finite_reaches_the_queries_that_see_it(window, name):
+    """In the tail, or where it leaves the window: no query is spoilt by what it does not see, and no other is changed."""
+    x = dense(case([5, 21]), window)
+    clean = run(x)
+    for at in (-11, -2, 2):  # from the first query's position: with a window of 12 only that one sees the first
+        rows = x[name].clone()
+        for b, length in enumerate(x["lengths"].tolist()):
+            if length + at >= 0:
+                rows[b, length + at] = torch.nan
+        dirty = run(x | {name: rows})
+        seen = visible(x)[torch.arange(2), :, :, (x["lengths"] + at).clamp(min=0)] & (x["lengths"] + at >= 0).view(2, 1, 1)
+        torch.testing.assert_close(dirty[~seen], clean[~seen], rtol=1e-5, atol=1e-6)
+        assert dirty[seen].isnan().all()
+
+
 def test_later_tail_rows_do_not_reach_earlier_queries(lay_out):
     x = case([5, 21])
     clean = run(x, lay_out)
@@ -164,14 +213,16 @@ def test_the_order_of_a_list_does_not_matter():
     heads=st.sampled_from([(6, 2, 1), (6, 2, 2), (6, 2, 6), (1, 1, 1), (5, 1, 5)]),
     keep=st.sampled_from([0.0, 0.1, 0.5, 2.0]),
     seed=st.integers(0, 999),
+    window=st.sampled_from(["lists", None, 1, 2, 7, 30]),
 )
-def test_any_shape_matches_the_oracle_and_the_sequence_alone(lengths, T, D, heads, keep, seed):
+def test_any_shape_matches_the_oracle_and_the_sequence_alone(lengths, T, D, heads, keep, seed, window):
     Hq, Hkv, Hs = heads
-    x = poison(case(lengths, Hq=Hq, Hkv=Hkv, Hs=Hs, T=T, D=D, dtype=torch.float64, keep=keep, seed=seed))
+    x = case(lengths, Hq=Hq, Hkv=Hkv, Hs=Hs, T=T, D=D, dtype=torch.float64, keep=keep, seed=seed)
+    x = poison(x if window == "lists" else dense(x, window))
     got = run(x)
     torch.testing.assert_close(got, oracle(x), rtol=1e-11, atol=1e-13)
     for b in range(len(lengths)):
-        alone = run({name: value[b : b + 1] for name, value in x.items()})
+        alone = run({name: value[b : b + 1] if isinstance(value, Tensor) else value for name, value in x.items()})
         torch.testing.assert_close(got[b : b + 1], alone, rtol=1e-12, atol=1e-14)
 
 
@@ -189,9 +240,10 @@ def test_arguments_are_left_as_they_were():
     assert all(torch.equal(x[name], before[name]) for name in x)
 
 
+@pytest.mark.parametrize("form", [lambda x: x, dense, lambda x: dense(x, 20)], ids=["lists", "dense", "window"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["fp32", "bf16", "fp64"])
-def test_float8_caches_are_scaled_per_head(lay_out, dtype):
-    x = case([0, 21, 33], dtype=dtype)
+def test_float8_caches_are_scaled_per_head(lay_out, dtype, form):
+    x = form(case([0, 21, 33], dtype=dtype))
     factors = {"keys": torch.tensor([0.5, 3.0]), "values": torch.tensor([2.0, 0.25])}
     for name in factors:
         x[name] = x[name].to(FP8).to(dtype)
@@ -209,6 +261,7 @@ def test_float8_caches_are_scaled_per_head(lay_out, dtype):
     torch.testing.assert_close(got.double(), oracle(x | wide), rtol=rounding, atol=rounding / 8)
 
 
+NO_LISTS = {"indices": None, "counts": None}
 EIGHT_BITS = torch.zeros(1, 9, 2, 4).to(FP8)
 BAD = [
     pytest.param({"queries": torch.zeros(1, 2, 3, 4)}, ValueError, "multiple of Hkv=2", id="heads"),
@@ -254,6 +307,14 @@ BAD = [
     ),
     pytest.param(
         {"indices": torch.zeros(1, 3, 3).int(), "counts": torch.zeros(1, 3).int()}, ValueError, "got Hs=3", id="list_owners"
+    ),
+    pytest.param({"indices": None}, ValueError, "indices: expected int32 lists with counts, .* got None", id="no_indices"),
+    pytest.param({"counts": None}, ValueError, "counts: expected int32 lists with indices, .* got None", id="no_counts"),
+    pytest.param({"window": 7}, ValueError, "window: expected None with token lists, got 7", id="window_and_lists"),
+    pytest.param(NO_LISTS | {"window": 0}, ValueError, "window: expected at least 1, got 0", id="window"),
+    pytest.param(NO_LISTS | {"window": 1.5}, TypeError, "window: expected an int, got float", id="window_type"),
+    pytest.param(
+        NO_LISTS | {"lengths": torch.tensor([8])}, ValueError, r"lengths: expected values in 0 \.\. 7", id="dense_too_long"
     ),
 ]
 

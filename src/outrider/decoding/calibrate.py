@@ -109,7 +109,7 @@ def _queries(
     found: list[list[Tensor]] = [[] for _ in model.spec.layers]
     for start in range(0, tokens.shape[1], chunk):
         part = tokens[:, start : start + chunk]
-        queries = model.forward(part, cache, record_queries=True, last_only=True).queries
+        queries = model.forward(part, cache, record_queries=True, logits=False).queries
         cache.advance(part.shape[1])
         here = wanted[(wanted >= start) & (wanted < start + part.shape[1])] - start
         for layer, rows in zip(found, queries, strict=True):

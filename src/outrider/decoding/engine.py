@@ -11,8 +11,9 @@ from torch import Tensor
 
 from outrider.config import EngineConfig
 from outrider.decoding.drafting import propose
+from outrider.decoding.graphs import Stages
 from outrider.decoding.pair import make_selector
-from outrider.decoding.sampling import distributions
+from outrider.decoding.rounds import InputBuffer, Outcome, RoundKind, accept, verify
 from outrider.decoding.scheduler import Scheduler
 from outrider.decoding.scoring import score
 from outrider.decoding.sequence import Sequence
@@ -20,9 +21,9 @@ from outrider.decoding.statistics import StageClock, count_reads
 from outrider.errors import OptionError
 from outrider.guidance.selectors.base import Selector
 from outrider.models import KVCache, LanguageModel
+from outrider.models.attention import ROUND
 from outrider.models.cache import aligned
-from outrider.ops import token_verify
-from outrider.types import Acceptance, Alignment, DraftTrace, Selection
+from outrider.types import Alignment, DraftScores, DraftTrace
 
 ProgressCallback = Callable[[str, int, int], None]  # (what, done, of how many)
 
@@ -39,9 +40,8 @@ class Engine:
     """Runs sequences through speculative rounds, several at once; finished ones make room for those that wait."""
 
     def __init__(self, target: LanguageModel, draft: LanguageModel, config: EngineConfig, alignment: Alignment | None) -> None:
-        self.target = target.with_backend(config.backend)
-        self.draft = draft.with_backend(config.backend)
         self.config = config
+        self.target, self.draft = (model.with_backend(config.backend) for model in (target, draft))
         self.selector: Selector | None = None
         if config.mode == "sparse":
             if alignment is None:
@@ -49,6 +49,13 @@ class Engine:
                     "alignment", None, "a file made by `outrider calibrate` for this pair (mode dense needs none)"
                 )
             self.selector = make_selector(self.target, self.draft, config.method, alignment, config.budget, config.draft_tokens)
+        # rounds become CUDA graphs where every op has a kernel and none waits for the device
+        waits = (
+            config.backend == "reference" or config.draft_tokens >= ROUND or (self.selector is not None and self.selector.waits)
+        )
+        self.captures = target.spec.device.type == "cuda" and not config.eager and not waits
+        if self.captures:
+            self.target, self.draft = self.target.compile(), self.draft.compile()
 
     def run(self, sequences: list[Sequence], progress: ProgressCallback | None = None) -> Iterator[Event]:
         """Continue all sequences to their end; yields the tokens of every sequence after every round."""
@@ -59,7 +66,7 @@ class Engine:
 
 
 class _Rounds:
-    """The state of one `run`: the scheduler and the two caches."""
+    """The state of one `run`: the scheduler, the two caches, and what a round needs on the device."""
 
     def __init__(self, engine: Engine, sequences: list[Sequence], progress: ProgressCallback | None) -> None:
         config = engine.config
@@ -71,12 +78,15 @@ class _Rounds:
         longest = max((len(s.prompt) + s.params.max_new_tokens for s in sequences), default=0)
         capacity = aligned(longest + self.k + 1)  # the last round may run past what is wanted
         self.caches = tuple(model.new_cache(self.scheduler.slots, capacity) for model in (self.target, self.draft))
-        self.clock = StageClock(self.target.spec.device)
+        self.device = self.target.spec.device
+        self.inputs = InputBuffer(self.scheduler.slots, self.k, self.device)
+        self.stages = Stages(capture=engine.captures)
+        self.clock = StageClock(self.device)
 
     def refill(self) -> None:
         """Prefill the prompts that waited into the free slots, densely, all but the last token (it is the pending one)."""
         for slot, sequence in self.scheduler.admit():
-            before = self.clock.seconds["prefill"]
+            before = self.clock.settle()["prefill"]
             with self.clock.stage("prefill"):
                 tokens = torch.tensor([sequence.prompt[:-1]])
                 for model, cache in zip((self.target, self.draft), self.caches, strict=True):
@@ -84,78 +94,77 @@ class _Rounds:
                     row.truncate(0)
                     known = tokens.clamp(max=model.spec.vocabulary - 1)  # see propose
                     prefill(model, row, known, self.config.prefill_chunk, self.progress)
-            sequence.statistics.seconds["prefill"] += self.clock.seconds["prefill"] - before
+            sequence.statistics.seconds["prefill"] += self.clock.settle()["prefill"] - before
 
     def step(self) -> Iterator[Event]:
         """One round of all running sequences."""
         running = self.scheduler.running
-        target_cache, draft_cache = (cache.rows(0, len(running)) for cache in self.caches)
-        clock, started = self.clock, dict(self.clock.seconds)
-        now = time.perf_counter()
+        now, before = time.perf_counter(), self.clock.settle()
         for sequence in running:
             sequence.started = sequence.started or now
+        target_cache, draft_cache = (cache.rows(0, len(running)) for cache in self.caches)
+        self.inputs.load(running)
+        lengths = [sequence.cached for sequence in running]  # S of each sequence: cached in both models before the round
+        selector = self.selector if max(lengths) >= max(self.config.budget.min_context, 1) else None
+        kind = RoundKind.of(running, guided=selector is not None)
+        run, clock = self.stages.run, self.clock
+        self.stages.begin(kind)
 
-        lengths = target_cache.lengths.clone()  # S of each sequence: cached in both models before the round
-        uniforms = torch.stack([sequence.uniforms(2 * self.k + 1) for sequence in running])  # K to draft, K + 1 to verify
-        params = [sequence.params for sequence in running]
-        pending = torch.tensor([sequence.pending for sequence in running])
+        def proposed() -> DraftTrace:
+            drafting = inputs.pending, inputs.sampling, inputs.draft_uniforms
+            return propose(self.draft, draft_cache, *drafting, self.target.spec.vocabulary)
+
+        def scored(selector: Selector) -> DraftScores:
+            layers, per_query = selector.draft_layers, selector.per_query
+            return score(self.draft, draft_cache, trace.queries, target_cache.lengths, layers, per_query=per_query)
+
+        selection = None
         with clock.stage("propose"):
-            trace = propose(self.draft, draft_cache, pending, params, uniforms[:, : self.k], self.target.spec.vocabulary)
-        selection = self._guide(trace, draft_cache, lengths)
+            inputs = run("inputs", lambda: self.inputs.unpack(kind))
+            trace = run("propose", proposed)
+        if selector is not None:
+            with clock.stage("score"):
+                scores = run("score", lambda: scored(selector))
+            with clock.stage("select"):
+                selection = run("select", lambda: selector.select(scores))
         with clock.stage("verify"):
-            tokens = torch.cat([pending.to(trace.tokens)[:, None], trace.tokens], dim=1)
-            logits = self.target.forward(tokens, target_cache, selection=selection).logits
+            logits = run("verify", lambda: verify(self.target, target_cache, inputs.pending, trace.tokens, selection))
         with clock.stage("accept"):
-            acceptance = self._accept(trace, distributions(logits, params), uniforms[:, self.k :])
-            target_cache.advance(acceptance.accepted + 1)
-            draft_cache.truncate(target_cache.lengths)
+            outcome = run(
+                "accept", lambda: accept(trace, logits, inputs, selection, self.target.spec, target_cache, draft_cache)
+            )
+        outcome = outcome.cpu()
 
-        spent = {stage: seconds - started[stage] for stage, seconds in clock.seconds.items()}
-        self._record(selection, acceptance, lengths, spent)
-        yield from self._commit(running, trace.tokens.cpu(), acceptance)
+        after = clock.settle()
+        self._record(outcome, lengths, {stage: after[stage] - before[stage] for stage in after})
+        yield from self._commit(running, outcome)
 
-    def _guide(self, trace: DraftTrace, cache: KVCache, lengths: Tensor) -> Selection | None:
-        """Score, align and select; None where the round is dense."""
-        if self.selector is None or int(lengths.max()) < max(self.config.budget.min_context, 1):
-            return None
-        with self.clock.stage("score"):
-            selector = self.selector
-            scores = score(self.draft, cache, trace.queries, lengths, selector.draft_layers, per_query=selector.per_query)
-        with self.clock.stage("select"):
-            return self.selector.select(scores)
-
-    def _accept(self, trace: DraftTrace, target_probs: Tensor, uniforms: Tensor) -> Acceptance:
-        """Speculative sampling; the outcome is wanted on the host."""
-        tokens, probs, uniforms = (x.to(target_probs.device) for x in (trace.tokens, trace.probs, uniforms))
-        verified = token_verify(tokens, probs, target_probs, uniforms)
-        return Acceptance(accepted=verified.accepted.cpu(), next_token=verified.next_token.cpu())
-
-    def _record(self, selection: Selection | None, acceptance: Acceptance, lengths: Tensor, spent: dict[str, float]) -> None:
+    def _record(self, outcome: Outcome, lengths: list[int], spent: dict[str, float]) -> None:
         running = self.scheduler.running
         scored = self.selector.draft_layers if self.selector is not None else ()
-        reads = count_reads(selection, self.target.spec, self.draft.spec, scored, lengths, self.k + 1)
+        reads = count_reads(outcome.listed, self.target.spec, self.draft.spec, scored, torch.tensor(lengths), self.k + 1)
         for row, sequence in enumerate(running):
             statistics = sequence.statistics
             statistics.rounds += 1
             statistics.drafted += self.k
-            accepted = int(acceptance.accepted[row])
+            accepted = int(outcome.accepted[row])
             statistics.accepted += accepted
             for position in range(accepted):
                 statistics.accepted_at[position] += 1
             statistics.listed += float(reads.listed[row])
-            statistics.cached += int(lengths[row])
+            statistics.cached += lengths[row]
             statistics.bytes_read += int(reads.bytes_read[row])
             statistics.bytes_dense += int(reads.bytes_dense[row])
             for stage, seconds in spent.items():
                 statistics.seconds[stage] += seconds / len(running)
 
-    def _commit(self, running: list[Sequence], drafted: Tensor, acceptance: Acceptance) -> Iterator[Event]:
+    def _commit(self, running: list[Sequence], outcome: Outcome) -> Iterator[Event]:
         """Emit the accepted tokens and the recovered or bonus one; finished sequences leave their slots."""
         events = []
         now = time.perf_counter()
         for row, sequence in enumerate(running):
-            accepted = drafted[row, : int(acceptance.accepted[row])].tolist()
-            events.append(Event(sequence=sequence, tokens=sequence.extend([*accepted, int(acceptance.next_token[row])])))
+            accepted = outcome.drafted[row, : int(outcome.accepted[row])].tolist()
+            events.append(Event(sequence=sequence, tokens=sequence.extend([*accepted, int(outcome.next_token[row])])))
             sequence.statistics.generated_tokens = len(sequence.tokens)
             sequence.statistics.decode_seconds = now - (sequence.started or now)
             if sequence.finish_reason is not None and self.config.audit:
@@ -183,7 +192,7 @@ def prefill(model: LanguageModel, cache: KVCache, tokens: Tensor, chunk: int, pr
     total = tokens.shape[1]
     for start in range(0, total, chunk):
         part = tokens[:, start : start + chunk]
-        model.forward(part, cache, last_only=True)
+        model.forward(part, cache, logits=False)
         cache.advance(part.shape[1])
         if progress is not None:
             progress(f"prefill {model.spec.name}", start + part.shape[1], total)

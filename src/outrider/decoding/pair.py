@@ -69,10 +69,10 @@ def _rehearse(target: LanguageModel, draft: LanguageModel, selector: Selector, t
     caches = [model.new_cache(1, 1 + t) for model in (target, draft)]
     for cache in caches:
         cache.advance(1)
-    queries = draft.forward(tokens, caches[1], record_queries=True, last_only=True).queries
+    queries = draft.forward(tokens, caches[1], record_queries=True, logits=False).queries
     try:
         scores = score(draft, caches[1], queries, caches[1].lengths, selector.draft_layers, per_query=selector.per_query)
-        target.forward(tokens, caches[0], selection=selector.select(scores), last_only=True)
+        target.forward(tokens, caches[0], selection=selector.select(scores), logits=False)
     except BackendError as error:
         allowed = f"auto, reference, or one that runs this pair in {target.spec.dtype} with K = {t - 1} ({error.reason})"
         raise OptionError("backend", target.backend, allowed) from error

@@ -1,8 +1,9 @@
-"""From logits to the distributions tokens are drawn from, and the draw itself."""
+"""From logits to the distributions tokens are drawn from, and the draw itself: on the device, whatever the rows ask for."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,27 +11,53 @@ from torch import Tensor
 from outrider.config import SamplingParams
 
 
-def distributions(logits: Tensor, params: Rows[SamplingParams]) -> Tensor:
-    """The distribution each row samples from: logits [B, T, V] fp32 and one `SamplingParams` a row -> probs [B, T, V] fp32.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """The sampling parameters of the rows of a batch. The two flags say on the host what no row needs."""
 
-    Greedy rows become one-hot, so that greedy and sampled rows pass through the same verification.
+    temperature: Tensor  # [B] fp32; 0 is greedy
+    top_k: Tensor  # [B] int64; 0 is off
+    top_p: Tensor  # [B] fp32; 1 is off
+    greedy: bool  # every row is greedy: distributions are one-hot
+    filtered: bool  # some row has a top-k or top-p
+
+    @classmethod
+    def of(cls, params: Rows[SamplingParams], device: torch.device | str = "cpu") -> Sampling:
+        return cls(
+            temperature=torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
+            top_k=torch.tensor([p.top_k for p in params], dtype=torch.int64, device=device),
+            top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
+            greedy=all(p.temperature == 0 for p in params),
+            filtered=any(p.temperature > 0 and (p.top_k > 0 or p.top_p < 1) for p in params),
+        )
+
+
+def distributions(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The distribution each row samples from: logits [B, T, V] fp32 -> probs [B, T, V] fp32.
+
+    Temperature, then top-k, then top-p, each renormalised. Greedy rows become one-hot, so that greedy and sampled rows pass
+    through the same verification.
     """
-    return torch.stack([_distribution(row, p) for row, p in zip(logits, params, strict=True)])
+    best = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
+    if sampling.greedy:
+        return best
+    temperature, top_k, top_p = (x[:, None, None] for x in (sampling.temperature, sampling.top_k, sampling.top_p))
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature.clamp(min=1e-30)  # no overflow however low it is
+    if sampling.filtered:
+        logits = _filter(logits, top_k, top_p)
+    return torch.where(temperature == 0, best, logits.softmax(-1))
 
 
-def _distribution(logits: Tensor, params: SamplingParams) -> Tensor:
-    """[T, V] -> [T, V]: temperature, then top-k, then top-p, each renormalised."""
-    if params.temperature == 0:
-        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(params.temperature, 1e-30)  # no overflow however low it is
-    if 0 < params.top_k < logits.shape[-1]:
-        kth = logits.topk(params.top_k).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    if params.top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of the more probable tokens
-        logits = logits.masked_fill((before >= params.top_p).scatter(-1, order, before >= params.top_p), float("-inf"))
-    return logits.softmax(-1)
+def _filter(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Without the tokens that top-k and then top-p drop; ties with the k-th stay."""
+    width = logits.shape[-1]
+    ordered, order = logits.sort(descending=True)
+    last = torch.where((top_k > 0) & (top_k < width), top_k, width) - 1
+    kth = ordered.gather(-1, last.expand(*logits.shape[:-1], 1))
+    ordered = ordered.masked_fill(ordered < kth, float("-inf"))
+    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of the more probable tokens
+    dropped = ordered.isneginf() | ((before >= top_p) & (top_p < 1))
+    return logits.masked_fill(torch.zeros_like(dropped).scatter_(-1, order, dropped), float("-inf"))
 
 
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:

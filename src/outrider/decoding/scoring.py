@@ -22,18 +22,17 @@ def score(
 ) -> DraftScores:
     """Score the cached tokens by the draft's own attention, after drafting and apart from it.
 
-    `queries` holds [B, T, Hq, D] for every draft layer; `lengths` [B] (host) is the number of cached tokens before the
+    `queries` holds [B, T, Hq, D] for every draft layer; `lengths` [B] is the number of cached tokens before the
     round, whose T keys lie behind them in `cache`. Only `layers` are read. With `per_query` the T queries are kept apart, else
-    averaged. The mass is `aligned` wide, as far as the cache reaches.
+    averaged. The mass is as wide as the cache; on a CPU, which need not wait to know the lengths, `aligned` to these.
     """
     t = queries[0].shape[1]
-    stop = min(aligned(int(lengths.max()) + t), cache.capacity)
-    on_device = lengths.to(cache.device)
+    stop = cache.capacity if lengths.is_cuda else min(aligned(int(lengths.max()) + t), cache.capacity)
     masses = [
         attention_mass(
             queries[layer],
             cache.keys(layer, stop),
-            on_device,
+            lengths,
             scale=draft.spec.layers[layer].scale,
             reduce="none" if per_query else "mean",
             backend=draft.backend,
@@ -41,4 +40,4 @@ def score(
         for layer in layers
     ]
     mass = torch.cat(masses, dim=2 if per_query else 1)
-    return DraftScores(mass=mass if per_query else mass[:, None], layers=layers, lengths=on_device)
+    return DraftScores(mass=mass if per_query else mass[:, None], layers=layers, lengths=lengths)

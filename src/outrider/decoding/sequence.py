@@ -42,6 +42,11 @@ class Sequence:
         """The last token: emitted (or given), not yet in any cache."""
         return self.tokens[-1] if self.tokens else self.prompt[-1]
 
+    @property
+    def cached(self) -> int:
+        """Tokens in the caches: all but the pending one."""
+        return len(self.prompt) + len(self.tokens) - 1
+
     def uniforms(self, count: int) -> Tensor:
         """The next `count` random numbers of this sequence, [count] fp32 in [0, 1)."""
         return torch.rand(count, generator=self._generator)

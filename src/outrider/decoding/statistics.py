@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from outrider.models import ModelSpec
-from outrider.ops import union_lists
 from outrider.types import Selection
 
 STAGES = ("prefill", "propose", "score", "select", "verify", "accept")
@@ -87,20 +86,61 @@ def total(parts: list[Statistics], wall_seconds: float) -> Statistics:
 
 
 class StageClock:
-    """Wall-clock seconds by stage."""
+    """Seconds by stage. On a GPU they are measured by events, and counted once the work is known to be done."""
 
     def __init__(self, device: torch.device) -> None:
         self.seconds = dict.fromkeys(STAGES, 0.0)
         self._device = device
+        self._running: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the time spent inside to stage `name`."""
-        start = time.perf_counter()
-        yield
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self.seconds[name] += time.perf_counter() - start
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            self._running.append((name, start, end))
+        else:
+            began = time.perf_counter()
+            yield
+            self.seconds[name] += time.perf_counter() - began
+
+    def settle(self) -> dict[str, float]:
+        """The seconds so far, every stage finished; waits for those that run."""
+        for name, start, end in self._running:
+            end.synchronize()
+            self.seconds[name] += start.elapsed_time(end) / 1e3
+        self._running.clear()
+        return dict(self.seconds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listed:
+    """How many tokens the lists of a round hold."""
+
+    layers: tuple[int, ...]  # target layers that have lists
+    mean: Tensor  # [len(layers), B] fp64, averaged over list heads
+    rows: Tensor  # [len(layers), B] fp64: cached rows that are read, a row of a KV head once, summed over KV heads
+
+    @classmethod
+    def of(cls, selection: Selection, target: ModelSpec, size: int) -> Listed:
+        """Counts the lists on their device; `size` bounds the positions in them."""
+        layers, b, heads, m = selection.indices.shape
+        counts = selection.counts.double()  # [layers, B, Hs]
+        kv_heads = target.layers[selection.layers[0]].kv_heads
+        if heads <= kv_heads:
+            rows = counts.sum(-1) * (kv_heads // heads)
+        else:  # query heads with lists of their own: those of a group may name the same rows
+            listed = torch.arange(m, device=counts.device) < selection.counts.unsqueeze(-1)
+            places = torch.where(listed, selection.indices, size).reshape(layers, b, kv_heads, -1).long()
+            marks = torch.zeros(layers, b, kv_heads, size + 1, dtype=torch.bool, device=counts.device)
+            rows = marks.scatter_(-1, places, True)[..., :size].sum((-1, -2)).double()
+        return cls(layers=selection.layers, mean=counts.mean(-1), rows=rows)
+
+    def cpu(self) -> Listed:
+        return Listed(layers=self.layers, mean=self.mean.cpu(), rows=self.rows.cpu())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,45 +153,31 @@ class Reads:
 
 
 def count_reads(
-    selection: Selection | None, target: ModelSpec, draft: ModelSpec, scored_layers: tuple[int, ...], lengths: Tensor, t: int
+    listed: Listed | None, target: ModelSpec, draft: ModelSpec, scored_layers: tuple[int, ...], lengths: Tensor, t: int
 ) -> Reads:
-    """Count the rows that verifying `t` tokens reads over caches of `lengths` [B] (host).
+    """Count the rows that verifying `t` tokens reads over caches of `lengths` [B]; all on the host.
 
     Query heads that share a KV head and own lists of their own are charged the union of their lists. Window layers are charged
     their window in both columns. Scoring is charged the keys of the scored draft layers.
     """
     lengths = lengths.to(torch.int64)
     full = target.full_layers
-    listed = torch.zeros(len(lengths), dtype=torch.float64)
+    tokens = torch.zeros(len(lengths), dtype=torch.float64)
     read, dense = torch.zeros_like(lengths), torch.zeros_like(lengths)
     size = target.dtype.itemsize
-    counts = selection.counts.cpu() if selection is not None else torch.empty(0)
-    union = _rows_per_kv_head(selection, target).cpu() if selection is not None else torch.empty(0)
     for layer, shape in enumerate(target.layers):
         row_bytes = 2 * shape.head_dim * size  # key and value
         whole = lengths if shape.window is None else lengths.clamp(max=shape.window - 1)  # a query sees itself too
         dense += (whole + t) * shape.kv_heads * row_bytes
-        if selection is None or layer not in selection.layers:
+        if listed is None or layer not in listed.layers:
             read += (whole + t) * shape.kv_heads * row_bytes
-            listed += lengths if shape.window is None else 0
+            tokens += lengths if shape.window is None else 0
         else:
-            row = selection.layers.index(layer)
-            read += (union[row].sum(-1) + t * shape.kv_heads) * row_bytes
-            listed += counts[row].double().mean(-1)
-    if selection is not None:
+            row = listed.layers.index(layer)
+            read += (listed.rows[row].long() + t * shape.kv_heads) * row_bytes
+            tokens += listed.mean[row]
+    if listed is not None:
         for layer in scored_layers:
             shape = draft.layers[layer]
             read += (lengths + t) * shape.kv_heads * shape.head_dim * draft.dtype.itemsize
-    return Reads(listed=listed / len(full) if full else lengths.double(), bytes_read=read, bytes_dense=dense)
-
-
-def _rows_per_kv_head(selection: Selection, target: ModelSpec) -> Tensor:
-    """Distinct cached rows that each KV head reads: [layers, B, Hkv] int64."""
-    layers, b, heads, m = selection.indices.shape
-    kv_heads = target.layers[selection.layers[0]].kv_heads
-    if heads <= kv_heads:
-        return selection.counts.to(torch.int64).expand(layers, b, kv_heads)
-    group = heads // kv_heads
-    by_group = selection.indices.reshape(layers, b, kv_heads, group, m).transpose(2, 3)  # queries of a group side by side
-    counts = selection.counts.reshape(layers, b, kv_heads, group).transpose(2, 3)
-    return union_lists(by_group, counts, int(selection.lengths.max())).counts.to(torch.int64)
+    return Reads(listed=tokens / len(full) if full else lengths.double(), bytes_read=read, bytes_dense=dense)

@@ -16,7 +16,7 @@ from outrider.config import Budget
 from outrider.decoding.engine import ProgressCallback, prefill
 from outrider.decoding.pair import make_selector as pair_selector
 from outrider.decoding.scoring import score
-from outrider.decoding.statistics import count_reads
+from outrider.decoding.statistics import Listed, count_reads
 from outrider.errors import OptionError, PromptError
 from outrider.eval.rows import Case
 from outrider.guidance.alignment import AlignmentFile
@@ -57,20 +57,21 @@ class TeacherForced:
         target_cache, draft_cache = self.caches
         prefix = target_cache.lengths.clone()
         started = time.perf_counter()
-        logits, listed, cached, read, dense = [], 0.0, 0, 0, 0
+        logits, kept, cached, read, dense = [], 0.0, 0, 0, 0
         for part in torch.tensor([tokens]).split(self.t, dim=1):
             lengths = target_cache.lengths.clone()
             selection = None
             if selector is not None:
-                queries = self.draft.forward(part, draft_cache, record_queries=True, last_only=True).queries
+                queries = self.draft.forward(part, draft_cache, record_queries=True, logits=False).queries
                 if int(lengths) >= max(min_context, 1):
                     selection = selector.select(
                         score(self.draft, draft_cache, queries, lengths, selector.draft_layers, per_query=selector.per_query)
                     )
             logits.append(self.target.forward(part, target_cache, selection=selection).logits[0])
             layers = selector.draft_layers if selector is not None else ()
-            reads = count_reads(selection, self.target.spec, self.draft.spec, layers, lengths, part.shape[1])
-            listed, cached = listed + float(reads.listed), cached + int(lengths)
+            listed = Listed.of(selection, self.target.spec, target_cache.capacity).cpu() if selection is not None else None
+            reads = count_reads(listed, self.target.spec, self.draft.spec, layers, lengths.cpu(), part.shape[1])
+            kept, cached = kept + float(reads.listed), cached + int(lengths)
             read, dense = read + int(reads.bytes_read), dense + int(reads.bytes_dense)
             for cache in self.caches:
                 cache.advance(part.shape[1])
@@ -78,7 +79,7 @@ class TeacherForced:
             cache.truncate(prefix)
         return Run(
             logits=torch.cat(logits),
-            kept_fraction=listed / max(cached, 1),
+            kept_fraction=kept / max(cached, 1),
             kv_read_fraction=read / max(dense, 1),
             seconds=time.perf_counter() - started,
         )

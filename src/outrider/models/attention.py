@@ -19,7 +19,7 @@ from outrider.ops import sparse_attention
 from outrider.types import Selection
 
 NAME = "outrider"
-FOLD_BELOW = 64  # query tokens up to which folding a group into its KV head is the faster form
+ROUND = 16  # query tokens up to which the op for rounds is used, which needs no length on the host
 UNROUTABLE = ("softcap", "s_aux", "position_bias", "head_mask")  # change the scores in ways that our ops do not compute
 
 
@@ -28,7 +28,7 @@ class Forward:
     """One running forward of T tokens over a cache."""
 
     cache: KVCache
-    lengths: Tensor  # [B] int64 on the device: committed tokens before this forward
+    stop: int  # on the host: no sequence has more tokens, the new ones included
     selection: Selection | None = None  # None: every layer reads its whole cache (or window)
     queries: list[Tensor] | None = None  # when a list: receives [B, T, Hq, D] of every layer
     backend: str = "auto"
@@ -84,49 +84,41 @@ def attend(
             query_heads=query.shape[1], kv_heads=key.shape[1], head_dim=key.shape[3], scale=scale, window=sliding_window
         )
         return torch.zeros_like(query).transpose(1, 2), None
-    outrider.cache.append(layer, key.transpose(1, 2), value.transpose(1, 2))
+    append_backend = "auto" if outrider.backend == "cuda" else outrider.backend  # it has no kernel in CUDA C++
+    outrider.cache.append(layer, key.transpose(1, 2), value.transpose(1, 2), append_backend)
     if outrider.queries is not None:
         outrider.queries.append(query.transpose(1, 2))
     selection = outrider.selection
-    if selection is not None and layer in selection.layers:
-        row = selection.layers.index(layer)
-        output = sparse_attention(
-            query.transpose(1, 2),
-            outrider.cache.keys(layer),
-            outrider.cache.values(layer),
-            selection.indices[row],
-            selection.counts[row],
-            outrider.lengths,
-            scale=scale,
-            backend=outrider.backend,
-        )
-    else:
-        output = dense_attention(query, outrider, layer, scale, sliding_window)
+    if query.shape[2] > ROUND:
+        return _prefill_attention(query, outrider, layer, scale, sliding_window), None
+    indices, counts = selection.of(layer) if selection is not None else (None, None)
+    output = sparse_attention(
+        query.transpose(1, 2),
+        outrider.cache.keys(layer),
+        outrider.cache.values(layer),
+        indices,
+        counts,
+        outrider.cache.lengths,
+        scale=scale,
+        window=sliding_window if indices is None else None,
+        backend=outrider.backend,
+    )
     return output, None
 
 
-def dense_attention(query: Tensor, forward: Forward, layer: int, scale: float, window: int | None) -> Tensor:
+def _prefill_attention(query: Tensor, forward: Forward, layer: int, scale: float, window: int | None) -> Tensor:
     """Causal attention of T queries [B, Hq, T, D] over the whole cache (or the last `window` tokens) -> [B, T, Hq, D]."""
-    cache = forward.cache
+    cache, stop = forward.cache, forward.stop
     t = query.shape[2]
-    stop = int(cache.lengths.max()) + t
     keys = cache.keys(layer, stop).transpose(1, 2)  # [B, Hkv, S + T, D]
     values = cache.values(layer, stop).transpose(1, 2)
     if stop == t and window is None:  # an empty cache: plain causal attention, no mask to read
         output = scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale, enable_gqa=True)
         return output.transpose(1, 2)
     if window not in forward.masks:
-        forward.masks[window] = _causal_bias(forward.lengths, t, stop, window, query.dtype)
+        forward.masks[window] = _causal_bias(cache.lengths, t, stop, window, query.dtype)
     bias = forward.masks[window]  # [B, 1, T, S + T]
-    if t > FOLD_BELOW:
-        output = scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=scale, enable_gqa=True)
-        return output.transpose(1, 2)
-    # few queries: fold a group's query heads into its KV head, so that each key is read once for all of them
-    b, hq, _, d = query.shape
-    group = hq // keys.shape[1]
-    folded = query.reshape(b, -1, group * t, d)
-    output = scaled_dot_product_attention(folded, keys, values, attn_mask=bias.repeat(1, 1, group, 1), scale=scale)
-    return output.reshape(b, hq, t, -1).transpose(1, 2)
+    return scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=scale, enable_gqa=True).transpose(1, 2)
 
 
 def _causal_bias(lengths: Tensor, t: int, stop: int, window: int | None, dtype: torch.dtype) -> Tensor:

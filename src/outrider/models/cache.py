@@ -3,6 +3,9 @@
     row b of a layer:  [ 0 ........ lengths[b] )[ lengths[b] .. lengths[b] + T )[ ...... capacity )
                          cached, committed        appended by the running forward   unwritten
 
+Lengths live on the cache's device, so that a captured round can grow them. On a GPU nothing here waits for them: who appends
+has made sure of the room.
+
 A forward *appends* its T rows behind the committed ones in every layer; nobody but the engine *advances* the lengths. So a
 rejected round costs nothing to undo: what was not advanced over is overwritten by the next append.
 """
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor
 
 from outrider.errors import OptionError
+from outrider.ops import kv_append
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +41,7 @@ class KVCache:
     """Keys and values of all layers for up to B sequences of up to `capacity` tokens.
 
     Storage is [B, Hkv, capacity, D] per layer, so that one head's rows lie together; `keys` and `values` return views in the
-    public layout [B, S, Hkv, D]. `lengths` [B] int64 lives on the host.
+    public layout [B, S, Hkv, D]. `lengths` [B] int64 lives on the device.
     """
 
     def __init__(
@@ -51,7 +55,7 @@ class KVCache:
     ) -> None:
         self.layers = layers
         self.capacity = capacity
-        self.lengths = torch.zeros(batch, dtype=torch.int64)
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         # zeros, not empty: a masked row must hold finite numbers, since 0 * NaN is NaN in dense attention
         self._keys = [torch.zeros(batch, x.kv_heads, capacity, x.head_dim, dtype=dtype, device=device) for x in layers]
         self._values = [torch.zeros_like(keys) for keys in self._keys]
@@ -73,32 +77,27 @@ class KVCache:
         part._values = [values[start:stop] for values in self._values]
         return part
 
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
+    def append(self, layer: int, keys: Tensor, values: Tensor, backend: str = "auto") -> None:
         """Write keys and values [B, T, Hkv, D] behind the committed rows of every sequence; lengths stay as they are.
 
-        Raises OptionError when a row does not fit; nothing is written then.
+        Raises OptionError when a row does not fit (on a CPU); nothing is written then.
         """
-        t = keys.shape[1]
-        if int(self.lengths.max()) + t > self.capacity:
-            raise OptionError("cache capacity", self.capacity, f"at least {int(self.lengths.max()) + t} tokens")
-        if bool((self.lengths == self.lengths[0]).all()):
-            at = slice(int(self.lengths[0]), int(self.lengths[0]) + t)
-            self._keys[layer][:, :, at] = keys.transpose(1, 2)
-            self._values[layer][:, :, at] = values.transpose(1, 2)
-        else:
-            positions = (self.lengths[:, None] + torch.arange(t)).to(self.device)  # [B, T]
-            batch = torch.arange(self.batch, device=self.device)[:, None]
-            self._keys[layer][batch, :, positions] = keys
-            self._values[layer][batch, :, positions] = values
+        if not self.lengths.is_cuda and int(self.lengths.max()) + keys.shape[1] > self.capacity:
+            needed = int(self.lengths.max()) + keys.shape[1]
+            raise OptionError("cache capacity", self.capacity, f"at least {needed} tokens")
+        kv_append(keys, values, self.keys(layer), self.values(layer), self.lengths, backend=backend)
 
     def advance(self, count: Tensor | int) -> None:
-        """Commit `count` appended tokens of every sequence ([B] int64 on the host, or one number for all)."""
-        self.lengths += count
+        """Commit `count` appended tokens of every sequence ([B] int64, or one number for all)."""
+        self.lengths += count.to(self.device) if isinstance(count, Tensor) else count
 
     def truncate(self, lengths: Tensor | int) -> None:
-        """Forget what lies at and past `lengths` ([B] int64 on the host, or one number for all)."""
-        lengths = torch.as_tensor(lengths).expand_as(self.lengths)
-        if bool((lengths > self.lengths).any()) or bool((lengths < 0).any()):
+        """Forget what lies at and past `lengths` ([B] int64, or one number for all).
+
+        Raises OptionError for lengths below 0 or above the current ones (on a CPU).
+        """
+        lengths = torch.as_tensor(lengths, device=self.device).expand_as(self.lengths)
+        if not self.lengths.is_cuda and (bool((lengths > self.lengths).any()) or bool((lengths < 0).any())):
             raise OptionError("truncate lengths", lengths.tolist(), f"0 .. the current lengths {self.lengths.tolist()}")
         self.lengths.copy_(lengths)
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from outrider.config import BACKENDS, check
 from outrider.errors import OptionError
-from outrider.models.attention import Forward
+from outrider.models.attention import ROUND, Forward
 from outrider.models.cache import KVCache, LayerShape
+from outrider.models.compilation import compile_layers, has_compiled_layers
+from outrider.models.fusion import fuse_projections
 from outrider.ops.backends import device_obstacle
 from outrider.types import Selection
 
@@ -44,7 +47,7 @@ class ModelSpec:
 class Output:
     """What one forward returns."""
 
-    logits: Tensor  # [B, T, V] fp32, or [B, 1, V] with last_only
+    logits: Tensor  # [B, T, V] fp32; [B, 0, V] if not asked for
     queries: tuple[Tensor, ...]  # per layer [B, T, Hq, D]; empty unless recorded
 
 
@@ -59,16 +62,27 @@ def check_backend(backend: str, device: torch.device) -> None:
 class LanguageModel:
     """Runs forwards over a `KVCache`; keeps no state between calls."""
 
-    def __init__(self, module: nn.Module, tokenizer: Any | None, spec: ModelSpec, backend: str = "auto") -> None:
+    def __init__(
+        self, module: Any, tokenizer: Any | None, spec: ModelSpec, backend: str = "auto", *, compiled: bool = False
+    ) -> None:
         check_backend(backend, spec.device)
         self.module = module
         self.tokenizer = tokenizer
         self.spec = spec
         self.backend = backend
+        self.compiled = compiled
 
     def with_backend(self, backend: str) -> LanguageModel:
         """The same weights under another backend of the ops. Raises OptionError for one that the device cannot run."""
-        return self if backend == self.backend else LanguageModel(self.module, self.tokenizer, self.spec, backend)
+        if backend == self.backend:
+            return self
+        return LanguageModel(self.module, self.tokenizer, self.spec, backend, compiled=self.compiled)
+
+    def compile(self) -> LanguageModel:
+        """The same weights, projections fused and layers compiled for rounds of few tokens. This one goes on uncompiled."""
+        fuse_projections(self.module)
+        compile_layers(self.module)
+        return LanguageModel(self.module, self.tokenizer, self.spec, self.backend, compiled=True)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` sequences of up to `capacity` tokens."""
@@ -80,27 +94,38 @@ class LanguageModel:
         tokens: Tensor,
         cache: KVCache,
         *,
+        stop: int | None = None,
         selection: Selection | None = None,
         record_queries: bool = False,
-        last_only: bool = False,
+        logits: bool = True,
     ) -> Output:
         """Run `tokens` [B, T] int64 at positions lengths .. lengths + T - 1.
 
         Appends their keys and values to `cache` without advancing it. With a selection, its layers attend to their lists and
-        the new tokens; without one, every layer attends densely. `last_only` computes the last token's logits alone.
+        the new tokens; without one, every layer attends densely. Without `logits` the output layer is left out. `stop`, where
+        the host knows it, is a bound on the tokens of all sequences, the new ones included; without it a prefill (more than
+        `ROUND` tokens) waits for the device to tell.
         """
         tokens = tokens.to(self.spec.device)
-        lengths = cache.lengths.to(self.spec.device)
+        if stop is None:
+            stop = int(cache.lengths.max()) + tokens.shape[1] if tokens.shape[1] > ROUND else cache.capacity
+        positions = cache.lengths[:, None] + torch.arange(tokens.shape[1], device=self.spec.device)
         forward = Forward(
-            cache=cache, lengths=lengths, selection=selection, queries=[] if record_queries else None, backend=self.backend
+            cache=cache,
+            stop=stop,
+            selection=selection,
+            queries=[] if record_queries else None,
+            backend=self.backend,
         )
-        positions = lengths[:, None] + torch.arange(tokens.shape[1], device=self.spec.device)
-        positions.clamp_(max=self.spec.context - 1)  # the last round may run past the context; what it finds there is dropped
-        logits = self.module(
-            input_ids=tokens,
-            position_ids=positions,
-            use_cache=False,
-            logits_to_keep=1 if last_only else 0,
-            outrider=forward,
-        ).logits
-        return Output(logits=logits.float(), queries=tuple(forward.queries or ()))
+        model = self.module if logits else self.module.get_decoder()
+        # a prefill is bound by arithmetic, and would be compiled for every length
+        eagerly = has_compiled_layers(self.module) and not (self.compiled and tokens.shape[1] <= ROUND)
+        with torch.compiler.set_stance("force_eager") if eagerly else nullcontext():
+            output = model(
+                input_ids=tokens,
+                position_ids=positions.clamp(max=self.spec.context - 1),  # the last round may run past it, in vain
+                use_cache=False,
+                outrider=forward,
+            )
+        none = torch.empty(tokens.shape[0], 0, self.spec.vocabulary, device=self.spec.device)
+        return Output(logits=output.logits.float() if logits else none, queries=tuple(forward.queries or ()))

@@ -109,8 +109,10 @@ def _probe(module: nn.Module, config: Any, what: str) -> tuple[LayerShape, ...]:
         raise ModelError(f"{what}: layer types {sorted(unknown)} cannot be routed; allowed: {sorted(SUPPORTED_LAYERS)}")
     found: dict[int, LayerShape] = {}
     device = next(module.parameters()).device
-    empty = KVCache((LayerShape(query_heads=1, kv_heads=1, head_dim=1, scale=1.0, window=None),), 1, 1, dtype=torch.float32)
-    forward = Forward(cache=empty, lengths=empty.lengths.to(device), probe=found)
+    empty = KVCache(
+        (LayerShape(query_heads=1, kv_heads=1, head_dim=1, scale=1.0, window=None),), 1, 1, dtype=torch.float32, device=device
+    )
+    forward = Forward(cache=empty, stop=2, probe=found)
     with torch.inference_mode():
         tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
         try:

@@ -1,6 +1,7 @@
 """Tensors to tensors: the operations of a round, each a folder of `api.py`, `reference.py` and a README with the maths."""
 
 from outrider.ops.attention_mass import attention_mass
+from outrider.ops.kv_append import kv_append
 from outrider.ops.sparse_attention import sparse_attention
 from outrider.ops.token_select import TokenLists, token_select, union_lists
 from outrider.ops.token_verify import Verified, token_verify
@@ -9,6 +10,7 @@ __all__ = [
     "TokenLists",
     "Verified",
     "attention_mass",
+    "kv_append",
     "sparse_attention",
     "token_select",
     "token_verify",

@@ -23,6 +23,10 @@ class Selector(Protocol):
         """The draft layers that must be scored, ascending: those the alignment uses."""
 
     @property
+    def waits(self) -> bool:
+        """True: `select` waits for the device on a GPU, and cannot be captured in a CUDA graph."""
+
+    @property
     def per_query(self) -> bool:
         """True: scores are kept apart per query of the round (DraftScores.mass with Q = T); False: averaged (Q = 1)."""
 
@@ -102,13 +106,14 @@ def top_p(budget: Budget, lengths: Tensor) -> Tensor | None:
 
 
 def list_width(budget: Budget, scores: DraftScores, forced: int) -> int | None:
-    """Padded list length M that holds every top-k list, known from shapes alone, so that selecting never waits for the device.
+    """Padded list length M that holds every list, known from shapes alone, so that selecting never waits for the device.
 
-    `forced`: sinks + recent of the method. None, the longest list, for top-p, which has no bound, and on the CPU, where
-    nothing waits.
+    `forced`: sinks + recent of the method. None, the longest list, on the CPU, where nothing waits.
     """
     size = scores.mass.shape[-1]
-    if budget.keep is None or scores.lengths.device.type == "cpu":
+    if scores.lengths.device.type == "cpu":
         return None
+    if budget.keep is None:
+        return size  # a share of the mass has no smaller bound
     kept = math.ceil(size * budget.keep)
     return max(1, min(size, max(kept, budget.min_context - 1, forced)))

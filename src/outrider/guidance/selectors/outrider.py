@@ -34,6 +34,7 @@ class Outrider:
 
     default_map: ClassVar[str] = "joint+divergence"
     per_query: ClassVar[bool] = False
+    waits: ClassVar[bool] = False
 
     alignment: Alignment  # on the device of the scores; per query head, per KV head or shared
     budget: Budget

@@ -39,6 +39,7 @@ class SpecAttn:
 
     default_map: ClassVar[str] = "monotone+average"
     per_query: ClassVar[bool] = True
+    waits: ClassVar[bool] = True
 
     alignment: Alignment  # on the device of the scores; heads of a layer are averaged whatever their number
     budget: Budget

@@ -28,6 +28,7 @@ class Sts:
 
     default_map: ClassVar[str] = "proportional+jaccard"
     per_query: ClassVar[bool] = False
+    waits: ClassVar[bool] = False
 
     alignment: Alignment  # on the device of the scores; as many lists as it has heads
     budget: Budget

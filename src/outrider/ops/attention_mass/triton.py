@@ -33,7 +33,9 @@ MAX_HEAD_DIM = 256
 MAX_ROWS = 128  # T x group rows a program holds; more go to further programs, which read the keys again
 PROGRAMS_PER_SM = 2
 REDUCE_ELEMENTS = 8192  # queries x tokens of a program of _reduce
-REDUCE_SPLITS = 512  # queries x splits, at least: enough for all threads, or several would write the same value to the same place
+REDUCE_SPLITS = (
+    512  # queries x splits, at least: enough for all threads, or several would write the same value to the same place
+)
 HEADROOM = tl.constexpr(14.0)  # a tile's largest value is stored as 2 ** 14: float16 then holds 2 ** -38 of it
 LOG2_E = tl.constexpr(math.log2(math.e))
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)

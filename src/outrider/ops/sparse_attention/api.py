@@ -14,6 +14,7 @@ from outrider.ops.checks import (
     INTS,
     check_head_dim,
     check_heads,
+    check_int,
     check_pages,
     check_range,
     check_scale,
@@ -26,17 +27,18 @@ def sparse_attention(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
-    indices: Tensor,
-    counts: Tensor,
+    indices: Tensor | None,
+    counts: Tensor | None,
     lengths: Tensor,
     *,
     scale: float,
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
     page_table: Tensor | None = None,
+    window: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Grouped-query attention of T queries over listed cached tokens and the causal tail.
+    """Grouped-query attention of T queries over listed cached tokens, or all of them, and the causal tail.
 
     Sequence b has `lengths[b]` cached tokens (the past); keys and values of its T query tokens already lie behind them, at
     positions `lengths[b] .. lengths[b] + T - 1` (the tail). Query t attends to the tokens of its list and to the tail up to
@@ -47,8 +49,15 @@ def sparse_attention(
         t=1   x . . x x .    x x .
         t=2   x . . x x .    x x x
 
-    With every past token listed this is dense causal attention. Unlisted rows and rows behind the tail are not read at all,
-    so they may hold anything, NaN too.
+    With every past token listed this is dense causal attention. The same without lists (`indices` and `counts` None) is the
+    dense form, in which a window may also hide tokens that are too far back:
+
+        past                 tail    window of 4
+        t=0   . . x x x      x . .
+        t=1   . . . x x      x x .
+        t=2   . . . . x      x x x
+
+    Rows that no query attends to, those behind the tail among them, are not read at all, so they may hold anything, NaN too.
 
     Args:
         queries: `[B, T, Hq, D]`, bfloat16, float16, float32 or float64; position encoding applied.
@@ -56,23 +65,26 @@ def sparse_attention(
             float8_e4m3fn. Any strides, head dim contiguous (two views of one `[..., 2, D]`, too). Query head h uses KV head
             `h // (Hq // Hkv)`.
         indices: `[B, Hs, M]` int32, ascending positions below `lengths[b]`; entries at and past the count are ignored. M <= N.
-            Hs is 1 (one list for all heads), Hkv (one per KV head) or Hq (one per query head).
-        counts: `[B, Hs]` int32, `0 <= counts <= M`; an empty list leaves the tail alone.
+            Hs is 1 (one list for all heads), Hkv (one per KV head) or Hq (one per query head). None: all cached tokens.
+        counts: `[B, Hs]` int32, `0 <= counts <= M`; an empty list leaves the tail alone. None together with `indices`.
         lengths: `[B]`, int32 or int64, number of cached tokens, `0 <= lengths[b] <= N - T`.
         scale: factor on the logits, usually `D ** -0.5`.
         key_scale, value_scale: `[Hkv]` float32, the factor per head that a float8 cache is multiplied with.
         page_table: `[B, P]` int32; token i of sequence b lies in page `page_table[b, i // page_size]`, slot
             `i % page_size`, and N is `P * page_size`. Entries past the page of the last tail token may hold anything.
+        window: without lists only: query t, at position `lengths[b] + t`, attends to at most so many positions, the last of
+            them its own; at least 1. None: to all.
         backend: "auto" (see `ops/README.md`), "reference", "triton" or "cuda". No silent fall-back.
 
     Returns:
-        `[B, T, Hq, D]` in the dtype of `queries`; computed in float32 (float64 for float64 inputs).
+        `[B, T, Hq, D]` in the dtype of `queries`; computed in float32 (float64 for float64 inputs), by the reference
+        without lists as PyTorch's own attention does.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, device, stride or choice, or a backend that cannot run the call; the reference, and with
-            `OUTRIDER_DEBUG=1` every backend, also checks the values of `lengths`, `counts`, `indices` and `page_table`
-            (debug mode: that lists ascend, too).
+        ValueError: a wrong shape, device, stride or choice, only one of `indices` and `counts` None, a window below 1 or with
+            lists, or a backend that cannot run the call; the reference, and with `OUTRIDER_DEBUG=1` every backend, also checks
+            the values of `lengths`, `counts`, `indices` and `page_table` (debug mode: that lists ascend, too).
 
     Source: sparse verification of STS (arXiv 2605.15508) and SpecAttn (arXiv 2510.27641), with lists per KV head.
     """
@@ -86,31 +98,40 @@ def sparse_attention(
     check_head_dim("values", values)
     check_scale("key_scale", key_scale, keys, sizes)
     check_scale("value_scale", value_scale, values, sizes)
-    check("indices", indices, shape="B Hs M", dtypes=INTS[:1])
-    check("counts", counts, shape="B Hs", dtypes=INTS[:1])
+    if indices is not None and counts is not None:
+        if window is not None:
+            raise ValueError(f"window: expected None with token lists, got {window}")
+        check("indices", indices, shape="B Hs M", dtypes=INTS[:1])
+        check("counts", counts, shape="B Hs", dtypes=INTS[:1])
+    elif indices is not counts:
+        missing, given = ("indices", "counts") if indices is None else ("counts", "indices")
+        raise ValueError(f"{missing}: expected int32 lists with {given}, or None for both (dense), got None for one")
+    elif window is not None:
+        check_int("window", window, low=1)
     check("lengths", lengths, shape="B", dtypes=INTS)
     if page_table is not None:
         check("page_table", page_table, shape="B P", dtypes=INTS[:1])
     check_heads(sizes)
-    if sizes["Hs"] not in (1, sizes["Hkv"], sizes["Hq"]):
+    if indices is not None and sizes["Hs"] not in (1, sizes["Hkv"], sizes["Hq"]):
         raise ValueError(f"indices: expected Hs of 1, Hkv={sizes['Hkv']} or Hq={sizes['Hq']} lists, got Hs={sizes['Hs']}")
     capacity = keys.shape[1] if page_table is None else page_table.shape[1] * keys.shape[1]
-    if sizes["M"] > capacity:
+    if indices is not None and sizes["M"] > capacity:
         raise ValueError(f"indices: expected lists of at most N={capacity} tokens, got width M={sizes['M']}")
-    arguments = {"scale": scale, "key_scale": key_scale, "value_scale": value_scale, "page_table": page_table}
+    arguments = {"scale": scale, "key_scale": key_scale, "value_scale": value_scale, "page_table": page_table, "window": window}
     chosen = choose(
         backend,
         queries.device,
         {
-            "cuda": lambda: _cuda().obstacle(queries, keys, values, indices),
+            "cuda": lambda: _cuda().obstacle(queries, keys, values),
             "triton": lambda: _triton().obstacle(queries, keys),
         },
     )
     if chosen == "reference" or debug():
         check_range("lengths", lengths, 0, capacity - sizes["T"])
-        check_range("counts", counts, 0, sizes["M"])
         check_pages(page_table, lengths + sizes["T"], keys.shape[1], keys.shape[0])
-        _check_lists(indices, counts, lengths)
+        if indices is not None and counts is not None:
+            check_range("counts", counts, 0, sizes["M"])
+            _check_lists(indices, counts, lengths)
     run = {"cuda": _cuda, "triton": _triton, "reference": lambda: reference}[chosen]().sparse_attention
     return run(queries, keys, values, indices, counts, lengths, **arguments)
 

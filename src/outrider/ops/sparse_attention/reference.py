@@ -1,5 +1,7 @@
 """Sparse attention in plain PyTorch: the specification of the op, and its path on the CPU.
 
+With lists:
+
     past     the listed rows of keys and values, gathered per list; slots at and past the count read the first tail row
              instead and are masked, so no unlisted row is touched
     tail     rows lengths[b] .. lengths[b]+T-1, masked causally
@@ -7,6 +9,10 @@
     out      weights_past @ values_past + weights_tail @ values_tail
 
 The tail's product is summed term by term, hidden terms left out, so that a later row cannot reach an earlier query.
+
+Without lists (dense) each sequence is one call of PyTorch's attention over the rows that any of its queries sees, a group's
+queries folded into the rows of its KV head, so that a key is read once for all of them. A mask does not keep a hidden row out
+of the product where it is not finite: should the result not be, every query goes alone, over the rows that it sees itself.
 """
 
 from __future__ import annotations
@@ -15,21 +21,25 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 
 def sparse_attention(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
-    indices: Tensor,
-    counts: Tensor,
+    indices: Tensor | None,
+    counts: Tensor | None,
     lengths: Tensor,
     *,
     scale: float,
     key_scale: Tensor | None,
     value_scale: Tensor | None,
     page_table: Tensor | None,
+    window: int | None = None,
 ) -> Tensor:
+    if indices is None or counts is None:
+        return _dense(queries, keys, values, lengths, scale, key_scale, value_scale, page_table, window)
     B, T, Hq, D = queries.shape
     Hkv, M = keys.shape[2], indices.shape[2]
     H = max(indices.shape[1], Hkv)  # heads that own gathered rows: a shared list is gathered once per KV head
@@ -86,3 +96,61 @@ def _take_rows(cache: Tensor, outer: Tensor, inner: Tensor, head: Tensor) -> Ten
     span = sum((size - 1) * stride for size, stride in zip(sizes, (o, i, h), strict=True))
     flat = cache.as_strided((span + 1, D), (unit, cache.stride(3)))
     return flat.index_select(0, (outer.long() * o + inner * i + head * h).reshape(-1))
+
+
+def _dense(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    scale: float,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
+    page_table: Tensor | None,
+    window: int | None,
+) -> Tensor:
+    T, page_size = queries.shape[1], keys.shape[1]
+    result = queries.new_empty(queries.shape)
+    if keys.dtype != queries.dtype:  # float8
+        queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
+    for b, length in enumerate(lengths.tolist()):
+        start, end = 0 if window is None else max(length + 1 - window, 0), length + T
+        if page_table is None:
+            rows = [cache[b, start:end] for cache in (keys, values)]
+        else:
+            first = start // page_size
+            pages = page_table[b, first : -(-end // page_size)]
+            rows = [
+                cache.index_select(0, pages).flatten(0, 1)[start - first * page_size : end - first * page_size]
+                for cache in (keys, values)
+            ]
+        k, v = (
+            x.to(queries.dtype) if factor is None else x.to(queries.dtype) * factor.to(queries.dtype).view(-1, 1)
+            for x, factor in zip(rows, (key_scale, value_scale), strict=True)
+        )
+        past = length - start
+        result[b] = _attend(queries[b], k, v, scale, past, window)
+        if T > 1 and not bool(result[b].isfinite().all()):
+            for t in range(T):
+                seen = slice(0 if window is None else max(past + t + 1 - window, 0), past + t + 1)
+                result[b, t] = _attend(queries[b, t : t + 1], k[seen], v[seen], scale, past, None)[0]
+    return result
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float, past: int, window: int | None) -> Tensor:
+    """Queries `[T, Hq, D]` over rows `[n, Hkv, D]` of one sequence; query t is token `past + t` of them."""
+    T, Hq, D = queries.shape
+    n, Hkv = keys.shape[:2]
+    mask = None
+    if T > 1:
+        step = torch.arange(T, device=queries.device).view(T, 1)
+        mask = torch.zeros(Hq // Hkv, T, n, dtype=queries.dtype, device=queries.device)  # [group, T, n]
+        mask[..., past:].masked_fill_(step.view(T) > step, -torch.inf)
+        if window is not None:
+            edge = torch.arange(max(past + T - window, 0), device=queries.device)
+            mask[..., : len(edge)].masked_fill_(edge <= past + step - window, -torch.inf)
+        mask = mask.view(-1, n)
+    folded = queries.transpose(0, 1).reshape(1, Hkv, -1, D)  # [1, Hkv, group * T, D]
+    k, v = (x.transpose(0, 1).unsqueeze(0) for x in (keys, values))
+    out = scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale)
+    return out.reshape(Hq, T, D).transpose(0, 1)

@@ -6,8 +6,11 @@
                of the output, not normalised, its largest logit and the sum of the weights 2 ** (logit - largest).
     _combine   grid (T x Hq x B). Adds up the shares of a row and divides by their sum. Not launched when there is one split.
 
-A list is cut by its count, read on the device, so a short list in a wide row still spreads over all splits. The host looks at
-shapes alone: every call can be captured in a CUDA graph and replayed with other lists, counts, lengths and pages.
+Without lists (dense) a program walks positions instead, those from the start of the first query's window to the length.
+
+A list is cut by its count, read on the device, so a short list in a wide row still spreads over all splits, and so does a short
+sequence in a wide cache. The host looks at shapes alone: every call can be captured in a CUDA graph and replayed with other
+lists, counts, lengths and pages.
 
 Slots behind the count load nothing. A tail row holding NaN or infinity does not reach the queries before it; those from it on
 get NaN.
@@ -47,14 +50,15 @@ def _locate(position, wanted, sequence, page_table, table_stride, page_size):
 
 
 # Values of these would be compiled in, for 1 and for multiples of 16: a kernel per batch size and budget, and no faster
-@triton.jit(do_not_specialize=["T", "group", "heads_per_kv", "row_tiles", "splits", "page_size", "table_stride"])
+@triton.jit(do_not_specialize=["window", "T", "group", "heads_per_kv", "row_tiles", "splits", "page_size", "table_stride"])
 def _attend(
     queries,
     keys,
     values,
-    indices,
+    indices,  # None: dense
     counts,
     lengths,
+    window,  # None, or in the dense form the tokens a query sees, itself among them
     key_scale,
     value_scale,
     page_table,
@@ -100,10 +104,17 @@ def _attend(
     keys += kv_head * key_strides[2] + dim[None, :]
     values += kv_head * value_strides[2] + dim[None, :]
 
-    count = tl.load(counts + sequence * count_strides[0] + head * count_strides[1])
+    if indices is None:
+        length = tl.load(lengths + sequence).to(tl.int32)
+        skipped = 0  # tokens before the first query's window
+        if window is not None:
+            skipped = tl.maximum(length - window + 1, 0)
+        count = length - skipped
+    else:
+        count = tl.load(counts + sequence * count_strides[0] + head * count_strides[1])
+        indices += sequence * index_strides[0] + head.to(tl.int64) * index_strides[1]
     share = tl.cdiv(tl.cdiv(count, splits), 16) * 16
     first, last = split * share, tl.minimum(split * share + share, count)
-    indices += sequence * index_strides[0] + head.to(tl.int64) * index_strides[1]
 
     best = tl.full([ROWS], -float("inf"), wide)  # largest logit so far
     total = tl.zeros([ROWS], wide)  # sum of weights 2 ** (logit - best)
@@ -111,17 +122,23 @@ def _attend(
     for start in range(first, last, TILE):
         slot = start + tl.arange(0, TILE)
         listed = slot < last
-        position = tl.load(indices + slot, mask=listed, other=0)
+        position = skipped + slot if indices is None else tl.load(indices + slot, mask=listed, other=0)
         outer, inner = _locate(position, listed, sequence, page_table, table_stride, page_size)
         loaded = listed[:, None] & (dim < D)[None, :]
         k = tl.load(keys + (outer * key_strides[0] + inner * key_strides[1])[:, None], mask=loaded, other=0.0)
         v = tl.load(values + (outer * value_strides[0] + inner * value_strides[1])[:, None], mask=loaded, other=0.0)
 
         logits = tl.dot(q.to(operand), k.to(operand).T, input_precision="ieee") * scale  # [ROWS, TILE]
-        logits = tl.where(listed[None, :], logits, -float("inf"))
+        visible = listed[None, :]
+        if window is not None:
+            visible &= position[None, :] > (length + step - window)[:, None]
+        logits = tl.where(visible, logits, -float("inf"))
         best_now = tl.maximum(best, tl.max(logits, 1))
-        weights = tl.exp2(logits - best_now[:, None])
-        fade = tl.exp2(best - best_now)
+        base = best_now
+        if window is not None:  # a later query may see none of the tile
+            base = tl.where(best_now == -float("inf"), 0.0, best_now)
+        weights = tl.exp2(logits - base[:, None])
+        fade = tl.exp2(best - base)
         total = total * fade + tl.sum(weights, 1)
         out = tl.dot(weights.to(operand), v.to(operand), out * fade[:, None], input_precision="ieee", out_dtype=wide)
         best = best_now
@@ -137,6 +154,8 @@ def _attend(
         k, v = k.to(operand), v.to(operand)
 
         visible = (behind[None, :] <= step[:, None]) & there[None, :]  # [ROWS, TAIL]
+        if window is not None:
+            visible &= behind[None, :] > (step - window)[:, None]
         logits = tl.where(visible, tl.dot(q.to(operand), k.T, input_precision="ieee") * scale, -float("inf"))
         best_now = tl.maximum(best, tl.max(logits, 1))
         weights = tl.exp2(logits - best_now[:, None])
@@ -214,26 +233,30 @@ def sparse_attention(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
-    indices: Tensor,
-    counts: Tensor,
+    indices: Tensor | None,
+    counts: Tensor | None,
     lengths: Tensor,
     *,
     scale: float,
     key_scale: Tensor | None,
     value_scale: Tensor | None,
     page_table: Tensor | None,
+    window: int | None = None,
 ) -> Tensor:
     B, T, Hq, D = queries.shape
-    Hkv, Hs, M = keys.shape[2], indices.shape[1], indices.shape[2]
+    Hkv = keys.shape[2]
+    slots = keys.shape[1] * (1 if page_table is None else page_table.shape[1])
+    window = None if window is None else min(window, slots)
+    Hs, M = (1, window or slots) if indices is None else indices.shape[1:]  # M: as many tokens as there may be to walk
     heads = max(Hs, Hkv)  # a list shared by all heads is walked once per KV head
     group = Hq // heads
-    D_padded, rows, tile, warps, stages = _tiles(D, T * group, queries.dtype, page_table is not None)
+    D_padded, rows, tile, warps, stages = _tiles(D, T * group, queries.dtype, (indices is not None) + (page_table is not None))
     row_tiles = triton.cdiv(T * group, rows)
     room = PROGRAMS_PER_SM * _processors(queries.device) // (B * heads * row_tiles)
     splits = max(1, min(room, triton.cdiv(M, MIN_SHARE)))
 
-    indices = _rows(indices).expand(B, heads, M)
-    counts = counts.expand(B, heads)
+    if indices is not None and counts is not None:
+        indices, counts = _rows(indices).expand(B, heads, M), counts.expand(B, heads)
     page_table = None if page_table is None else _rows(page_table)
     result = queries.new_empty(B, T, Hq, D)
     alone = splits == 1
@@ -242,13 +265,14 @@ def sparse_attention(
     bests, sums = (None if alone else torch.empty(B, T, Hq, splits, dtype=wide, device=queries.device) for _ in range(2))
     with _current(queries.device):
         _attend[splits, heads * row_tiles, B](
-            queries, keys, values, indices, counts, lengths.contiguous(),
+            queries, keys, values, indices, counts, lengths.contiguous(), window,
             None if key_scale is None else key_scale.contiguous(),
             None if value_scale is None else value_scale.contiguous(),
             page_table, shares, bests, sums,
             scale, T, group, heads // Hkv, row_tiles, splits,
             keys.shape[1], 0 if page_table is None else page_table.stride(0),
-            queries.stride(), keys.stride()[:3], values.stride()[:3], indices.stride()[:2], counts.stride(),
+            queries.stride(), keys.stride()[:3], values.stride()[:3],
+            (0, 0) if indices is None else indices.stride()[:2], (0, 0) if counts is None else counts.stride(),
             D=D, D_PADDED=D_padded, ROWS=rows, TILE=tile, TAIL=MAX_QUERIES, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         if not alone:
@@ -260,19 +284,20 @@ def sparse_attention(
     return result
 
 
-def _tiles(D: int, rows: int, queries: torch.dtype, paged: bool) -> tuple[int, int, int, int, int]:
-    """Padded head dim, rows and tokens of a tile, warps, stages.
+def _tiles(D: int, rows: int, queries: torch.dtype, lookups: int) -> tuple[int, int, int, int, int]:
+    """Padded head dim, rows and tokens of a tile, warps, stages. `lookups`: what is loaded to find a row, a position or a page.
 
     Two programs to an SM: registers bound the tile, and three tiles of keys and values (16 KB each in 16 bits) are on their way
-    in each. Positions, pages and rows are loaded one after the other; each step takes its stages.
+    in each. Positions, pages and rows are loaded one after the other; each step takes its stages. Where nothing is looked up,
+    rows lie side by side and a tile has twice as many.
     """
     D_padded = max(16, triton.next_power_of_2(D))
     wide = D_padded == 256
-    stages = 1 + (2 if wide else 3) * (3 if paged else 2)
+    stages = 1 + (2 if wide else 3) * (1 + lookups)
     if queries == torch.float32:  # in fp64, where products may be unrolled (few GPUs have the tensor cores): tiles stay small
         return D_padded, 16, 16, 8 if wide else 4, stages
     rows = min(max(16, triton.next_power_of_2(rows)), MAX_ROWS // 2 if wide else MAX_ROWS)
-    return D_padded, rows, 64 if D_padded <= 64 else 32, 8 if wide else 4, stages
+    return D_padded, rows, 64 if D_padded <= 64 or not (lookups or wide) else 32, 8 if wide else 4, stages
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def token_verify(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, device or `backend`; the reference also checks the range of the tokens.
+        ValueError: a wrong shape, device or `backend`; on a CPU, and with `OUTRIDER_DEBUG=1`, also tokens out of range.
 
     Source: Leviathan et al. (arXiv 2211.17192); Chen et al. (arXiv 2302.01318).
     """

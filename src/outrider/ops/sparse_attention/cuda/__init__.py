@@ -14,9 +14,12 @@ SOURCE = Path(__file__).with_name("kernel.cu")
 ELEMENTS = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
 HEAD_DIMS = (64, 128)
 ROW_TILES = (1, 2, 3, 4)  # of 8 query rows each
+EVERYTHING = 2**31 - 1  # a window that no sequence outgrows
 VARIANTS = [  # compiled by the tests
     ("ELEMENT=__nv_bfloat16", "HEAD_DIM=128", "ROW_TILES=3"),
     ("ELEMENT=__half", "HEAD_DIM=64", "ROW_TILES=4"),
+    ("ELEMENT=__nv_bfloat16", "HEAD_DIM=128", "ROW_TILES=3", "DENSE=1"),
+    ("ELEMENT=__half", "HEAD_DIM=64", "ROW_TILES=1", "DENSE=1"),
 ]
 
 
@@ -35,14 +38,14 @@ class Arguments(ctypes.Structure):
             (name, ctypes.c_int)
             for name in (
                 "wide_lengths", "B", "T", "heads", "lists", "group", "owners_per_kv", "rows_per_problem", "width", "page_size",
-                "pages_per_sequence",
+                "pages_per_sequence", "window",
             )
         ]
         + [("scale", ctypes.c_float)]
     )  # fmt: skip
 
 
-def obstacle(queries: Tensor, keys: Tensor, values: Tensor, indices: Tensor) -> str | None:
+def obstacle(queries: Tensor, keys: Tensor, values: Tensor) -> str | None:
     """Why this kernel cannot run these arguments, or None."""
     D = queries.shape[3]
     if queries.dtype not in ELEMENTS or keys.dtype != queries.dtype:
@@ -61,19 +64,22 @@ def sparse_attention(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
-    indices: Tensor,
-    counts: Tensor,
+    indices: Tensor | None,
+    counts: Tensor | None,
     lengths: Tensor,
     *,
     scale: float,
     key_scale: None,
     value_scale: None,
     page_table: Tensor | None,
+    window: int | None = None,
 ) -> Tensor:
     B, T, Hq, D = queries.shape
-    Hkv, lists, width = keys.shape[2], indices.shape[1], indices.shape[2]
+    Hkv = keys.shape[2]
+    lists, width = (1, 0) if indices is None else indices.shape[1:]
     heads = max(lists, Hkv)
-    indices, counts, lengths = indices.contiguous(), counts.contiguous(), lengths.contiguous()
+    indices, counts = (None if x is None else x.contiguous() for x in (indices, counts))
+    lengths = lengths.contiguous()
     page_table = None if page_table is None else page_table.contiguous()
     output = torch.empty(B, T, Hq, D, dtype=queries.dtype, device=queries.device)
     rows = T * (Hq // heads)
@@ -83,7 +89,8 @@ def sparse_attention(
     problems = B * heads * row_blocks
     blocks = compiler.multiprocessors(queries.device)
     virtual_blocks = blocks if problems <= blocks else 4 * blocks * -(-problems // (4 * blocks))
-    library = compiler.build(SOURCE, f"ELEMENT={ELEMENTS[queries.dtype]}", f"HEAD_DIM={D}", f"ROW_TILES={tiles}")
+    defines = [f"ELEMENT={ELEMENTS[queries.dtype]}", f"HEAD_DIM={D}", f"ROW_TILES={tiles}"]
+    library = compiler.build(SOURCE, *defines, *(["DENSE=1"] if indices is None else []))
     stream = ctypes.c_void_p(torch.cuda.current_stream(queries.device).cuda_stream)
     mailboxes = compiler.mailboxes(queries.device).take(
         virtual_blocks * library.mailbox_floats(), stream.value or 0, library.capture(stream)
@@ -92,8 +99,8 @@ def sparse_attention(
         queries=queries.data_ptr(),
         keys=keys.data_ptr(),
         values=values.data_ptr(),
-        indices=indices.data_ptr(),
-        counts=counts.data_ptr(),
+        indices=None if indices is None else indices.data_ptr(),
+        counts=None if counts is None else counts.data_ptr(),
         lengths=lengths.data_ptr(),
         page_table=None if page_table is None else page_table.data_ptr(),
         output=output.data_ptr(),
@@ -111,6 +118,7 @@ def sparse_attention(
         width=width,
         page_size=keys.shape[1],
         pages_per_sequence=0 if page_table is None else page_table.shape[1],
+        window=EVERYTHING if window is None else min(window, EVERYTHING),
         scale=scale * 1.4426950408889634,  # log2(e): the kernel works in powers of two
     )
     with torch.cuda.device(queries.device):

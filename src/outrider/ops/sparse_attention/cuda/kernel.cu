@@ -12,7 +12,8 @@
 // blocks of a problem through global memory: each block sends every other its part of the elements, and merges the part that is its own.
 // A message says by itself that it has arrived: the mailbox holds the bit pattern EMPTY until then, and again after it was read. So
 // merging costs one trip through L2, without fences or counters. All sums are taken in a fixed order.
-// Built for one ELEMENT, HEAD_DIM and ROW_TILES (8 query rows each).
+// Built for one ELEMENT, HEAD_DIM and ROW_TILES (8 query rows each); with DENSE for calls without lists, where a problem's tokens are
+// those from the start of the first query's window on.
 #include "host.cuh"
 #include "ptx.cuh"
 
@@ -20,6 +21,10 @@
 #define ELEMENT __nv_bfloat16
 #define HEAD_DIM 128
 #define ROW_TILES 3
+#endif
+
+#ifndef DENSE
+#define DENSE 0
 #endif
 
 #ifndef WARPS
@@ -48,14 +53,15 @@ static_assert(D <= 128 && STAGES >= 3 && ROWS * O_STRIDE * 4 <= RING * 2, "unsup
 
 struct Arguments {
   const ELEMENT *queries, *keys, *values;
-  const int* indices;      // [B, lists, width]
-  const int* counts;       // [B, lists]
+  const int* indices;      // [B, lists, width], unless DENSE
+  const int* counts;       // [B, lists], unless DENSE
   const void* lengths;     // [B] int32 or int64
   const int* page_table;   // [B, pages_per_sequence], or null
   ELEMENT* output;         // [B, T, Hq, D] contiguous
   float* mailboxes;        // [virtual blocks][QUADS][MESSAGE], EMPTY before and after
   long long query_stride[3], stride[3];  // elements: (b, t, h); of keys and values alike (sequence or page, token, head)
   int wide_lengths, B, T, heads, lists, group, owners_per_kv, rows_per_problem, width, page_size, pages_per_sequence;  // heads: of lists or KV
+  int window;              // tokens that a query sees, itself among them, if DENSE
   float scale;             // on the logits, times log2(e)
 };
 
@@ -69,7 +75,6 @@ struct Share {  // what one block does of one problem
 __device__ __forceinline__ int length_of(const Arguments& a, int b) {
   return a.wide_lengths ? (int)((const long long*)a.lengths)[b] : ((const int*)a.lengths)[b];
 }
-__device__ __forceinline__ int count_of(const Arguments& a, int list) { return min(max(a.counts[list], 0), a.width); }
 
 struct Problem {
   int row_block, b, h, list;
@@ -80,6 +85,9 @@ struct Problem {
     b = quotient(owner, a.heads);
     h = owner - b * a.heads;
     list = a.lists == 1 ? b : owner;
+  }
+  __device__ __forceinline__ int count(const Arguments& a) const {  // tokens before the tail
+    return DENSE ? min(length_of(a, b), a.window - 1) : min(max(a.counts[list], 0), a.width);
   }
 };
 
@@ -93,10 +101,11 @@ __device__ __forceinline__ Share equal_share(int v, int virtual_blocks, int prob
 // in proportion to the tokens. Every warp works this out alone; parts = 0 where there is nothing to do.
 __device__ __forceinline__ Share share_of(const Arguments& a, int v, int virtual_blocks, int problems) {
   const int lane = threadIdx.x % 32;
-  bool full = true;
-  for (int l = lane; l < a.B * a.lists; l += 32) full &= a.counts[l] == a.width;
-  if (__all_sync(~0u, full)) return equal_share(v, virtual_blocks, problems);
-  auto tokens_of = [&](int p) { return p < problems ? count_of(a, Problem(a, p).list) + a.T : 0; };
+  bool equal = true;  // full lists, or sequences of one length
+  for (int l = lane; l < a.B * a.lists; l += 32)
+    equal &= DENSE ? length_of(a, l) == length_of(a, 0) : a.counts[l] == a.width;
+  if (__all_sync(~0u, equal)) return equal_share(v, virtual_blocks, problems);
+  auto tokens_of = [&](int p) { return p < problems ? Problem(a, p).count(a) + a.T : 0; };
   long long total = 0;
   for (int p = lane; p < problems; p += 32) total += tokens_of(p);
 #pragma unroll
@@ -130,7 +139,7 @@ struct Walk {  // the tokens of one block, in order: listed ones, then the tail
   }
   __device__ __forceinline__ int position(const int* indices, int i) const {  // slots past the end repeat the last token
     i = min(first + i, last - 1);
-    return i < count ? indices[i] : length + i - count;
+    return !DENSE && i < count ? indices[i] : length + i - count;
   }
 };
 
@@ -153,7 +162,8 @@ __device__ __forceinline__ bool empty(float x) { return __float_as_uint(x) == EM
 
 __global__ void __launch_bounds__(THREADS, 1) sparse_attention(const __grid_constant__ Arguments a, int problems, int virtual_blocks) {
   extern __shared__ __align__(128) char shared[];
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  int thread = threadIdx.x;
+  const int lane = thread % 32, warp = thread / 32;
   ELEMENT* ring = (ELEMENT*)shared + warp * RING;        // [STAGES][K, V][TILE][STRIDE], at the end the warp's output
   ELEMENT* queries = (ELEMENT*)shared + WARPS * RING;    // [ROWS][STRIDE]
   float* maxima = (float*)(queries + ROWS * STRIDE);     // [WARPS][ROWS]; then the weights of the warps
@@ -162,12 +172,13 @@ __global__ void __launch_bounds__(THREADS, 1) sparse_attention(const __grid_cons
   float* row_sum = row_max + ROWS;                       // [ROWS]
 
   for (int v = blockIdx.x; v < virtual_blocks; v += gridDim.x) {
+    if (DENSE) asm volatile("" : "+r"(thread));  // what follows from it is worked out for every share: no registers are held over the loop
     // Token lane % 16 of this warp's tile 2 * pair + lane / 16: one read serves two tiles, a warp's tiles being WARPS apart.
     const int place = (warp + lane / TILE * WARPS) * TILE + lane % TILE;
     // The first read does not wait for the counts: it takes all lists to be full, as top-k leaves them, and is repeated if they are not.
     const Share guess = equal_share(v, virtual_blocks, problems);
-    int next = 0;
-    if (guess.parts) {
+    int next = 0;  // of a token: its position; if DENSE its page
+    if (!DENSE && guess.parts) {
       const int i = Walk(a, guess, a.width, 0).first + place;
       if (i < a.width) next = a.indices[(long long)Problem(a, guess.problem).list * a.width + i];
     }
@@ -177,12 +188,17 @@ __global__ void __launch_bounds__(THREADS, 1) sparse_attention(const __grid_cons
     const int b = problem.b, h = problem.h, list = problem.list, kv_head = quotient(h, a.owners_per_kv);
     const int first_row = problem.row_block * a.rows_per_problem, rows = min(a.T * a.group - first_row, a.rows_per_problem);
     const int* indices = a.indices + (long long)list * a.width;
-    const Walk walk(a, share, count_of(a, list), length_of(a, b));
+    const Walk walk(a, share, problem.count(a), length_of(a, b));
     const int first = walk.first, last = walk.last, count = walk.count;
     const int tiles = (last - first + TILE - 1) / TILE;
-    if (share.problem != guess.problem || share.part != guess.part || share.parts != guess.parts || count != a.width ||
+    auto look_up = [&](int i) {
+      const int position = walk.position(indices, i);
+      if (!DENSE) return position;
+      return a.page_table ? a.page_table[(long long)b * a.pages_per_sequence + position / a.page_size] : 0;
+    };
+    if (DENSE || share.problem != guess.problem || share.part != guess.part || share.parts != guess.parts || count != a.width ||
         first + place >= min(count, last))
-      next = walk.position(indices, place);
+      next = look_up(place);
     const ELEMENT* keys = a.keys + kv_head * a.stride[2] + lane % CHUNKS * 8;
     const ELEMENT* values = a.values + kv_head * a.stride[2] + lane % CHUNKS * 8;
     unsigned row = 0;
@@ -190,13 +206,14 @@ __global__ void __launch_bounds__(THREADS, 1) sparse_attention(const __grid_cons
     auto copy = [&] {
       if (warp + step_ahead * WARPS < tiles) {
         if (step_ahead % 2 == 0) {  // take over what was read, and read for the two tiles after these
-          long long outer = b, inner = next;
+          const int position = DENSE ? walk.position(indices, step_ahead * WARPS * TILE + place) : next;
+          long long outer = b, inner = position;
           if (a.page_table) {
-            outer = a.page_table[(long long)b * a.pages_per_sequence + next / a.page_size];
-            inner = next % a.page_size;
+            outer = DENSE ? next : a.page_table[(long long)b * a.pages_per_sequence + position / a.page_size];
+            inner = position % a.page_size;
           }
           row = (unsigned)((outer * a.stride[0] + inner * a.stride[1]) / 8);  // in units of 16 bytes: reaches 64 GiB
-          next = walk.position(indices, (step_ahead + 2) * WARPS * TILE + place);
+          next = look_up((step_ahead + 2) * WARPS * TILE + place);
         }
         const uint32_t target = ptx::shared_address(ring + slot_ahead * SLOT + lane / CHUNKS * STRIDE + lane % CHUNKS * 8);
 #pragma unroll
@@ -268,7 +285,8 @@ __global__ void __launch_bounds__(THREADS, 1) sparse_attention(const __grid_cons
         for (int i = 0; i < 4; i++) logits[n][i] *= a.scale;
 
       const int walked = first + tile * TILE;
-      const bool masked = walked + TILE > min(count, last);  // the tile has tail tokens or repeated ones
+      bool masked = walked + TILE > min(count, last);        // the tile has tail tokens or repeated ones,
+      if (DENSE) masked |= walked < count + a.T - a.window;  // or some that are behind the window of a later query
       if (masked) {
         asm volatile("");  // a branch, not predicates: it is rare
 #pragma unroll
@@ -276,7 +294,8 @@ __global__ void __launch_bounds__(THREADS, 1) sparse_attention(const __grid_cons
 #pragma unroll
           for (int i = 0; i < 4; i++) {
             const int token = walked + i / 2 * 8 + lane / 4;
-            if (token >= last || token - count > step[n][i % 2]) logits[n][i] = -INFINITY;
+            if (token >= last || token - count > step[n][i % 2] || (DENSE && token - count <= step[n][i % 2] - a.window))
+              logits[n][i] = -INFINITY;
           }
       }
 

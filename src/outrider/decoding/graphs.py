@@ -1,0 +1,66 @@
+"""Stages as CUDA graphs: run once to warm up, then captured, then replayed without the host.
+
+A captured stage reads and writes the same memory at every replay. What it needs comes from tensors that stay where they are:
+the caches, the inputs of the round, the results of the captured stages before it. Its own result stays in place, too, until the
+next replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+@dataclass(slots=True)
+class _Variant:
+    """The stages of one kind of round."""
+
+    rounds: int = 0  # begun
+    stages: dict[str, tuple[torch.cuda.CUDAGraph, Any]] = field(default_factory=dict)
+
+
+class Stages:
+    """Runs the stages of rounds, as graphs or, with `capture` off, as they are.
+
+    A round is of one *kind*: what decides shapes and branches on the host. The first round of a kind runs as it is, which lets
+    kernels be built and libraries be set up; the second is captured. Other lengths, tokens and lists need no new capture.
+    """
+
+    def __init__(self, *, capture: bool) -> None:
+        self.capture = capture
+        self._variants: dict[Hashable, _Variant] = {}
+        self._current = _Variant()
+        self._pool: Any = None
+
+    def begin(self, kind: Hashable) -> None:
+        """A round of this kind starts."""
+        self._current = self._variants.setdefault(kind, _Variant())
+        self._current.rounds += 1
+
+    @property
+    def captured(self) -> int:
+        """Stages that are graphs by now."""
+        return sum(len(variant.stages) for variant in self._variants.values())
+
+    def run(self, name: str, function: Callable[[], Result]) -> Result:
+        """The stage's result. `function` must not wait for the device."""
+        if not self.capture or self._current.rounds < 2:
+            return function()
+        if name not in self._current.stages:
+            self._current.stages[name] = self._record(function)
+        graph, result = self._current.stages[name]
+        graph.replay()
+        return result
+
+    def _record(self, function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+        graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = function()
+        return graph, result

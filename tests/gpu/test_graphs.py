@@ -1,0 +1,58 @@
+"""Rounds as CUDA graphs give the tokens of rounds run kernel by kernel, whatever batch, budget and sampling. make test-gpu."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from outrider.config import SamplingParams
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+PROMPTS = [201, 77, 140, 33, 90]  # more than slots: rows are refilled and moved while others run
+GREEDY = SamplingParams(max_new_tokens=40)
+SAMPLED = [
+    SamplingParams(max_new_tokens=30, temperature=1.0, seed=1),
+    SamplingParams(max_new_tokens=40, seed=2),
+    SamplingParams(max_new_tokens=25, temperature=0.7, top_k=5, seed=3),
+    SamplingParams(max_new_tokens=35, temperature=1.2, top_p=0.8, seed=4),
+    SamplingParams(max_new_tokens=20, temperature=0.9, top_k=20, top_p=0.9, seed=5),
+]
+MODES = {
+    "dense": {},
+    "top_k": {"mode": "sparse", "keep": 0.2},
+    "top_p": {"mode": "sparse", "top_p": 0.7},
+    "late": {"mode": "sparse", "keep": 0.2, "min_context": 100},  # dense rounds first
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("mode", MODES)
+def test_graphs_give_the_tokens_of_eager_rounds(mode, params, dtype, gpu_pair, make_engine, random_prompts):
+    prompts, options = random_prompts(PROMPTS), MODES[mode] | {"batch_size": 3}
+    eager, graphs = (make_engine(gpu_pair(dtype), eager=eager, **options) for eager in (True, False))
+    assert not eager._engine.captures and graphs._engine.captures
+    wanted, found = (engine.generate(prompts, params) for engine in (eager, graphs))
+    assert [result.token_ids for result in found] == [result.token_ids for result in wanted]
+    for one, other in zip(found, wanted, strict=True):
+        assert (one.statistics.accepted_at, one.statistics.bytes_read) == (
+            other.statistics.accepted_at,
+            other.statistics.bytes_read,
+        )
+
+
+def test_a_row_of_a_batch_equals_the_row_alone(gpu_pair, make_engine, random_prompts):
+    """Law 7, in graphs."""
+    prompts, engine = random_prompts(PROMPTS), make_engine(gpu_pair("float32"), mode="sparse", keep=0.2, batch_size=5)
+    together = engine.generate(prompts, SAMPLED)
+    for prompt, params, result in zip(prompts, SAMPLED, together, strict=True):
+        [alone] = engine.generate([prompt], params)
+        assert alone.token_ids == result.token_ids
+
+
+def test_what_waits_for_the_device_is_not_captured(gpu_pair, make_engine, random_prompts):
+    for options in ({"method": "specattn", "mode": "sparse"}, {"backend": "reference"}, {"draft_tokens": 17}):
+        engine = make_engine(gpu_pair("float32"), **options)
+        assert not engine._engine.captures
+        assert len(engine.generate(random_prompts([60]), GREEDY)[0].token_ids) == 40
