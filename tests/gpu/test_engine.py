@@ -86,8 +86,9 @@ def test_more_queries_than_a_kernel_takes(gpu_pair, generate, random_prompts):
 
 def test_what_a_backend_cannot_run_is_refused(gpu_pair, make_engine):
     """The kernels in CUDA C++ take 16 bits: float32 is refused before any work, by name, where "auto" finds another."""
-    with pytest.raises(OptionError, match="backend: got 'cuda'; allowed: "):
-        make_engine(gpu_pair("float32"), mode="sparse", backend="cuda")
+    for mode in ("dense", "sparse"):
+        with pytest.raises(OptionError, match="backend: got 'cuda'; allowed: "):
+            make_engine(gpu_pair("float32"), mode=mode, backend="cuda")
 
 
 @pytest.mark.parametrize("budget", [{"keep": 0.25}, {"top_p": 0.5}], ids=["keep", "top_p"])

@@ -51,10 +51,10 @@ def test_a_captured_append_follows_the_lengths():
     keys, values, caches = make("cuda", torch.bfloat16, torch.bfloat16, 2, 5, 100, 2, 64)
     lengths = torch.zeros(2, dtype=torch.int64, device="cuda")
     kv_append(keys, values, *caches, lengths)
-    graph = torch.cuda.CUDAGraph()
+    steps, graph = torch.tensor([5, 3], device="cuda"), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kv_append(keys, values, *caches, lengths)
-        lengths.add_(torch.tensor([5, 3], device="cuda"))
+        lengths.add_(steps)
     for _ in range(4):
         graph.replay()
     for b, step in enumerate((5, 3)):

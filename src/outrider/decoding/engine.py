@@ -12,7 +12,7 @@ from torch import Tensor
 from outrider.config import EngineConfig
 from outrider.decoding.drafting import propose
 from outrider.decoding.graphs import Stages
-from outrider.decoding.pair import make_selector
+from outrider.decoding.pair import make_selector, rehearse
 from outrider.decoding.rounds import InputBuffer, Outcome, RoundKind, accept, verify
 from outrider.decoding.scheduler import Scheduler
 from outrider.decoding.scoring import score
@@ -49,6 +49,8 @@ class Engine:
                     "alignment", None, "a file made by `outrider calibrate` for this pair (mode dense needs none)"
                 )
             self.selector = make_selector(self.target, self.draft, config.method, alignment, config.budget, config.draft_tokens)
+        else:
+            rehearse(self.target, self.draft, None, config.draft_tokens + 1)
         # rounds become CUDA graphs where every op has a kernel and none waits for the device
         waits = (
             config.backend == "reference" or config.draft_tokens >= ROUND or (self.selector is not None and self.selector.waits)

@@ -58,21 +58,29 @@ def make_selector(
         draft_heads=draft.spec.full_shape.query_heads,
         backend=target.backend,
     )
-    if target.backend not in ("auto", "reference"):
-        _rehearse(target, draft, selector, draft_tokens + 1)
+    rehearse(target, draft, selector, draft_tokens + 1)
     return selector
 
 
-def _rehearse(target: LanguageModel, draft: LanguageModel, selector: Selector, t: int) -> None:
-    """Score, select and verify `t` tokens of nothing, so that a backend that cannot run this pair says so before any work."""
+def rehearse(target: LanguageModel, draft: LanguageModel, selector: Selector | None, t: int) -> None:
+    """Run a round of `t` tokens over nothing, so that a backend that cannot run this pair says so before any work.
+
+    Raises OptionError. Backends that find an implementation for everything need no rehearsal.
+    """
+    if target.backend in ("auto", "reference"):
+        return
     tokens = torch.zeros(1, t, dtype=torch.int64)
     caches = [model.new_cache(1, 1 + t) for model in (target, draft)]
     for cache in caches:
         cache.advance(1)
-    queries = draft.forward(tokens, caches[1], record_queries=True, logits=False).queries
+    selection = None
     try:
-        scores = score(draft, caches[1], queries, caches[1].lengths, selector.draft_layers, per_query=selector.per_query)
-        target.forward(tokens, caches[0], selection=selector.select(scores), logits=False)
+        draft.forward(tokens[:, :1], caches[1], logits=False)
+        if selector is not None:
+            queries = draft.forward(tokens, caches[1], record_queries=True, logits=False).queries
+            layers, per_query = selector.draft_layers, selector.per_query
+            selection = selector.select(score(draft, caches[1], queries, caches[1].lengths, layers, per_query=per_query))
+        target.forward(tokens, caches[0], selection=selection, logits=False)
     except BackendError as error:
         allowed = f"auto, reference, or one that runs this pair in {target.spec.dtype} with K = {t - 1} ({error.reason})"
         raise OptionError("backend", target.backend, allowed) from error
