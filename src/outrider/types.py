@@ -33,7 +33,7 @@ class DraftTrace:
 class DraftScores:
     """Softmax mass the round's queries put on every cached token, by draft head."""
 
-    mass: Tensor  # [B, Q, R, S] fp32; Q = 1 when averaged over the round's queries, Q = T when kept apart
+    mass: Tensor  # [B, Q, R, S] fp32, bf16 of a bf16 draft on a GPU; Q = 1 when averaged over the round's queries, Q = T when kept apart
     layers: tuple[int, ...]  # the scored draft layers; row r belongs to layer layers[r // Hq], head r % Hq
     lengths: Tensor  # [B] int64, cached tokens of each sequence, at most S; mass beyond them is zero
 
@@ -60,15 +60,3 @@ class Selection:
             return None, None
         row = self.layers.index(layer)
         return self.indices[row], self.counts[row]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Acceptance:
-    """Outcome of verifying one round.
-
-    *accepted* tokens are the longest prefix of the drafted ones that passes; then one more token is emitted: *recovered*
-    where a drafted token was rejected, *bonus* where all K passed.
-    """
-
-    accepted: Tensor  # [B] int64 in 0 .. K
-    next_token: Tensor  # [B] int64, the recovered or bonus token

@@ -80,10 +80,14 @@ class InputBuffer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a round leaves to the host."""
+    """What a round leaves to the host.
+
+    *accepted* tokens are the longest prefix of the drafted ones that passes; then one more token is emitted: *recovered*
+    where a drafted token was rejected, *bonus* where all K passed.
+    """
 
     drafted: Tensor  # [B, K] int64
-    accepted: Tensor  # [B] int64
+    accepted: Tensor  # [B] int64 in 0 .. K
     next_token: Tensor  # [B] int64, recovered or bonus
     listed: Listed | None  # None where the round was dense
 

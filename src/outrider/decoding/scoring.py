@@ -35,6 +35,7 @@ def score(
             lengths,
             scale=draft.spec.layers[layer].scale,
             reduce="none" if per_query else "mean",
+            dtype=torch.bfloat16 if lengths.is_cuda and draft.spec.dtype == torch.bfloat16 else None,
             backend=draft.backend,
         )
         for layer in layers
