@@ -33,7 +33,7 @@ class DraftTrace:
 class DraftScores:
     """Softmax mass the round's queries put on every cached token, by draft head."""
 
-    mass: Tensor  # [B, Q, R, S] fp32, bf16 of a bf16 draft on a GPU; Q = 1 when averaged over the round's queries, Q = T when kept apart
+    mass: Tensor  # [B, Q, R, S] fp32 (on a GPU also bf16); Q = 1 averaged over the round's queries, Q = T kept apart
     layers: tuple[int, ...]  # the scored draft layers; row r belongs to layer layers[r // Hq], head r % Hq
     lengths: Tensor  # [B] int64, cached tokens of each sequence, at most S; mass beyond them is zero
 
