@@ -62,6 +62,7 @@ class Engine:
     def run(self, sequences: list[Sequence], progress: ProgressCallback | None = None) -> Iterator[Event]:
         """Continue all sequences to their end; yields the tokens of every sequence after every round."""
         rounds = _Rounds(self, sequences, progress)
+        rounds.warm_up()
         while rounds.scheduler.unfinished:
             rounds.refill()
             yield from rounds.step()
@@ -98,17 +99,41 @@ class _Rounds:
                     prefill(model, row, known, self.config.prefill_chunk, self.progress)
             sequence.statistics.seconds["prefill"] += self.clock.settle()["prefill"] - before
 
+    def warm_up(self) -> None:
+        """Two rounds over nothing, of the kind that the first sequences will have: builds, compiles and captures."""
+        first = list(self.scheduler.waiting)[: self.scheduler.slots]
+        if not (self.stages.capture and first):
+            return
+        for done in range(2):
+            self.progress("compile rounds", done, 2)
+            for cache in self.caches:
+                cache.lengths.fill_(1)
+            self._run_stages(*self._kind(first))
+        self.progress("compile rounds", 2, 2)
+        self.clock = StageClock(self.device)
+
     def step(self) -> Iterator[Event]:
         """One round of all running sequences."""
         running = self.scheduler.running
         now, before = time.perf_counter(), self.clock.settle()
         for sequence in running:
             sequence.started = sequence.started or now
-        target_cache, draft_cache = (cache.rows(0, len(running)) for cache in self.caches)
-        self.inputs.load(running)
         lengths = [sequence.cached for sequence in running]  # S of each sequence: cached in both models before the round
-        selector = self.selector if max(lengths) >= max(self.config.budget.min_context, 1) else None
-        kind = RoundKind.of(running, guided=selector is not None)
+        self.inputs.load(running)
+        outcome = self._run_stages(*self._kind(running)).cpu()
+        after = self.clock.settle()
+        self._record(outcome, lengths, {stage: after[stage] - before[stage] for stage in after})
+        yield from self._commit(running, outcome)
+
+    def _kind(self, sequences: list[Sequence]) -> tuple[RoundKind, Selector | None]:
+        """The kind of the sequences' next round, and who selects in it."""
+        sparse = max(sequence.cached for sequence in sequences) >= max(self.config.budget.min_context, 1)
+        selector = self.selector if sparse else None
+        return RoundKind.of(sequences, guided=selector is not None), selector
+
+    def _run_stages(self, kind: RoundKind, selector: Selector | None) -> Outcome:
+        """Propose, score, select, verify and accept over the first `kind.rows` rows, without waiting for the device."""
+        target_cache, draft_cache = (cache.rows(0, kind.rows) for cache in self.caches)
         run, clock = self.stages.run, self.clock
         self.stages.begin(kind)
 
@@ -132,14 +157,7 @@ class _Rounds:
         with clock.stage("verify"):
             logits = run("verify", lambda: verify(self.target, target_cache, inputs.pending, trace.tokens, selection))
         with clock.stage("accept"):
-            outcome = run(
-                "accept", lambda: accept(trace, logits, inputs, selection, self.target.spec, target_cache, draft_cache)
-            )
-        outcome = outcome.cpu()
-
-        after = clock.settle()
-        self._record(outcome, lengths, {stage: after[stage] - before[stage] for stage in after})
-        yield from self._commit(running, outcome)
+            return run("accept", lambda: accept(trace, logits, inputs, selection, self.target.spec, target_cache, draft_cache))
 
     def _record(self, outcome: Outcome, lengths: list[int], spent: dict[str, float]) -> None:
         running = self.scheduler.running
