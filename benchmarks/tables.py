@@ -112,7 +112,8 @@ def generate_table(name: str) -> str:
         *((f"{s}, s", lambda r, s=s: f"{r['seconds'][s]:.2f}") for s in ("prefill", "propose", "score", "select", "verify")),
         ("tokens the dense target would also have chosen", lambda r: f"{r['agreed']} of {r['audited']}"),
     ]
-    return markdown(["", *(run["mode"] for run in runs)], ([text, *(figure(run) for run in runs)] for text, figure in figures))
+    names = [run["mode"] + (", eager" if run.get("eager") else "") for run in runs]
+    return markdown(["", *names], ([text, *(figure(run) for run in runs)] for text, figure in figures))
 
 
 NOT_MEASURED = "Not measured yet.\n"
