@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from outrider.decoding.sampling import Sampling, distributions
+from outrider.decoding.sampling import Sampling, all_greedy, any_filtered, distributions
 from outrider.decoding.sequence import Sequence
 from outrider.decoding.statistics import Listed
 from outrider.models import KVCache, LanguageModel, ModelSpec
@@ -26,8 +26,8 @@ class RoundKind:
 
     @classmethod
     def of(cls, running: list[Sequence], *, guided: bool) -> RoundKind:
-        sampling = Sampling.of([sequence.params for sequence in running])
-        return cls(rows=len(running), guided=guided, greedy=sampling.greedy, filtered=sampling.filtered)
+        params = [sequence.params for sequence in running]
+        return cls(rows=len(running), guided=guided, greedy=all_greedy(params), filtered=any_filtered(params))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

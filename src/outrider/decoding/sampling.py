@@ -27,9 +27,17 @@ class Sampling:
             temperature=torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
             top_k=torch.tensor([p.top_k for p in params], dtype=torch.int64, device=device),
             top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
-            greedy=all(p.temperature == 0 for p in params),
-            filtered=any(p.temperature > 0 and (p.top_k > 0 or p.top_p < 1) for p in params),
+            greedy=all_greedy(params),
+            filtered=any_filtered(params),
         )
+
+
+def all_greedy(params: Rows[SamplingParams]) -> bool:
+    return all(p.temperature == 0 for p in params)
+
+
+def any_filtered(params: Rows[SamplingParams]) -> bool:
+    return any(p.temperature > 0 and (p.top_k > 0 or p.top_p < 1) for p in params)
 
 
 def distributions(logits: Tensor, sampling: Sampling) -> Tensor:
