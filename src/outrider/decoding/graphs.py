@@ -42,11 +42,6 @@ class Stages:
         self._current = self._variants.setdefault(kind, _Variant())
         self._current.rounds += 1
 
-    @property
-    def captured(self) -> int:
-        """Stages that are graphs by now."""
-        return sum(len(variant.stages) for variant in self._variants.values())
-
     def run(self, name: str, function: Callable[[], Result]) -> Result:
         """The stage's result. `function` must not wait for the device."""
         if not self.capture or self._current.rounds < 2:

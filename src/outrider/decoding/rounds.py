@@ -1,4 +1,4 @@
-"""What a round needs from the host, and what the host wants back: one copy to the device, one from it."""
+"""What a round needs from the host, and what the host wants back, in a few small copies."""
 
 from __future__ import annotations
 
