@@ -7,7 +7,8 @@ from typing import Any
 
 from outrider.errors import OptionError
 
-MODES = ("dense", "sparse")
+MODES = ("plain", "dense", "sparse")
+DRAFTING = ("dense", "sparse")
 DTYPES = ("float32", "bfloat16", "float16")
 BACKENDS = ("auto", "reference", "triton", "cuda")
 DEFAULT_KEEP = 0.1
@@ -84,10 +85,13 @@ class SamplingParams:
 class EngineConfig:
     """How rounds are run, for all prompts of an engine."""
 
-    mode: str = option("sparse", "verification: dense (exact) or sparse (approximate)")
+    mode: str = option("sparse", "verification: dense (exact) or sparse (approximate); plain: the target alone, no draft")
     method: str = option("outrider", "how tokens are selected: outrider, sts or specattn")
     budget: Budget = field(default_factory=Budget)
     draft_tokens: int = option(4, "tokens the draft proposes each round (K)")
+    drafting: str = option("dense", "what the draft reads: dense (all) or sparse (what its last round looked at)")
+    draft_keep: float = option(0.05, "sparse drafting: share of the cached tokens each of the draft's lists keeps, in (0, 1]")
+    draft_recent: int = option(512, "sparse drafting: last cached tokens that every list of the draft keeps")
     batch_size: int = option(8, "sequences that run at the same time; more prompts wait")
     prefill_chunk: int = option(2048, "prompt tokens per forward of the prefill")
     eager: bool = option(False, "on a GPU, run rounds kernel by kernel; default: as CUDA graphs, captured once")
@@ -102,11 +106,23 @@ class EngineConfig:
         check(
             "K (draft-tokens)", self.draft_tokens, _is_int(self.draft_tokens) and self.draft_tokens >= 1, "a whole number >= 1"
         )
+        check("drafting", self.drafting, self.drafting in DRAFTING, ", ".join(DRAFTING))
+        if self.drafting == "sparse" and self.mode == "plain":
+            raise OptionError("drafting", self.drafting, "dense with mode plain, which drafts nothing")
+        keep, recent = self.draft_keep, self.draft_recent
+        check("draft-keep", keep, _is_number(keep) and 0 < keep <= 1, "a number in (0, 1]")
+        check("draft-recent", recent, _is_int(recent) and recent >= 0, "a whole number >= 0")
         check("batch-size", self.batch_size, _is_int(self.batch_size) and self.batch_size >= 1, "a whole number >= 1")
         chunk = self.prefill_chunk
         check("prefill-chunk", chunk, _is_int(chunk) and chunk >= 1, "a whole number >= 1")
         check("backend", self.backend, self.backend in BACKENDS, ", ".join(BACKENDS))
         check("budget", self.budget, isinstance(self.budget, Budget), "a Budget")
+
+    @property
+    def draft_budget(self) -> Budget:
+        """What the draft may read when it drafts sparsely."""
+        budget = self.budget
+        return Budget(keep=self.draft_keep, sinks=budget.sinks, recent=self.draft_recent, min_context=budget.min_context)
 
 
 def engine_config(**options: Any) -> EngineConfig:

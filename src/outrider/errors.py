@@ -26,6 +26,10 @@ class ModelError(OutriderError, ValueError):
     """A checkpoint cannot be loaded, or its attention cannot be routed through Outrider."""
 
 
+class EngineError(OutriderError, RuntimeError):
+    """An engine cannot be used any more."""
+
+
 class PairError(OutriderError, ValueError):
     """Draft and target do not belong together (different vocabularies, wrong alignment)."""
 

@@ -25,7 +25,7 @@ class DraftTrace:
     """What the draft leaves behind after proposing."""
 
     tokens: Tensor  # [B, K] int64, the drafted tokens
-    probs: Tensor  # [B, K, V] fp32, the distribution each was drawn from (one-hot when greedy)
+    probs: Tensor | None  # [B, K, V] fp32, the distribution each was drawn from; None where all are greedy (one-hot)
     queries: tuple[Tensor, ...]  # per draft layer [B, T, Hq, D]: post-RoPE queries of the pending and all drafted tokens
 
 

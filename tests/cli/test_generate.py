@@ -157,7 +157,7 @@ class TestBadInput:
             (["-K", "0"], "K (draft-tokens): got 0; allowed: a whole number >= 1"),
             (["--method", "magic"], "method: got 'magic'; allowed: outrider, sts, specattn"),
             (["--method", "magic", "--mode", "dense"], "method: got 'magic'; allowed: outrider, sts, specattn"),
-            (["--mode", "dense", "--mode", "fast"], "mode: got 'fast'; allowed: dense, sparse"),
+            (["--mode", "dense", "--mode", "fast"], "mode: got 'fast'; allowed: plain, dense, sparse"),
             (["--dtype", "int8"], "dtype: got 'int8'; allowed: float32, bfloat16, float16"),
             (["--device", "abacus"], "device: got 'abacus'; allowed: cpu"),
             (["--backend", "magic"], "backend: got 'magic'; allowed: auto, reference, triton, cuda"),

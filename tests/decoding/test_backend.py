@@ -23,6 +23,7 @@ OPS = {  # where the stages call them
     "token_verify": "outrider.decoding.rounds",
 }
 FEW = SamplingParams(max_new_tokens=6)
+SAMPLED = SamplingParams(max_new_tokens=6, temperature=1.0)  # greedy rounds need no token_verify
 
 
 @pytest.fixture
@@ -47,14 +48,15 @@ def asked(method, monkeypatch):
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_backend_reaches_every_op(backend, method, asked, make_pair, make_engine, random_prompts):
     """token_verify has no kernels: it is left to its default."""
-    make_engine(make_pair("llama"), mode="sparse", method=method, backend=backend).generate(random_prompts([20]), FEW)
+    engine = make_engine(make_pair("llama"), mode="sparse", method=method, backend=backend)
+    engine.generate(random_prompts([20]), SAMPLED)
     assert asked == {op: {backend} for op in OPS} | {"token_verify": {"default"}}
 
 
 def test_other_options_may_name_another_backend(method, asked, make_pair, make_engine, random_prompts):
     """The models are loaded once; what counts is the engine's own option."""
     engine = make_engine(make_pair("llama"), mode="sparse", method=method)
-    engine.with_options(backend="reference").generate(random_prompts([20]), FEW)
+    engine.with_options(backend="reference").generate(random_prompts([20]), SAMPLED)
     assert asked == {op: {"reference"} for op in OPS} | {"token_verify": {"default"}}
     assert engine.target.backend == "auto"
 

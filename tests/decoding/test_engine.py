@@ -179,8 +179,7 @@ def test_progress_of_the_prefill(make_pair, make_engine, random_prompts):
     seen = []
     engine = make_engine(make_pair("llama"), prefill_chunk=8)
     engine.generate(random_prompts([20]), TOKENS, progress=lambda *step: seen.append(step))
-    for name in ("tiny-llama", "noisy-tiny-llama"):
-        assert [step[1:] for step in seen if step[0] == f"prefill {name}"] == [(8, 19), (16, 19), (19, 19)]
+    assert seen == [("prefill", 8, 19), ("prefill", 16, 19), ("prefill", 19, 19)]
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 64])

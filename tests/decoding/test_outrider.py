@@ -107,7 +107,7 @@ def test_number_of_params_must_fit(engine):
         ({"top_p": -0.1}, "top-p: got -0.1"),
         ({"top_p": float("nan")}, "top-p: got nan"),
         ({"keep": 0.1, "top_p": 0.9}, "keep and top-p.*only one"),
-        ({"mode": "exactly"}, "mode: got 'exactly'; allowed: dense, sparse"),
+        ({"mode": "exactly"}, "mode: got 'exactly'; allowed: plain, dense, sparse"),
         ({"draft_tokens": 0}, r"K \(draft-tokens\): got 0; allowed: a whole number >= 1"),
         ({"draft_tokens": 2.0}, "draft-tokens"),
         ({"batch_size": 0}, "batch-size: got 0"),

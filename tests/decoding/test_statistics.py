@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outrider.config import SamplingParams
-from outrider.decoding.statistics import STAGES, Listed, StageClock, Statistics, count_reads, total
+from outrider.decoding.statistics import STAGES, Listed, ReadCounter, StageClock, Statistics, total
 from outrider.models import LayerShape, ModelSpec
 from outrider.types import Selection
 
@@ -51,7 +51,7 @@ def test_reads_equal_a_naive_count(lengths, owners, data):
         lengths=torch.tensor(lengths),
     )
     scored = data.draw(st.sampled_from([(0,), (0, 2)]))
-    reads = count_reads(Listed.of(selection, SPEC, 12), SPEC, DRAFT, scored, torch.tensor(lengths), T)
+    counted, counter = Listed.of(selection, SPEC, 12), ReadCounter(SPEC, DRAFT, scored, T)
     row_bytes = 2 * 8 * 2  # key and value, D = 8, two bytes
     for b, n in enumerate(lengths):
         read = window = min(n, 4) + T  # the first of T queries sees itself and 4 tokens before, the others no older ones
@@ -61,15 +61,18 @@ def test_reads_equal_a_naive_count(lengths, owners, data):
             per_head = [own[0], own[0]] if len(own) == 1 else own if len(own) == 2 else [{*own[0], *own[1]}, {*own[2], *own[3]}]
             read += sum(len(head) + T for head in per_head) / 2
             listed += sum(map(len, own)) / len(own) / 2
-        assert int(reads.bytes_read[b]) == read * 2 * row_bytes + len(scored) * (n + T) * 4 * 4
-        assert int(reads.bytes_dense[b]) == dense * 2 * row_bytes
-        assert float(reads.listed[b]) == pytest.approx(listed)
+        reads = counter.of(n, counted.layers, float(counted.tokens[b]), float(counted.rows[b]))
+        assert reads.bytes_read == read * 2 * row_bytes + len(scored) * (n + T) * 4 * 4
+        assert reads.bytes_dense == dense * 2 * row_bytes
+        assert reads.listed == pytest.approx(listed)
 
 
 @pytest.mark.parametrize("layers", [(FULL, WINDOW, FULL), (WINDOW, WINDOW)], ids=["mixed", "windows only"])
 def test_a_dense_round_reads_everything(layers):
-    reads = count_reads(None, replace(SPEC, layers=layers), DRAFT, (), torch.tensor([11, 0]), T)
-    assert torch.equal(reads.bytes_read, reads.bytes_dense)
+    counter = ReadCounter(replace(SPEC, layers=layers), DRAFT, (), T)
+    for length in (11, 0):
+        reads = counter.of(length)
+        assert (reads.bytes_read, reads.listed) == (reads.bytes_dense, length)
 
 
 def test_a_dense_run_over_window_layers_alone_keeps_everything(make_pair, generate, random_prompts):

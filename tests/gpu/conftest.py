@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from outrider.config import Budget
-from outrider.decoding.engine import prefill
 from outrider.decoding.pair import make_selector
+from outrider.decoding.prefill import prefill
 from outrider.decoding.scoring import score
 from outrider.guidance.selectors import SELECTORS
 from outrider.models import KVCache, LanguageModel, wrap

@@ -22,7 +22,10 @@ MODES = {
     "dense": {},
     "top_k": {"mode": "sparse", "keep": 0.2},
     "top_p": {"mode": "sparse", "top_p": 0.7},
-    "late": {"mode": "sparse", "keep": 0.2, "min_context": 100},  # dense rounds first
+    "plain": {"mode": "plain"},
+    "sparse draft": {"drafting": "sparse", "draft_keep": 0.2, "draft_recent": 4},
+    "both sparse": {"mode": "sparse", "keep": 0.2, "drafting": "sparse", "draft_keep": 0.2, "draft_recent": 4},
+    "late": {"mode": "sparse", "keep": 0.2, "min_context": 100, "drafting": "sparse"},  # dense rounds first
 }
 
 

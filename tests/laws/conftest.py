@@ -12,7 +12,7 @@ from torch import Tensor
 
 from outrider.config import Budget, SamplingParams
 from outrider.decoding.drafting import propose
-from outrider.decoding.engine import prefill
+from outrider.decoding.prefill import prefill
 from outrider.decoding.sampling import Sampling
 from outrider.decoding.scoring import score
 from outrider.guidance.selectors import SELECTORS, Selector, build_selector

@@ -15,7 +15,8 @@ import torch
 
 from outrider.config import SamplingParams
 from outrider.decoding.drafting import propose
-from outrider.decoding.engine import prefill
+from outrider.decoding.engine import Engine
+from outrider.decoding.prefill import prefill
 from outrider.decoding.sampling import Sampling, distributions
 from outrider.decoding.scoring import score
 from outrider.types import Selection
@@ -43,16 +44,16 @@ def shared_prefill(monkeypatch):
     """All draws continue the same prompt: prefill it once and copy the rows, which is most of the time otherwise."""
     made = {}
 
-    def run(model, cache, tokens, chunk, progress=None):
+    def run(model, cache, tokens, stop):
         key = id(model), str(tokens.tolist())
         if key not in made:
             made[key] = model.new_cache(1, tokens.shape[1])
-            prefill(model, made[key], tokens, chunk)
+            prefill(model, made[key], tokens, 64)
         for layer in range(len(model.spec.layers)):
             cache.append(layer, made[key].keys(layer), made[key].values(layer))
         cache.advance(tokens.shape[1])
 
-    monkeypatch.setattr("outrider.decoding.engine.prefill", run)
+    monkeypatch.setitem(Engine.__init__.__kwdefaults__, "read", run)
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +181,7 @@ def test_sparse_with_lists_that_follow_the_drafted_token(tiny_pair, make_engine,
     middle = (drafted.cumsum(0) - drafted / 2)[:, None]  # the number that draws each token
     trace = propose(draft, caches[1], pending, Sampling.of([params] * V), middle, V)
     assert trace.tokens[:, 0].tolist() == list(range(V))
-    selector = engine._engine.selector
+    selector = engine._engine.guidance.target
     selection = selector.select(score(draft, caches[1], trace.queries, lengths, selector.draft_layers, per_query=False))
     assert len({str(row) for row in selection.indices[0, :, 0].tolist()}) > 1, "the lists do depend on the drafted token"
     logits = target.forward(torch.stack([pending, trace.tokens[:, 0]], dim=1), caches[0], selection=selection).logits

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from outrider.config import SamplingParams
-from outrider.decoding.statistics import Listed, count_reads, total
+from outrider.decoding.statistics import Listed, ReadCounter, total
 from outrider.types import Selection
 
 PROMPTS = [41, 23, 30]
@@ -87,19 +87,13 @@ def rows_read(begun, row):
 
 @BUDGETS
 def test_reported_reads_are_the_rows_read(method, budget, make_pair, begin_round, read_rows, random_prompts):
-    """Every row is poisoned alone and looked for in the logits; count_reads must have said as much."""
+    """Every row is poisoned alone and looked for in the logits; the counter must have said as much."""
     pair = make_pair("phi3", "other")
     begun = begin_round(pair, random_prompts(PROMPTS), method, **budget)
     target, draft = (model.spec for model in pair)
     t = begun.tokens.shape[1]
-    reported = count_reads(
-        Listed.of(begun.selection, target, int(begun.lengths.max())),
-        target,
-        draft,
-        begun.selector.draft_layers,
-        begun.lengths,
-        t,
-    )
+    counted = Listed.of(begun.selection, target, int(begun.lengths.max()))
+    counter = ReadCounter(target, draft, begun.selector.draft_layers, t)
     scoring = sum(draft.layers[layer].kv_heads * draft.layers[layer].head_dim * 4 for layer in begun.selector.draft_layers)
     naive = read_rows(begun.selection, pair[0])
     for row, length in enumerate(begun.lengths.tolist()):
@@ -110,10 +104,11 @@ def test_reported_reads_are_the_rows_read(method, budget, make_pair, begin_round
         row_bytes = 2 * target.layers[0].head_dim * 4
         heads = len(found)
         read = sum(map(len, found.values())) + heads * t
-        assert int(reported.bytes_read[row]) == read * row_bytes + scoring * (length + t)
-        assert int(reported.bytes_dense[row]) == heads * (length + t) * row_bytes
+        reported = counter.of(length, counted.layers, float(counted.tokens[row]), float(counted.rows[row]))
+        assert reported.bytes_read == read * row_bytes + scoring * (length + t)
+        assert reported.bytes_dense == heads * (length + t) * row_bytes
         if method != "sts":  # lists per query head overlap: the rows read are their union, the list length their mean
-            assert float(reported.listed[row]) == pytest.approx(sum(map(len, found.values())) / heads)
+            assert reported.listed == pytest.approx(sum(map(len, found.values())) / heads)
 
 
 @pytest.mark.parametrize("mode", ["dense", "sparse"])
@@ -152,7 +147,7 @@ def test_statistics_of_a_run_add_up_its_rounds(mode, method, make_pair, make_eng
             dense += 2 * row_bytes[target] * (length + t) * shape.kv_heads
         cached += length
         if selection is not None:
-            scored = engine._engine.selector.draft_layers
+            scored = engine._engine.guidance.layers
             read += sum(row_bytes[draft] * draft.spec.layers[layer].kv_heads * (length + t) for layer in scored)
     assert result.statistics.kept_fraction == pytest.approx(kept / cached)
     assert result.statistics.kv_read_fraction == pytest.approx(read / dense)

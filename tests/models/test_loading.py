@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from outrider.decoding.engine import prefill
+from outrider.decoding.prefill import prefill
 from outrider.errors import ModelError, OptionError, PairError
 from outrider.models import check_pair, load_model, model_name, wrap
 from outrider.models.attention import register

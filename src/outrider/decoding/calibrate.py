@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from outrider.config import Budget, check
-from outrider.decoding.engine import ProgressCallback
 from outrider.decoding.pair import identity
+from outrider.decoding.prefill import ProgressCallback
 from outrider.errors import PromptError
 from outrider.guidance.alignment import AlignmentFile
 from outrider.guidance.calibration import Calibration

@@ -1,4 +1,4 @@
-"""Propose: the draft runs ahead and keeps the queries of the round."""
+"""Propose: the draft runs ahead and keeps the queries of the round; it may attend to lists of its own."""
 
 from __future__ import annotations
 
@@ -6,36 +6,120 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from outrider.decoding.sampling import Sampling, distributions, draw
-from outrider.models import KVCache, LanguageModel
-from outrider.types import DraftTrace
+from outrider.config import Budget
+from outrider.decoding.sampling import Sampling, distributions, draw, greedy
+from outrider.guidance.selectors.base import list_width
+from outrider.models import KVCache, LanguageModel, ModelSpec
+from outrider.types import DraftTrace, Selection
 
 
 def propose(
-    draft: LanguageModel, cache: KVCache, pending: Tensor, sampling: Sampling, uniforms: Tensor, vocabulary: int
+    draft: LanguageModel,
+    cache: KVCache,
+    pending: Tensor,
+    sampling: Sampling,
+    uniforms: Tensor,
+    vocabulary: int,
+    lists: DraftLists | None = None,
 ) -> DraftTrace:
     """Draft K tokens behind the pending ones.
 
     `pending` [B] int64 and `uniforms` [B, K], random numbers, lie on the draft's device. A draft whose logits are wider or
     narrower (padded embeddings) than the target's `vocabulary` is cut or padded to it. The draft takes K + 1 steps: the last
     one proposes nothing, but leaves the key of the last drafted token in the cache and its query in the trace. Advances `cache`
-    by K + 1.
+    by K + 1. With `lists` of the same rows the draft attends to these, without to its whole cache.
     """
     k = uniforms.shape[1]
     token, tokens, probs, queries = pending, [], [], []
     for step in range(k + 1):
         known = token.clamp(max=draft.spec.vocabulary - 1)  # the target may emit padding that a narrower draft does not have
-        output = draft.forward(known[:, None], cache, record_queries=True, logits=step < k)
+        selection = lists.at(cache.lengths) if lists is not None else None
+        output = draft.forward(known[:, None], cache, selection=selection, record_queries=True, logits=step < k)
         cache.advance(1)
         queries.append(output.queries)
         if step < k:
             logits = output.logits[..., :vocabulary]
             logits = pad(logits, (0, vocabulary - logits.shape[-1]), value=float("-inf"))
-            probs.append(distributions(logits, sampling)[:, 0])
-            token = probs[-1].argmax(-1) if sampling.greedy else draw(probs[-1], uniforms[:, step])
+            if sampling.greedy:
+                token = greedy(logits)[:, 0]
+            else:
+                probs.append(distributions(logits, sampling)[:, 0])
+                token = draw(probs[-1], uniforms[:, step])
             tokens.append(token)
     return DraftTrace(
         tokens=torch.stack(tokens, dim=1),
-        probs=torch.stack(probs, dim=1),
+        probs=torch.stack(probs, dim=1) if probs else None,
         queries=tuple(torch.cat(layer, dim=1) for layer in zip(*queries, strict=True)),
     )
+
+
+class DraftLists:
+    """What the draft attends to while it drafts: the tokens its last round's queries looked at, and all that came after.
+
+        entries of a list   [ chosen at length S0, ascending ][ S0, S0 + 1, .. S0 + 2K + 1 ]
+                              count of them                     what was accepted since, and the round's own tokens
+
+    A step at length S takes the first `count + S - S0` entries. The lists stay in place from round to round, for CUDA graphs;
+    rows are those of the cache.
+    """
+
+    def __init__(self, draft: ModelSpec, budget: Budget, slots: int, capacity: int, draft_tokens: int) -> None:
+        self.layers = draft.full_layers
+        self.budget = budget
+        self._capacity = capacity
+        self._room = 2 * (draft_tokens + 1)
+        device = draft.device
+        # on a CPU lists are as long as they come, at most as the cache
+        chosen = list_width(budget, capacity, budget.sinks + budget.recent, device) or capacity
+        heads = draft.full_shape.kv_heads
+        shape = len(self.layers), slots, heads
+        self.indices = torch.zeros(*shape, min(chosen + self._room, capacity), dtype=torch.int32, device=device)
+        self.counts = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)  # S0
+
+    def rows(self, start: int, stop: int) -> DraftLists:
+        """Lists of rows start .. stop - 1, sharing storage with these."""
+        part = object.__new__(DraftLists)
+        part.layers, part.budget, part._capacity, part._room = self.layers, self.budget, self._capacity, self._room
+        part.indices, part.counts = self.indices[:, start:stop], self.counts[:, start:stop]
+        part.lengths = self.lengths[start:stop]
+        return part
+
+    def at(self, lengths: Tensor) -> Selection:
+        """The lists of a step of one token behind `lengths` [B] cached ones."""
+        grown = (lengths - self.lengths).to(torch.int32)[:, None]
+        return Selection(layers=self.layers, indices=self.indices, counts=self.counts + grown, lengths=lengths)
+
+    def replace(self, selection: Selection) -> None:
+        """Lists newly chosen; `selection.lengths` is what was cached when their queries began to run."""
+        self.indices[..., : selection.indices.shape[-1]] = selection.indices
+        self.counts.copy_(selection.counts)
+        self.lengths.copy_(selection.lengths)
+        later = torch.arange(self._room, device=self.lengths.device)
+        positions = (self.lengths[:, None] + later).clamp(max=self._capacity - 1)  # [B, room]
+        places = (self.counts[..., None] + later).clamp(max=self.indices.shape[-1] - 1)  # [L, B, H, room]
+        self.indices.scatter_(-1, places, positions[None, :, None].expand_as(places).to(torch.int32))
+
+    def begin(self, lengths: Tensor) -> None:
+        """Lists of sinks and recent tokens alone, for rows of which no round was scored yet. `lengths` [B] are cached."""
+        sinks, width = self.budget.sinks, min(self.budget.sinks + self.budget.recent, self.indices.shape[-1])
+        place = torch.arange(width, device=lengths.device)
+        # behind the sinks the last tokens, those after the sinks in a context that has fewer
+        recent = place + (lengths[:, None] - width).clamp(min=0)
+        indices = torch.where(place < sinks, place, recent).to(torch.int32)  # [B, width]
+        counts = lengths.clamp(max=width).to(torch.int32)
+        shape = self.counts.shape
+        self.replace(
+            Selection(
+                layers=self.layers,
+                indices=indices[None, :, None].expand(*shape, width),
+                counts=counts[None, :, None].expand(shape),
+                lengths=lengths,
+            )
+        )
+
+    def move(self, source: int, target: int) -> None:
+        """Copy the lists of row `source` over those of row `target`."""
+        for stored in (self.indices, self.counts):
+            stored[:, target] = stored[:, source]
+        self.lengths[target] = self.lengths[source]

@@ -1,36 +1,32 @@
-"""The loop: propose, score, align and select, verify, accept, commit."""
+"""The loop: refill, propose, score, align and select, verify, accept, commit."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from outrider.config import EngineConfig
-from outrider.decoding.drafting import propose
-from outrider.decoding.graphs import Stages
-from outrider.decoding.pair import make_selector, rehearse
-from outrider.decoding.rounds import InputBuffer, Outcome, RoundKind, accept, verify
+from outrider.decoding.drafting import DraftLists
+from outrider.decoding.pair import make_guidance, rehearse
+from outrider.decoding.prefill import Prefill, ProgressCallback, ReadChunk, read_chunk
+from outrider.decoding.rounds import Judge, RoundKind, RowOutcome, judge
+from outrider.decoding.runner import Flight, Runner
 from outrider.decoding.scheduler import Scheduler
-from outrider.decoding.scoring import score
 from outrider.decoding.sequence import Sequence
-from outrider.decoding.statistics import StageClock, count_reads
-from outrider.errors import OptionError
-from outrider.guidance.selectors.base import Selector
-from outrider.models import KVCache, LanguageModel
+from outrider.decoding.statistics import ReadCounter
+from outrider.errors import EngineError
+from outrider.models import LanguageModel
 from outrider.models.attention import ROUND
 from outrider.models.cache import aligned
-from outrider.types import Alignment, DraftScores, DraftTrace
-
-ProgressCallback = Callable[[str, int, int], None]  # (what, done, of how many)
+from outrider.types import Alignment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """Tokens that one sequence has just emitted."""
+    """Tokens that one sequence has just emitted; none where it failed or was cancelled."""
 
     sequence: Sequence
     tokens: list[int]
@@ -39,180 +35,250 @@ class Event:
 class Engine:
     """Runs sequences through speculative rounds, several at once; finished ones make room for those that wait."""
 
-    def __init__(self, target: LanguageModel, draft: LanguageModel, config: EngineConfig, alignment: Alignment | None) -> None:
+    def __init__(
+        self,
+        target: LanguageModel,
+        draft: LanguageModel,
+        config: EngineConfig,
+        alignment: Alignment | None,
+        *,
+        read: ReadChunk = read_chunk,
+        judge: Judge = judge,
+    ) -> None:
+        """`read` puts a chunk of a prompt into a cache, `judge` accepts drafted tokens: other ones serve measurements."""
         self.config = config
         self.target, self.draft = (model.with_backend(config.backend) for model in (target, draft))
-        self.selector: Selector | None = None
-        if config.mode == "sparse":
-            if alignment is None:
-                raise OptionError(
-                    "alignment", None, "a file made by `outrider calibrate` for this pair (mode dense needs none)"
-                )
-            self.selector = make_selector(self.target, self.draft, config.method, alignment, config.budget, config.draft_tokens)
+        self.read, self.judge = read, judge
+        self.guidance = None
+        if config.mode == "plain":
+            rehearse(self.target, self.draft, None, 1)
         else:
-            rehearse(self.target, self.draft, None, config.draft_tokens + 1)
+            self.guidance = make_guidance(self.target, self.draft, config, alignment)
         # rounds become CUDA graphs where every op has a kernel and none waits for the device
-        waits = (
-            config.backend == "reference" or config.draft_tokens >= ROUND or (self.selector is not None and self.selector.waits)
-        )
+        waits = config.backend == "reference" or config.draft_tokens >= ROUND
+        waits |= self.guidance is not None and self.guidance.waits
         self.captures = target.spec.device.type == "cuda" and not config.eager and not waits
         if self.captures:
             self.target, self.draft = self.target.compile(), self.draft.compile()
+        self.broken: str | None = None  # what made it unusable
+        self._idle: Runner | None = None  # of the last run, with all that it has captured
 
     def run(self, sequences: list[Sequence], progress: ProgressCallback | None = None) -> Iterator[Event]:
-        """Continue all sequences to their end; yields the tokens of every sequence after every round."""
-        rounds = _Rounds(self, sequences, progress)
-        rounds.warm_up()
-        while rounds.scheduler.unfinished:
-            rounds.refill()
-            yield from rounds.step()
+        """Continue all sequences to their end; yields the tokens of every sequence after every round.
 
+        A sequence that fails, for want of memory or because the target's logits are not finite, ends with `error` set and the
+        others go on. An error of the device ends all of them; then the engine cannot be used again.
 
-class _Rounds:
-    """The state of one `run`: the scheduler, the two caches, and what a round needs on the device."""
+        Raises EngineError when it cannot be used.
+        """
+        if self.broken is not None:
+            raise EngineError(f"engine: {self.broken}; it cannot be used again, start a new process")
+        runner = self._runner(sequences)
+        run = _Run(self, runner, sequences, progress or (lambda what, done, of: None))
+        try:
+            yield from run.events()
+        finally:
+            if self.broken is None:
+                self._idle = runner
 
-    def __init__(self, engine: Engine, sequences: list[Sequence], progress: ProgressCallback | None) -> None:
-        config = engine.config
-        self.target, self.draft, self.selector = engine.target, engine.draft, engine.selector
-        self.config = config
-        self.k = config.draft_tokens
-        self.progress = progress or (lambda what, done, of: None)
-        self.scheduler = Scheduler(sequences, min(config.batch_size, len(sequences)))
+    def release(self) -> None:
+        """Give back the memory that is kept for the next run: the caches, and what rounds were captured over them."""
+        self._idle = None
+
+    def _runner(self, sequences: list[Sequence]) -> Runner:
+        """The last run's, if it is idle and large enough, else a new one."""
         longest = max((len(s.prompt) + s.params.max_new_tokens for s in sequences), default=0)
-        capacity = aligned(longest + self.k + 1)  # the last round may run past what is wanted
-        self.caches = tuple(model.new_cache(self.scheduler.slots, capacity) for model in (self.target, self.draft))
-        self.device = self.target.spec.device
-        self.inputs = InputBuffer(self.scheduler.slots, self.k, self.device)
-        self.stages = Stages(capture=engine.captures)
-        self.clock = StageClock(self.device)
+        slots = max(min(self.config.batch_size, len(sequences)), 1)
+        k = self.config.draft_tokens
+        capacity = aligned(longest + 2 * (k + 1))  # the last round, and one begun before its outcome was known, may run past
+        runner, self._idle = self._idle, None
+        if runner is not None and runner.slots >= slots and runner.capacity >= capacity:
+            return runner
+        del runner  # its memory is needed
+        lists = None
+        if self.config.drafting == "sparse":
+            lists = DraftLists(self.draft.spec, self.config.draft_budget, slots, capacity, k)
+        return Runner(
+            self.target,
+            self.draft if self.config.mode != "plain" else None,
+            self.guidance,
+            lists,
+            self.judge,
+            draft_tokens=k,
+            slots=slots,
+            capacity=capacity,
+            capture=self.captures,
+        )
 
-    def refill(self) -> None:
-        """Prefill the prompts that waited into the free slots, densely, all but the last token (it is the pending one)."""
-        for slot, sequence in self.scheduler.admit():
-            before = self.clock.settle()["prefill"]
-            with self.clock.stage("prefill"):
-                tokens = torch.tensor([sequence.prompt[:-1]])
-                for model, cache in zip((self.target, self.draft), self.caches, strict=True):
-                    row = cache.rows(slot, slot + 1)
-                    row.truncate(0)
-                    known = tokens.clamp(max=model.spec.vocabulary - 1)  # see propose
-                    prefill(model, row, known, self.config.prefill_chunk, self.progress)
-            sequence.statistics.seconds["prefill"] += self.clock.settle()["prefill"] - before
 
-    def warm_up(self) -> None:
-        """Two rounds over nothing, of the kind that the first sequences will have: builds, compiles and captures."""
-        first = list(self.scheduler.waiting)[: self.scheduler.slots]
-        if not (self.stages.capture and first):
-            return
-        for done in range(2):
-            self.progress("compile rounds", done, 2)
-            for cache in self.caches:
-                cache.lengths.fill_(1)
-            self._run_stages(*self._kind(first))
-        self.progress("compile rounds", 2, 2)
-        self.clock = StageClock(self.device)
+class _Run:
+    """The host's side of one `run`: who runs, who waits, and what a round means for each."""
 
-    def step(self) -> Iterator[Event]:
-        """One round of all running sequences."""
+    def __init__(self, engine: Engine, runner: Runner, sequences: list[Sequence], progress: ProgressCallback) -> None:
+        self.engine, self.runner, self.config, self.progress = engine, runner, engine.config, progress
+        self.scheduler = Scheduler(sequences, runner.slots)
+        self.filling: Prefill | None = None
+        layers = engine.guidance.layers if engine.guidance is not None else ()
+        self.reads = ReadCounter(engine.target.spec, engine.draft.spec, layers, runner.k + 1)
+
+    def events(self) -> Iterator[Event]:
+        """Rounds until all sequences have ended. On a GPU the next round begins before the last one's tokens are read."""
+        self.runner.clear(slice(None))
+        if first := list(self.scheduler.waiting)[: self.scheduler.slots]:
+            self.runner.warm_up(self._kind(first, self._is_sparse(first, 0)), self.progress)
+        flight: Flight | None = None
+        while self.scheduler.unfinished or flight is not None:
+            try:
+                yield from self._drop_cancelled()
+                yield from self._refill()
+                landed, flight = flight, self._launch(flight)
+                if landed is not None:
+                    yield from self._commit(landed)
+            except torch.OutOfMemoryError as error:
+                flight = None
+                self.runner.forget()
+                yield from self._fail(self.scheduler.running, error)
+            except torch.AcceleratorError as error:
+                self.engine.broken, flight = _first_line(error), None
+                scheduler = self.scheduler
+                yield from self._fail([*scheduler.running, *filter(None, [scheduler.filling]), *scheduler.waiting], error)
+                return
+
+    def _refill(self) -> Iterator[Event]:
+        """Read waiting prompts into free slots: all at once where nobody runs, else a chunk between two rounds."""
+        others_wait = bool(self.scheduler.running)
+        while True:
+            if self.filling is None:
+                admitted = self.scheduler.admit()
+                if admitted is None:
+                    return
+                slot, sequence = admitted
+                rows = self.runner.rows_of(slot)
+                self.filling = Prefill(sequence, rows, self.config.prefill_chunk, self.engine.read, self.progress)
+            filling = self.filling
+            try:
+                if not filling.finished:
+                    filling.step()
+            except torch.OutOfMemoryError as error:
+                self.filling = None
+                self.scheduler.drop(filling.sequence)
+                yield from self._end(filling.sequence, "error", f"no memory for its prompt: {_first_line(error)}")
+                continue
+            if filling.finished:
+                filling.sequence.statistics.seconds["prefill"] += filling.seconds()
+                source, slot = self.scheduler.join()
+                self.runner.move(source, slot)
+                self.runner.begin(slot, filling.sequence.pending)
+                self.filling = None
+            if others_wait:
+                return
+
+    def _launch(self, ahead_of: Flight | None) -> Flight | None:
+        """Start the next round; None where it depends on what the round under way, if there is one, will bring."""
         running = self.scheduler.running
-        now, before = time.perf_counter(), self.clock.settle()
+        if not running:
+            return None
+        now = time.perf_counter()
         for sequence in running:
             sequence.started = sequence.started or now
-        lengths = [sequence.cached for sequence in running]  # S of each sequence: cached in both models before the round
-        self.inputs.load(running)
-        outcome = self._run_stages(*self._kind(running)).cpu()
-        after = self.clock.settle()
-        self._record(outcome, lengths, {stage: after[stage] - before[stage] for stage in after})
-        yield from self._commit(running, outcome)
+        if ahead_of is None:
+            return self.runner.launch(running, self._kind(running, self._is_sparse(running, 0)))
+        most = self.runner.k + 1  # tokens that the round under way may emit
+        sparse = self._is_sparse(running, 1)
+        known = (
+            self.runner.device.type == "cuda"
+            and running == ahead_of.sequences
+            and sparse == self._is_sparse(running, most)
+            and all(len(s.tokens) + most < s.params.max_new_tokens for s in running)
+        )
+        return self.runner.launch(running, self._kind(running, sparse)) if known else None
 
-    def _kind(self, sequences: list[Sequence]) -> tuple[RoundKind, Selector | None]:
-        """The kind of the sequences' next round, and who selects in it."""
-        sparse = max(sequence.cached for sequence in sequences) >= max(self.config.budget.min_context, 1)
-        selector = self.selector if sparse else None
-        return RoundKind.of(sequences, guided=selector is not None), selector
+    def _is_sparse(self, sequences: list[Sequence], more: int) -> bool:
+        """Whether a round reads lists once each sequence has so many more tokens."""
+        return max(sequence.cached for sequence in sequences) + more >= max(self.config.budget.min_context, 1)
 
-    def _run_stages(self, kind: RoundKind, selector: Selector | None) -> Outcome:
-        """Propose, score, select, verify and accept over the first `kind.rows` rows, without waiting for the device."""
-        target_cache, draft_cache = (cache.rows(0, kind.rows) for cache in self.caches)
-        run, clock = self.stages.run, self.clock
-        self.stages.begin(kind)
+    def _kind(self, sequences: list[Sequence], sparse: bool) -> RoundKind:
+        return RoundKind.of(sequences, self.runner.slots, sparse=sparse and self.engine.guidance is not None)
 
-        def proposed() -> DraftTrace:
-            drafting = inputs.pending, inputs.sampling, inputs.draft_uniforms
-            return propose(self.draft, draft_cache, *drafting, self.target.spec.vocabulary)
-
-        def scored(selector: Selector) -> DraftScores:
-            layers, per_query = selector.draft_layers, selector.per_query
-            return score(self.draft, draft_cache, trace.queries, target_cache.lengths, layers, per_query=per_query)
-
-        selection = None
-        with clock.stage("propose"):
-            inputs = run("inputs", lambda: self.inputs.unpack(kind))
-            trace = run("propose", proposed)
-        if selector is not None:
-            with clock.stage("score"):
-                scores = run("score", lambda: scored(selector))
-            with clock.stage("select"):
-                selection = run("select", lambda: selector.select(scores))
-        with clock.stage("verify"):
-            logits = run("verify", lambda: verify(self.target, target_cache, inputs.pending, trace.tokens, selection))
-        with clock.stage("accept"):
-            return run("accept", lambda: accept(trace, logits, inputs, selection, self.target.spec, target_cache, draft_cache))
-
-    def _record(self, outcome: Outcome, lengths: list[int], spent: dict[str, float]) -> None:
-        running = self.scheduler.running
-        scored = self.selector.draft_layers if self.selector is not None else ()
-        reads = count_reads(outcome.listed, self.target.spec, self.draft.spec, scored, torch.tensor(lengths), self.k + 1)
-        for row, sequence in enumerate(running):
-            statistics = sequence.statistics
-            statistics.rounds += 1
-            statistics.drafted += self.k
-            accepted = int(outcome.accepted[row])
-            statistics.accepted += accepted
-            for position in range(accepted):
-                statistics.accepted_at[position] += 1
-            statistics.listed += float(reads.listed[row])
-            statistics.cached += lengths[row]
-            statistics.bytes_read += int(reads.bytes_read[row])
-            statistics.bytes_dense += int(reads.bytes_dense[row])
-            for stage, seconds in spent.items():
-                statistics.seconds[stage] += seconds / len(running)
-
-    def _commit(self, running: list[Sequence], outcome: Outcome) -> Iterator[Event]:
+    def _commit(self, flight: Flight) -> Iterator[Event]:
         """Emit the accepted tokens and the recovered or bonus one; finished sequences leave their slots."""
+        outcomes, seconds, now = flight.land(), flight.clock.settle(), time.perf_counter()
         events = []
-        now = time.perf_counter()
-        for row, sequence in enumerate(running):
-            accepted = outcome.drafted[row, : int(outcome.accepted[row])].tolist()
-            events.append(Event(sequence=sequence, tokens=sequence.extend([*accepted, int(outcome.next_token[row])])))
+        for sequence, outcome in zip(flight.sequences, outcomes, strict=True):
+            if sequence.finish_reason is not None:  # it ended while this round was under way
+                continue
+            if not outcome.finite:
+                sequence.end("error", "the target's logits are not finite numbers")
+                events.append(Event(sequence=sequence, tokens=[]))
+                continue
+            self._record(sequence, outcome, flight.layers, {name: x / len(outcomes) for name, x in seconds.items()})
+            events.append(Event(sequence=sequence, tokens=sequence.extend(outcome.tokens)))
             sequence.statistics.generated_tokens = len(sequence.tokens)
             sequence.statistics.decode_seconds = now - (sequence.started or now)
             if sequence.finish_reason is not None and self.config.audit:
-                self._audit(sequence, self.caches[0].rows(row, row + 1))
-        for source, slot in self.scheduler.release():
-            for cache in self.caches:
-                cache.move(source, slot)
+                self._audit(sequence)
+        self._release()
         yield from events
 
-    def _audit(self, sequence: Sequence, cache: KVCache) -> None:
+    def _record(self, sequence: Sequence, outcome: RowOutcome, layers: tuple[int, ...], spent: dict[str, float]) -> None:
+        statistics, length = sequence.statistics, sequence.cached
+        reads = self.reads.of(length, layers, outcome.listed_tokens, outcome.listed_rows)
+        accepted = len(outcome.tokens) - 1
+        statistics.rounds += 1
+        statistics.drafted += self.runner.k
+        statistics.accepted += accepted
+        for position in range(accepted):
+            statistics.accepted_at[position] += 1
+        statistics.listed += reads.listed
+        statistics.cached += length
+        statistics.bytes_read += reads.bytes_read
+        statistics.bytes_dense += reads.bytes_dense
+        for stage, seconds in spent.items():
+            statistics.seconds[stage] += seconds
+
+    def _release(self) -> None:
+        """Finished sequences leave; those that go on stay in the first slots."""
+        before = len(self.scheduler.running)
+        for source, slot in self.scheduler.release():
+            self.runner.move(source, slot)
+        for slot in range(len(self.scheduler.running), before):
+            self.runner.clear(slot)
+
+    def _end(self, sequence: Sequence, reason: str, error: str | None = None) -> Iterator[Event]:
+        sequence.end(reason, error)
+        yield Event(sequence=sequence, tokens=[])
+
+    def _fail(self, sequences: list[Sequence], error: Exception) -> Iterator[Event]:
+        """End the sequences of a round that raised."""
+        for sequence in [sequence for sequence in sequences if sequence.finish_reason is None]:
+            yield from self._end(sequence, "error", _first_line(error))
+        if self.engine.broken is None:
+            self._release()
+
+    def _drop_cancelled(self) -> Iterator[Event]:
+        scheduler = self.scheduler
+        for sequence in [s for s in (*scheduler.waiting, scheduler.filling) if s is not None and s.cancelled]:
+            if sequence is scheduler.filling:
+                self.filling = None
+            scheduler.drop(sequence)
+            yield from self._end(sequence, "cancelled")
+        for sequence in [s for s in scheduler.running if s.cancelled]:
+            yield from self._end(sequence, "cancelled")
+        self._release()
+
+    def _audit(self, sequence: Sequence) -> None:
         """Count the generated tokens that the dense target, given the same text, holds for the most probable."""
+        _, cache = self.runner.rows_of(self.scheduler.running.index(sequence))[0]
         prompt = len(sequence.prompt) - 1
         cache.truncate(prompt)
         tokens = torch.tensor([[sequence.prompt[-1], *sequence.tokens[:-1]]])
         choices = []
         for chunk in tokens.split(self.config.prefill_chunk, dim=1):
-            choices.append(self.target.forward(chunk, cache).logits.argmax(-1).cpu())
+            choices.append(self.engine.target.forward(chunk, cache).logits.argmax(-1).cpu())
             cache.advance(chunk.shape[1])
         sequence.statistics.audited = len(sequence.tokens)
         sequence.statistics.agreed = int((torch.cat(choices, dim=1)[0] == torch.tensor(sequence.tokens)).sum())
 
 
-def prefill(model: LanguageModel, cache: KVCache, tokens: Tensor, chunk: int, progress: ProgressCallback | None = None) -> None:
-    """Run `tokens` [B, S] densely through `model` into `cache`, `chunk` tokens at a time."""
-    total = tokens.shape[1]
-    for start in range(0, total, chunk):
-        part = tokens[:, start : start + chunk]
-        model.forward(part, cache, logits=False)
-        cache.advance(part.shape[1])
-        if progress is not None:
-            progress(f"prefill {model.spec.name}", start + part.shape[1], total)
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__

@@ -42,6 +42,10 @@ class Stages:
         self._current = self._variants.setdefault(kind, _Variant())
         self._current.rounds += 1
 
+    def knows(self, kind: Hashable) -> bool:
+        """Rounds of this kind are captured already."""
+        return kind in self._variants and bool(self._variants[kind].stages)
+
     def run(self, name: str, function: Callable[[], Result]) -> Result:
         """The stage's result. `function` must not wait for the device."""
         if not self.capture or self._current.rounds < 2:

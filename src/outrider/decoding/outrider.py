@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from outrider.config import Budget, EngineConfig, SamplingParams, check, engine_config
-from outrider.decoding.engine import Engine, ProgressCallback
+from outrider.decoding.engine import Engine
 from outrider.decoding.pair import BUILTIN, find_alignment, load_pair
+from outrider.decoding.prefill import ProgressCallback
 from outrider.decoding.sequence import Sequence
 from outrider.decoding.statistics import Statistics
 from outrider.errors import OptionError, PromptError
@@ -27,7 +28,8 @@ class Result:
 
     text: str  # the continuation alone, ending before a stop string
     token_ids: list[int]
-    finish_reason: str  # "length", "eos" or "stop"
+    finish_reason: str  # "length", "eos" or "stop"; "cancelled"; "error"
+    error: str | None  # what went wrong, where something did: the text ends there
     statistics: Statistics
 
 
@@ -133,6 +135,7 @@ class Outrider:
                     text=sequence.text.text,
                     token_ids=list(sequence.tokens),
                     finish_reason=sequence.finish_reason,
+                    error=sequence.error,
                     statistics=sequence.statistics,
                 )
             yield Chunk(index=sequence.index, text=text, token_ids=event.tokens, statistics=sequence.statistics, result=result)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from outrider.config import Budget
+from outrider.config import Budget, EngineConfig
 from outrider.decoding.scoring import score
 from outrider.errors import AlignmentError, OptionError
 from outrider.guidance.alignment import AlignmentFile, ModelIdentity, load
@@ -42,6 +43,51 @@ def load_pair(
     return target_model, draft_model
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guidance:
+    """Who chooses tokens in a round, for whom, from which scores. At least one of the two selectors is there."""
+
+    target: Selector | None  # lists for verification; None: dense
+    draft: Selector | None  # lists for the next round's drafting; None: dense
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The draft layers that are scored."""
+        return next(selector.draft_layers for selector in (self.target, self.draft) if selector is not None)
+
+    @property
+    def per_query(self) -> bool:
+        """The round's queries are kept apart."""
+        return self.target is not None and self.target.per_query
+
+    @property
+    def waits(self) -> bool:
+        """Selecting waits for the device."""
+        return self.target is not None and self.target.waits
+
+
+def make_guidance(
+    target: LanguageModel, draft: LanguageModel, config: EngineConfig, alignment: Alignment | None
+) -> Guidance | None:
+    """The selectors that `config` asks for; None where target and draft read all.
+
+    Raises like `make_selector`, and OptionError where sparse verification lacks its alignment.
+    """
+    choosing = drafting = None
+    scored = draft.spec.full_layers if config.drafting == "sparse" else ()
+    if config.mode == "sparse":
+        if alignment is None:
+            raise OptionError("alignment", None, "a file made by `outrider calibrate` for this pair (mode dense needs none)")
+        choosing = _build_selector(config.method, target, draft, alignment, config.budget, scored)
+        scored = choosing.draft_layers
+    if config.drafting == "sparse":
+        heads = draft.spec.full_shape.query_heads
+        own = torch.cartesian_prod(torch.arange(len(draft.spec.layers)), torch.arange(heads)).view(-1, heads, 1, 2)
+        drafting = _build_selector("outrider", draft, draft, Alignment(sources=own), config.draft_budget, scored)
+    rehearse(target, draft, choosing, config.draft_tokens + 1, drafting)
+    return Guidance(target=choosing, draft=drafting) if choosing or drafting else None
+
+
 def make_selector(
     target: LanguageModel, draft: LanguageModel, method: str, alignment: Alignment, budget: Budget, draft_tokens: int
 ) -> Selector:
@@ -49,23 +95,38 @@ def make_selector(
 
     Raises OptionError for an unknown method and for a backend that cannot run rounds of `draft_tokens`, PairError for a misfit.
     """
-    selector = build_selector(
-        method,
-        alignment=Alignment(sources=alignment.sources.to(draft.spec.device)),
-        budget=budget,
-        target_layers=target.spec.full_layers,
-        kv_heads=target.spec.full_shape.kv_heads,
-        draft_heads=draft.spec.full_shape.query_heads,
-        backend=target.backend,
-    )
+    selector = _build_selector(method, target, draft, alignment, budget, ())
     rehearse(target, draft, selector, draft_tokens + 1)
     return selector
 
 
-def rehearse(target: LanguageModel, draft: LanguageModel, selector: Selector | None, t: int) -> None:
+def _build_selector(
+    method: str,
+    reader: LanguageModel,  # who attends to the lists
+    draft: LanguageModel,
+    alignment: Alignment,
+    budget: Budget,
+    scored: tuple[int, ...],
+) -> Selector:
+    return build_selector(
+        method,
+        alignment=Alignment(sources=alignment.sources.to(draft.spec.device)),
+        budget=budget,
+        target_layers=reader.spec.full_layers,
+        kv_heads=reader.spec.full_shape.kv_heads,
+        draft_heads=draft.spec.full_shape.query_heads,
+        backend=reader.backend,
+        scored=scored,
+    )
+
+
+def rehearse(
+    target: LanguageModel, draft: LanguageModel, selector: Selector | None, t: int, drafting: Selector | None = None
+) -> None:
     """Run a round of `t` tokens over nothing, so that a backend that cannot run this pair says so before any work.
 
-    Raises OptionError. Backends that find an implementation for everything need no rehearsal.
+    `selector` chooses for the target, `drafting` for the draft. Raises OptionError. Backends that find an implementation for
+    everything need no rehearsal.
     """
     if target.backend in ("auto", "reference"):
         return
@@ -76,10 +137,13 @@ def rehearse(target: LanguageModel, draft: LanguageModel, selector: Selector | N
     selection = None
     try:
         draft.forward(tokens[:, :1], caches[1], logits=False)
-        if selector is not None:
+        for chooser in filter(None, (drafting, selector)):
             queries = draft.forward(tokens, caches[1], record_queries=True, logits=False).queries
-            layers, per_query = selector.draft_layers, selector.per_query
-            selection = selector.select(score(draft, caches[1], queries, caches[1].lengths, layers, per_query=per_query))
+            layers, per_query = chooser.draft_layers, chooser.per_query
+            selection = chooser.select(score(draft, caches[1], queries, caches[1].lengths, layers, per_query=per_query))
+            if chooser is drafting:
+                draft.forward(tokens[:, :1], caches[1], selection=selection, logits=False)
+                selection = None
         target.forward(tokens, caches[0], selection=selection, logits=False)
     except BackendError as error:
         allowed = f"auto, reference, or one that runs this pair in {target.spec.dtype} with K = {t - 1} ({error.reason})"

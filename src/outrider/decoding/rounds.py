@@ -1,17 +1,19 @@
-"""What a round needs from the host, and what the host wants back, in a few small copies."""
+"""What a round needs from the host, and what the host wants back: one small copy each."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from outrider.decoding.sampling import Sampling, all_greedy, any_filtered, distributions
+from outrider.decoding.sampling import Sampling, all_greedy, any_filtered, distributions, greedy
 from outrider.decoding.sequence import Sequence
 from outrider.decoding.statistics import Listed
 from outrider.models import KVCache, LanguageModel, ModelSpec
 from outrider.ops import token_verify
+from outrider.ops.token_verify import Verified
 from outrider.types import DraftTrace, Selection
 
 
@@ -19,15 +21,16 @@ from outrider.types import DraftTrace, Selection
 class RoundKind:
     """What the host decides about a round: shapes and branches. Rounds of one kind differ in numbers alone."""
 
-    rows: int  # B
-    guided: bool  # sparse
+    rows: int  # B: the running sequences, and idle rows that round their number up to a power of two
+    sparse: bool  # reads lists, as far as the engine is asked to
     greedy: bool  # every row is: distributions are one-hot
     filtered: bool  # some row has a sampling top-k or top-p
 
     @classmethod
-    def of(cls, running: list[Sequence], *, guided: bool) -> RoundKind:
+    def of(cls, running: list[Sequence], slots: int, *, sparse: bool) -> RoundKind:
         params = [sequence.params for sequence in running]
-        return cls(rows=len(running), guided=guided, greedy=all_greedy(params), filtered=any_filtered(params))
+        rows = min(slots, 1 << (len(running) - 1).bit_length())
+        return cls(rows=rows, sparse=sparse, greedy=all_greedy(params), filtered=any_filtered(params))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,37 +38,47 @@ class Inputs:
     """What the running sequences bring into a round, on the device."""
 
     pending: Tensor  # [B] int64
+    active: Tensor  # [B] int64: 1, or 0 for idle rows, whose caches stay as they are
     draft_uniforms: Tensor  # [B, K] fp64
     verify_uniforms: Tensor  # [B, K + 1] fp32
     sampling: Sampling
 
 
 class InputBuffer:
-    """The rows of up to `slots` sequences, on host and device, as doubles, which hold tokens and parameters exactly."""
+    """The rows of up to `slots` sequences, on host and device, as doubles, which hold tokens and parameters exactly.
 
-    PARAMETERS = 4  # pending token, temperature, top-k, top-p; random numbers behind them
+    The pending tokens never leave the device: a round puts them where the next one finds them.
+    """
+
+    PARAMETERS = 4  # active, temperature, top-k, top-p; random numbers behind them
 
     def __init__(self, slots: int, draft_tokens: int, device: torch.device) -> None:
         self.k = draft_tokens
+        self.pending = torch.zeros(slots, dtype=torch.int64, device=device)
         shape = slots, self.PARAMETERS + 2 * draft_tokens + 1
-        self._host = torch.zeros(shape, dtype=torch.float64, pin_memory=device.type == "cuda")
+        # two, in turn: the copy of one round may still wait for the round before when the next one is filled in
+        self._hosts = [torch.zeros(shape, dtype=torch.float64, pin_memory=device.type == "cuda") for _ in range(2)]
         self._device = torch.zeros(shape, dtype=torch.float64, device=device)
 
-    def load(self, running: list[Sequence]) -> None:
+    def load(self, running: list[Sequence], rows: int) -> None:
         """Put the next round of the sequences into the first rows; draws their random numbers."""
+        host = self._hosts[0]
+        self._hosts.reverse()
+        host.zero_()
         for row, sequence in enumerate(running):
             params = sequence.params
-            numbers = (sequence.pending, params.temperature, params.top_k, params.top_p)
-            self._host[row, : self.PARAMETERS] = torch.tensor(numbers, dtype=torch.float64)
-            self._host[row, self.PARAMETERS :] = sequence.uniforms(2 * self.k + 1)
-        self._device[: len(running)].copy_(self._host[: len(running)], non_blocking=True)
+            numbers = (1.0, params.temperature, params.top_k, params.top_p)
+            host[row, : self.PARAMETERS] = torch.tensor(numbers, dtype=torch.float64)
+            host[row, self.PARAMETERS :] = sequence.uniforms(2 * self.k + 1)
+        self._device[:rows].copy_(host[:rows], non_blocking=True)
 
     def unpack(self, kind: RoundKind) -> Inputs:
         """The first rows, typed. Part of a round: waits for nothing."""
-        pending, temperature, top_k, top_p = self._device[: kind.rows, : self.PARAMETERS].unbind(1)
+        active, temperature, top_k, top_p = self._device[: kind.rows, : self.PARAMETERS].unbind(1)
         uniforms = self._device[: kind.rows, self.PARAMETERS :]
         return Inputs(
-            pending=pending.long(),
+            pending=self.pending[: kind.rows],
+            active=active.long(),
             draft_uniforms=uniforms[:, : self.k],
             verify_uniforms=uniforms[:, self.k :].float(),
             sampling=Sampling(
@@ -78,6 +91,30 @@ class InputBuffer:
         )
 
 
+Judge = Callable[[DraftTrace, Tensor, Inputs], Verified]  # of the drafted tokens, by the target's logits [B, K + 1, V]
+
+
+def judge(trace: DraftTrace, logits: Tensor, inputs: Inputs) -> Verified:
+    """Speculative sampling: how many drafted tokens pass, and the recovered or bonus token."""
+    if trace.probs is None:  # one-hot distributions: a drafted token passes where the target has the same
+        choices = greedy(logits)
+        accepted = (trace.tokens == choices[:, :-1]).long().cumprod(-1).sum(-1)
+        return Verified(accepted, choices.gather(1, accepted[:, None])[:, 0])
+    return token_verify(trace.tokens, trace.probs, distributions(logits, inputs.sampling), inputs.verify_uniforms)
+
+
+def propose_nothing(inputs: Inputs, vocabulary: int) -> DraftTrace:
+    """The trace of a round without a draft: K = 0."""
+    rows, device = inputs.pending.shape[0], inputs.pending.device
+    probs = None if inputs.sampling.greedy else torch.zeros(rows, 0, vocabulary, device=device)
+    return DraftTrace(tokens=torch.zeros(rows, 0, dtype=torch.int64, device=device), probs=probs, queries=())
+
+
+def verify(target: LanguageModel, cache: KVCache, pending: Tensor, drafted: Tensor, selection: Selection | None) -> Tensor:
+    """The target's logits [B, K + 1, V] over the pending and the drafted tokens, over the lists or, without any, densely."""
+    return target.forward(torch.cat([pending[:, None], drafted], dim=1), cache, selection=selection).logits
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """What a round leaves to the host.
@@ -86,21 +123,25 @@ class Outcome:
     where a drafted token was rejected, *bonus* where all K passed.
     """
 
-    drafted: Tensor  # [B, K] int64
-    accepted: Tensor  # [B] int64 in 0 .. K
-    next_token: Tensor  # [B] int64, recovered or bonus
-    listed: Listed | None  # None where the round was dense
-
-    def cpu(self) -> Outcome:
-        """On the host; waits for the round."""
-        tokens = torch.cat([self.drafted, self.accepted[:, None], self.next_token[:, None]], dim=1).cpu()
-        listed = self.listed.cpu() if self.listed is not None else None
-        return Outcome(drafted=tokens[:, :-2], accepted=tokens[:, -2], next_token=tokens[:, -1], listed=listed)
+    numbers: Tensor  # [B, K + 5] fp64: K drafted tokens, how many are accepted, the next token, 1 if logits are finite, Listed
+    layers: tuple[int, ...]  # target layers that had lists
 
 
-def verify(target: LanguageModel, cache: KVCache, pending: Tensor, drafted: Tensor, selection: Selection | None) -> Tensor:
-    """The target's logits [B, K + 1, V] over the pending and the drafted tokens, over the lists or, without any, densely."""
-    return target.forward(torch.cat([pending[:, None], drafted], dim=1), cache, selection=selection).logits
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowOutcome:
+    """What a round leaves to one sequence, on the host."""
+
+    tokens: list[int]  # emitted: accepted ones, then the recovered or bonus token
+    finite: bool  # every logit of the target was a number
+    listed_tokens: float  # see Listed
+    listed_rows: float
+
+    @classmethod
+    def of(cls, numbers: list[float]) -> RowOutcome:
+        """From a row of `Outcome.numbers`."""
+        *drafted, accepted, following, finite, tokens, rows = numbers
+        emitted = [*drafted[: int(accepted)], following]
+        return cls(tokens=[int(x) for x in emitted], finite=finite == 1, listed_tokens=tokens, listed_rows=rows)
 
 
 def accept(
@@ -109,12 +150,21 @@ def accept(
     inputs: Inputs,
     selection: Selection | None,
     target: ModelSpec,
-    target_cache: KVCache,
-    draft_cache: KVCache,
+    caches: list[KVCache],
+    judge: Judge,
 ) -> Outcome:
-    """Speculative sampling, and both caches brought to what was accepted. `logits` [B, K + 1, V] are the target's."""
-    verified = token_verify(trace.tokens, trace.probs, distributions(logits, inputs.sampling), inputs.verify_uniforms)
-    listed = Listed.of(selection, target, target_cache.capacity) if selection is not None else None
-    target_cache.advance(verified.accepted + 1)
-    draft_cache.truncate(target_cache.lengths)
-    return Outcome(drafted=trace.tokens, accepted=verified.accepted, next_token=verified.next_token, listed=listed)
+    """Judge the drafted tokens by the target's logits [B, K + 1, V]; bring the caches, the target's first, to what passed."""
+    verified = judge(trace, logits, inputs)
+    finite = logits.amax(-1).isfinite().all(-1)
+    if selection is None:
+        listed = torch.zeros(2, *finite.shape, dtype=torch.float64, device=finite.device).unbind()
+    else:
+        counted = Listed.of(selection, target, caches[0].capacity)
+        listed = counted.tokens, counted.rows
+    inputs.pending.copy_(verified.next_token)
+    caches[0].advance((verified.accepted + 1) * inputs.active)
+    for cache in caches[1:]:
+        cache.truncate(caches[0].lengths)
+    columns = [verified.accepted, verified.next_token, finite, *listed]
+    numbers = torch.cat([trace.tokens.double(), torch.stack([column.double() for column in columns], dim=1)], dim=1)
+    return Outcome(numbers=numbers, layers=selection.layers if selection is not None else ())

@@ -30,7 +30,9 @@ class Sequence:
         self.prompt = prompt
         self.params = params
         self.tokens: list[int] = []  # generated
-        self.finish_reason: str | None = None  # "length", "eos" or "stop" once finished
+        self.finish_reason: str | None = None  # "length", "eos", "stop", "cancelled" or "error" once finished
+        self.error: str | None = None  # what went wrong, if something did
+        self.cancelled = False  # to be ended before the next round
         self.text = TextStream(tokenizer, params.stop, before=prompt[-CONTINUED:])
         self.statistics = statistics
         self.started: float | None = None  # clock when the first round began
@@ -50,6 +52,10 @@ class Sequence:
     def uniforms(self, count: int) -> Tensor:
         """The next `count` random numbers of this sequence, [count] fp32 in [0, 1)."""
         return torch.rand(count, generator=self._generator)
+
+    def end(self, reason: str, error: str | None = None) -> None:
+        """Finish for a reason that is not in the text."""
+        self.finish_reason, self.error = reason, error
 
     def extend(self, tokens: list[int]) -> list[int]:
         """Emit tokens until one finishes the sequence; returns those that were emitted."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -118,11 +118,11 @@ class StageClock:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listed:
-    """How many tokens the lists of a round hold."""
+    """How many tokens the lists of a round hold, summed over the layers that have lists."""
 
     layers: tuple[int, ...]  # target layers that have lists
-    mean: Tensor  # [len(layers), B] fp64, averaged over list heads
-    rows: Tensor  # [len(layers), B] fp64: cached rows that are read, a row of a KV head once, summed over KV heads
+    tokens: Tensor  # [B] fp64, averaged over list heads
+    rows: Tensor  # [B] fp64: cached rows that are read, a row of a KV head once, summed over KV heads
 
     @classmethod
     def of(cls, selection: Selection, target: ModelSpec, size: int) -> Listed:
@@ -137,47 +137,57 @@ class Listed:
             places = torch.where(listed, selection.indices, size).reshape(layers, b, kv_heads, -1).long()
             marks = torch.zeros(layers, b, kv_heads, size + 1, dtype=torch.bool, device=counts.device)
             rows = marks.scatter_(-1, places, True)[..., :size].sum((-1, -2)).double()
-        return cls(layers=selection.layers, mean=counts.mean(-1), rows=rows)
-
-    def cpu(self) -> Listed:
-        return Listed(layers=self.layers, mean=self.mean.cpu(), rows=self.rows.cpu())
+        return cls(layers=selection.layers, tokens=counts.mean(-1).sum(0), rows=rows.sum(0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reads:
-    """What one verification of T tokens reads, per sequence."""
+    """What one verification reads for one sequence."""
 
-    listed: Tensor  # [B] fp64: listed tokens, averaged over list heads and full-attention layers
-    bytes_read: Tensor  # [B] int64
-    bytes_dense: Tensor  # [B] int64
+    listed: float  # tokens, averaged over list heads and full-attention layers
+    bytes_read: int
+    bytes_dense: int
 
 
-def count_reads(
-    listed: Listed | None, target: ModelSpec, draft: ModelSpec, scored_layers: tuple[int, ...], lengths: Tensor, t: int
-) -> Reads:
-    """Count the rows that verifying `t` tokens reads over caches of `lengths` [B]; all on the host.
+class ReadCounter:
+    """Counts what verifying `t` tokens reads, on the host.
 
     Query heads that share a KV head and own lists of their own are charged the union of their lists. Window layers are charged
     their window in both columns. Scoring is charged the keys of the scored draft layers.
     """
-    lengths = lengths.to(torch.int64)
-    full = target.full_layers
-    tokens = torch.zeros(len(lengths), dtype=torch.float64)
-    read, dense = torch.zeros_like(lengths), torch.zeros_like(lengths)
-    size = target.dtype.itemsize
-    for layer, shape in enumerate(target.layers):
-        row_bytes = 2 * shape.head_dim * size  # key and value
-        whole = lengths if shape.window is None else lengths.clamp(max=shape.window - 1)  # a query sees itself too
-        dense += (whole + t) * shape.kv_heads * row_bytes
-        if listed is None or layer not in listed.layers:
-            read += (whole + t) * shape.kv_heads * row_bytes
-            tokens += lengths if shape.window is None else 0
-        else:
-            row = listed.layers.index(layer)
-            read += (listed.rows[row].long() + t * shape.kv_heads) * row_bytes
-            tokens += listed.mean[row]
-    if listed is not None:
-        for layer in scored_layers:
-            shape = draft.layers[layer]
-            read += (lengths + t) * shape.kv_heads * shape.head_dim * draft.dtype.itemsize
-    return Reads(listed=tokens / len(full) if full else lengths.double(), bytes_read=read, bytes_dense=dense)
+
+    def __init__(self, target: ModelSpec, draft: ModelSpec, scored_layers: tuple[int, ...], t: int) -> None:
+        self._target, self._t = target, t
+        shapes = (draft.layers[layer] for layer in scored_layers)
+        self._score_bytes = sum(x.kv_heads * x.head_dim for x in shapes) * draft.dtype.itemsize  # a cached token
+        self._dense = self._row_bytes(range(len(target.layers)))
+
+    def of(self, length: int, layers: tuple[int, ...] = (), tokens: float = 0.0, rows: float = 0.0) -> Reads:
+        """Of a sequence with `length` cached tokens; `layers` have lists, of which `tokens` and `rows` are its `Listed`."""
+        full = self._target.full_layers
+        if not layers:
+            dense = self._bytes(self._dense, length)
+            return Reads(listed=float(length), bytes_read=dense, bytes_dense=dense)
+        shape = self._target.layers[layers[0]]
+        listed_rows = int(rows) + self._t * shape.kv_heads * len(layers)
+        read = listed_rows * 2 * shape.head_dim * self._target.dtype.itemsize
+        read += self._bytes(self._row_bytes(set(range(len(self._target.layers))) - set(layers)), length)
+        return Reads(
+            listed=(tokens + length * (len(full) - len(layers))) / len(full),
+            bytes_read=read + (length + self._t) * self._score_bytes,
+            bytes_dense=self._bytes(self._dense, length),
+        )
+
+    def _row_bytes(self, layers: Iterable[int]) -> dict[int | None, int]:
+        """Bytes of keys and values of one cached token in these layers, by window."""
+        found: dict[int | None, int] = {}
+        for shape in (self._target.layers[layer] for layer in layers):
+            size = 2 * shape.kv_heads * shape.head_dim * self._target.dtype.itemsize
+            found[shape.window] = found.get(shape.window, 0) + size
+        return found
+
+    def _bytes(self, row_bytes: dict[int | None, int], length: int) -> int:
+        """A window's first query sees itself and the tokens before it, window - 1 at most."""
+        return sum(
+            ((length if window is None else min(length, window - 1)) + self._t) * size for window, size in row_bytes.items()
+        )

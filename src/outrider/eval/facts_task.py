@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from outrider.config import check
-from outrider.decoding.engine import ProgressCallback
+from outrider.decoding.prefill import ProgressCallback
 from outrider.errors import OptionError
 from outrider.eval.facts import Fact, draw_facts
 from outrider.eval.rows import Case, Row, Text, conditions

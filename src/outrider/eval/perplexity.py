@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from outrider.config import check
-from outrider.decoding.engine import ProgressCallback
+from outrider.decoding.prefill import ProgressCallback
 from outrider.eval.rows import Case, Row, Text, conditions
 from outrider.eval.teacher_forced import Run, TeacherForced, budget_of, check_context, make_selector, tokenize
 from outrider.guidance.alignment import AlignmentFile

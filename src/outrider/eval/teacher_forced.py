@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from outrider.config import Budget
-from outrider.decoding.engine import ProgressCallback, prefill
 from outrider.decoding.pair import make_selector as pair_selector
+from outrider.decoding.prefill import ProgressCallback, prefill
 from outrider.decoding.scoring import score
-from outrider.decoding.statistics import Listed, count_reads
+from outrider.decoding.statistics import Listed, ReadCounter
 from outrider.errors import OptionError, PromptError
 from outrider.eval.rows import Case
 from outrider.guidance.alignment import AlignmentFile
@@ -56,6 +57,8 @@ class TeacherForced:
         """Predict behind each of `tokens`, which follow the cached document; the caches come back as they were."""
         target_cache, draft_cache = self.caches
         prefix = target_cache.lengths.clone()
+        layers = selector.draft_layers if selector is not None else ()
+        counters = {t: ReadCounter(self.target.spec, self.draft.spec, layers, t) for t in {self.t, len(tokens) % self.t}}
         started = time.perf_counter()
         logits, kept, cached, read, dense = [], 0.0, 0, 0, 0
         for part in torch.tensor([tokens]).split(self.t, dim=1):
@@ -68,11 +71,13 @@ class TeacherForced:
                         score(self.draft, draft_cache, queries, lengths, selector.draft_layers, per_query=selector.per_query)
                     )
             logits.append(self.target.forward(part, target_cache, selection=selection).logits[0])
-            layers = selector.draft_layers if selector is not None else ()
-            listed = Listed.of(selection, self.target.spec, target_cache.capacity).cpu() if selection is not None else None
-            reads = count_reads(listed, self.target.spec, self.draft.spec, layers, lengths.cpu(), part.shape[1])
-            kept, cached = kept + float(reads.listed), cached + int(lengths)
-            read, dense = read + int(reads.bytes_read), dense + int(reads.bytes_dense)
+            found: tuple[Any, ...] = ()
+            if selection is not None:
+                listed = Listed.of(selection, self.target.spec, target_cache.capacity)
+                found = listed.layers, float(listed.tokens), float(listed.rows)
+            reads = counters[part.shape[1]].of(int(lengths), *found)
+            kept, cached = kept + reads.listed, cached + int(lengths)
+            read, dense = read + reads.bytes_read, dense + reads.bytes_dense
             for cache in self.caches:
                 cache.advance(part.shape[1])
         for cache in self.caches:

@@ -24,12 +24,13 @@ def build_selector(
     kv_heads: int,
     draft_heads: int,
     backend: str = "auto",
+    scored: tuple[int, ...] = (),
 ) -> Selector:
     """The selector of that name for one pair of models.
 
     alignment: sources [Lt, Hs, G, 2] for all target layers, on the device where scores will be. target_layers: the target
     layers with full attention, ascending; the others get no lists. kv_heads: of the target; draft_heads: query heads of the
-    draft. backend: of the ops.
+    draft. backend: of the ops. scored: draft layers that are scored anyway, whether the alignment uses them or not.
     Raises OptionError for an unknown method and PairError when the alignment does not fit the models.
     """
     if method not in SELECTORS:
@@ -41,4 +42,5 @@ def build_selector(
         kv_heads=kv_heads,
         draft_heads=draft_heads,
         backend=backend,
+        scored=scored,
     )

@@ -67,9 +67,14 @@ def per_kv_head(sources: Tensor, kv_heads: int) -> Tensor:
     return sources.unflatten(1, (kv_heads, heads // kv_heads)).flatten(2, 3)
 
 
-def score_rows(sources: Tensor, draft_heads: int) -> tuple[tuple[int, ...], Tensor]:
-    """sources [L, Hs, G, 2] -> the draft layers to score, ascending, and the score row of each source [L, Hs, G] int64."""
-    layers, place = sources[..., 0].unique(return_inverse=True)
+def score_rows(sources: Tensor, draft_heads: int, scored: tuple[int, ...] = ()) -> tuple[tuple[int, ...], Tensor]:
+    """sources [L, Hs, G, 2] -> the draft layers to score, ascending, and the score row of each source [L, Hs, G] int64.
+
+    Layers that are `scored` anyway are scored besides those of the sources.
+    """
+    wanted = torch.tensor(scored, dtype=sources.dtype, device=sources.device)
+    layers = torch.cat([sources[..., 0].flatten(), wanted]).unique()
+    place = torch.searchsorted(layers, sources[..., 0].contiguous())
     return tuple(layers.tolist()), place * draft_heads + sources[..., 1]
 
 
@@ -105,13 +110,12 @@ def top_p(budget: Budget, lengths: Tensor) -> Tensor | None:
     return share.masked_fill(lengths < budget.min_context, 1.0)
 
 
-def list_width(budget: Budget, scores: DraftScores, forced: int) -> int | None:
-    """Padded list length M that holds every list, known from shapes alone, so that selecting never waits for the device.
+def list_width(budget: Budget, size: int, forced: int, device: torch.device) -> int | None:
+    """Padded length M that holds every list over `size` tokens, known on the host, so that selecting need not wait.
 
     `forced`: sinks + recent of the method. None, the longest list, on the CPU, where nothing waits.
     """
-    size = scores.mass.shape[-1]
-    if scores.lengths.device.type == "cpu":
+    if device.type == "cpu":
         return None
     if budget.keep is None:
         return size  # a share of the mass has no smaller bound

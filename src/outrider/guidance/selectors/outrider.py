@@ -42,12 +42,13 @@ class Outrider:
     kv_heads: int  # of the target
     draft_heads: int  # query heads of the draft
     backend: str = "auto"
+    scored: tuple[int, ...] = ()  # draft layers that are scored anyway
     draft_layers: tuple[int, ...] = field(init=False)
     rows: Tensor = field(init=False, repr=False)  # [Lt, Hs, G] int64 score rows, Hs = 1 or Hkv
 
     def __post_init__(self) -> None:
         sources = per_kv_head(layer_sources(self.alignment, self.target_layers, self.draft_heads), self.kv_heads)
-        draft_layers, rows = score_rows(sources, self.draft_heads)
+        draft_layers, rows = score_rows(sources, self.draft_heads, self.scored)
         object.__setattr__(self, "draft_layers", draft_layers)
         object.__setattr__(self, "rows", rows)
 
@@ -63,7 +64,7 @@ class Outrider:
             sinks=budget.sinks,
             recent=budget.recent,
             merge="mean",
-            width=list_width(budget, scores, budget.sinks + budget.recent),
+            width=list_width(budget, scores.mass.shape[-1], budget.sinks + budget.recent, scores.lengths.device),
             backend=self.backend,
         )
         return Selection(layers=self.target_layers, indices=lists.indices, counts=lists.counts, lengths=scores.lengths)

@@ -47,6 +47,7 @@ class SpecAttn:
     kv_heads: int  # of the target; unused, lists are shared by all heads
     draft_heads: int  # query heads of the draft
     backend: str = "auto"
+    scored: tuple[int, ...] = ()  # draft layers that are scored anyway
     draft_layers: tuple[int, ...] = field(init=False)
     layers: tuple[int, ...] = field(init=False)  # target layers that get lists
     groups: Tensor = field(init=False, repr=False)  # [U, G] int64: distinct sets of score rows that are averaged
@@ -59,7 +60,7 @@ class SpecAttn:
             if not layers:
                 allowed = f"some at or past {DENSE_LAYERS}, the earlier ones stay dense under top-p"
                 raise OptionError("target layers", self.target_layers, allowed)
-        draft_layers, rows = score_rows(layer_sources(self.alignment, layers, self.draft_heads), self.draft_heads)
+        draft_layers, rows = score_rows(layer_sources(self.alignment, layers, self.draft_heads), self.draft_heads, self.scored)
         groups, place = rows.flatten(1).unique(dim=0, return_inverse=True)
         object.__setattr__(self, "draft_layers", draft_layers)
         object.__setattr__(self, "layers", layers)
@@ -76,7 +77,7 @@ class SpecAttn:
                 self.sources,
                 top_k=top_k(self.budget, scores.lengths),
                 top_p=None,
-                width=list_width(self.budget, scores, 0),
+                width=list_width(self.budget, scores.mass.shape[-1], 0, scores.lengths.device),
                 backend=self.backend,
             )
         else:

@@ -36,11 +36,13 @@ class Sts:
     kv_heads: int  # of the target; unused, lists are per query head
     draft_heads: int  # query heads of the draft
     backend: str = "auto"
+    scored: tuple[int, ...] = ()  # draft layers that are scored anyway
     draft_layers: tuple[int, ...] = field(init=False)
     rows: Tensor = field(init=False, repr=False)  # [Lt, Hq, 1] int64 score rows
 
     def __post_init__(self) -> None:
-        draft_layers, rows = score_rows(layer_sources(self.alignment, self.target_layers, self.draft_heads), self.draft_heads)
+        sources = layer_sources(self.alignment, self.target_layers, self.draft_heads)
+        draft_layers, rows = score_rows(sources, self.draft_heads, self.scored)
         object.__setattr__(self, "draft_layers", draft_layers)
         object.__setattr__(self, "rows", rows)
 
@@ -52,7 +54,7 @@ class Sts:
             self.rows,
             top_k=top_k(self.budget, scores.lengths),
             top_p=top_p(self.budget, scores.lengths),
-            width=list_width(self.budget, scores, 0),
+            width=list_width(self.budget, scores.mass.shape[-1], 0, scores.lengths.device),
             backend=self.backend,
         )
         return Selection(layers=self.target_layers, indices=lists.indices, counts=lists.counts, lengths=scores.lengths)

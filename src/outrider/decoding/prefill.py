@@ -1,0 +1,71 @@
+"""Prefill: a prompt into the caches, chunk by chunk, so that running sequences need not wait for all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from outrider.decoding.sequence import Sequence
+from outrider.decoding.statistics import StageClock
+from outrider.models import KVCache, LanguageModel
+
+ProgressCallback = Callable[[str, int, int], None]  # (what, done, of how many)
+ReadChunk = Callable[[LanguageModel, KVCache, Tensor, int], None]
+
+
+def read_chunk(model: LanguageModel, cache: KVCache, tokens: Tensor, stop: int) -> None:
+    """Run `tokens` [B, T] densely through `model` into `cache`, which holds `stop` tokens a row afterwards."""
+    model.forward(tokens, cache, stop=stop, logits=False)
+    cache.advance(tokens.shape[1])
+
+
+def prefill(model: LanguageModel, cache: KVCache, tokens: Tensor, chunk: int, progress: ProgressCallback | None = None) -> None:
+    """Run `tokens` [B, S] densely through `model` into an empty `cache`, `chunk` tokens at a time."""
+    total = tokens.shape[1]
+    for start in range(0, total, chunk):
+        part = tokens[:, start : start + chunk]
+        read_chunk(model, cache, part, start + part.shape[1])
+        if progress is not None:
+            progress(f"prefill {model.spec.name}", start + part.shape[1], total)
+
+
+class Prefill:
+    """One prompt on its way into the rows of its slot: all but the last token, which is the pending one."""
+
+    def __init__(
+        self,
+        sequence: Sequence,
+        rows: list[tuple[LanguageModel, KVCache]],
+        chunk: int,
+        read: ReadChunk,
+        progress: ProgressCallback,
+    ) -> None:
+        self.sequence = sequence
+        self.done = 0  # tokens in the caches
+        self.total = len(sequence.prompt) - 1
+        self._tokens = torch.tensor([sequence.prompt[:-1]], dtype=torch.int64)
+        self._rows, self._chunk, self._read, self._progress = rows, chunk, read, progress
+        self._clock = StageClock(rows[0][0].spec.device)
+        for _, cache in rows:
+            cache.truncate(0)
+
+    @property
+    def finished(self) -> bool:
+        return self.done == self.total
+
+    def step(self) -> None:
+        """The next chunk, through every model."""
+        stop = min(self.done + self._chunk, self.total)
+        with self._clock.stage("prefill"):
+            for model, cache in self._rows:
+                # a draft narrower than the target's vocabulary does not have all its tokens: see propose
+                part = self._tokens[:, self.done : stop].clamp(max=model.spec.vocabulary - 1)
+                self._read(model, cache, part, stop)
+        self.done = stop
+        self._progress("prefill", stop, self.total)
+
+    def seconds(self) -> float:
+        """Spent so far; waits for the device."""
+        return self._clock.settle()["prefill"]

@@ -1,0 +1,178 @@
+"""The device's side of a run: caches, lists and inputs by slot, and the stages of a round over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from outrider.decoding.drafting import DraftLists, propose
+from outrider.decoding.graphs import Stages
+from outrider.decoding.pair import Guidance
+from outrider.decoding.rounds import InputBuffer, Inputs, Judge, Outcome, RoundKind, RowOutcome, accept, propose_nothing, verify
+from outrider.decoding.scoring import score
+from outrider.decoding.sequence import Sequence
+from outrider.decoding.statistics import StageClock
+from outrider.models import KVCache, LanguageModel
+from outrider.types import DraftScores, DraftTrace, Selection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flight:
+    """A round under way."""
+
+    sequences: list[Sequence]  # by row
+    layers: tuple[int, ...]  # target layers that have lists in it
+    clock: StageClock
+    numbers: Tensor  # on the host, once `arrived`
+    arrived: torch.cuda.Event | None
+
+    def land(self) -> list[RowOutcome]:
+        """The outcome by row; waits for the round."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return [RowOutcome.of(row) for row in self.numbers[: len(self.sequences)].tolist()]
+
+
+class Runner:
+    """Runs rounds of up to `slots` sequences of up to `capacity` tokens. Knows rows, not what becomes of their tokens.
+
+    Everything lies where it is from round to round, and from run to run, so that captured stages stay valid.
+    """
+
+    def __init__(
+        self,
+        target: LanguageModel,
+        draft: LanguageModel | None,  # None: the target decodes alone
+        guidance: Guidance | None,
+        drafting: DraftLists | None,
+        judge: Judge,
+        *,
+        draft_tokens: int,
+        slots: int,
+        capacity: int,
+        capture: bool,
+    ) -> None:
+        self.target, self.draft = target, draft
+        self.guidance, self.drafting, self.judge = guidance, drafting, judge
+        self.k = draft_tokens if draft is not None else 0
+        self.slots, self.capacity = slots, capacity
+        self.device = target.spec.device
+        self.models = [model for model in (target, draft) if model is not None]
+        self.caches = [model.new_cache(slots, capacity) for model in self.models]
+        self.inputs = InputBuffer(slots, self.k, self.device)
+        self.stages = Stages(capture=capture)
+        self._begun: set[int] = set()  # rows whose draft lists follow their rounds
+        pinned = self.device.type == "cuda"
+        shape = slots, self.k + 5
+        self._landing = [torch.zeros(shape, dtype=torch.float64, pin_memory=pinned) for _ in range(2)]  # in turn, as inputs
+
+    def warm_up(self, kind: RoundKind, progress: Callable[[str, int, int], None]) -> None:
+        """Two rounds over nothing: builds, compiles and captures a kind of round before the first prompt is read."""
+        if not self.stages.capture or self.stages.knows(kind):
+            return
+        for done in range(2):
+            progress("compile rounds", done, 2)
+            for cache in self.caches:
+                cache.lengths.fill_(1)
+            self._run_stages(kind, StageClock(self.device))
+        self.clear(slice(None))
+        progress("compile rounds", 2, 2)
+
+    def rows_of(self, slot: int) -> list[tuple[LanguageModel, KVCache]]:
+        """The models, the target first, each with its cache of one slot."""
+        return [(model, cache.rows(slot, slot + 1)) for model, cache in zip(self.models, self.caches, strict=True)]
+
+    def begin(self, slot: int, pending: int) -> None:
+        """A sequence whose prompt is cached runs from now on."""
+        self.inputs.pending[slot] = pending
+        self._begun.discard(slot)
+
+    def move(self, source: int, slot: int) -> None:
+        """A sequence changes its slot."""
+        if source == slot:
+            return
+        for cache in self.caches:
+            cache.move(source, slot)
+        self.inputs.pending[slot] = self.inputs.pending[source]
+        if self.drafting is not None:
+            self.drafting.move(source, slot)
+        self._begun.discard(slot)
+        if source in self._begun:
+            self._begun.symmetric_difference_update({source, slot})
+
+    def clear(self, slots: int | slice) -> None:
+        """Nothing runs there any more. An idle row may take part in rounds: what it writes is behind its 0 tokens."""
+        for cache in self.caches:
+            cache.lengths[slots] = 0
+
+    def forget(self) -> None:
+        """What was captured counts no more."""
+        self.stages = Stages(capture=self.stages.capture)
+
+    def launch(self, running: list[Sequence], kind: RoundKind) -> Flight:
+        """Start a round of the sequences in rows 0 .. n - 1, without waiting for it."""
+        clock = StageClock(self.device)
+        self._follow(kind, len(running))
+        self.inputs.load(running, kind.rows)
+        outcome = self._run_stages(kind, clock)
+        host, arrived = self._landing[0], None
+        self._landing.reverse()
+        host[: kind.rows].copy_(outcome.numbers, non_blocking=True)
+        if self.device.type == "cuda":
+            arrived = torch.cuda.Event()
+            arrived.record()
+        return Flight(sequences=list(running), layers=outcome.layers, clock=clock, numbers=host, arrived=arrived)
+
+    def _follow(self, kind: RoundKind, running: int) -> None:
+        """Give rows that come from a prefill or a dense round draft lists to begin with."""
+        if self.drafting is None:
+            return
+        if not kind.sparse:
+            self._begun.clear()
+            return
+        for row in set(range(running)) - self._begun:
+            self.drafting.rows(row, row + 1).begin(self.caches[0].lengths[row : row + 1])
+        self._begun.update(range(running))
+
+    def _run_stages(self, kind: RoundKind, clock: StageClock) -> Outcome:
+        """Propose, score, select, verify and accept over the first `kind.rows` rows, without waiting for the device."""
+        run, spec = self.stages.run, self.target.spec
+        caches = [cache.rows(0, kind.rows) for cache in self.caches]
+        guidance = self.guidance if kind.sparse else None
+        lists = self.drafting.rows(0, kind.rows) if self.drafting is not None and kind.sparse else None
+        self.stages.begin(kind)
+
+        def proposed() -> DraftTrace:
+            if self.draft is None:
+                return propose_nothing(inputs, spec.vocabulary)
+            drafting = inputs.pending, inputs.sampling, inputs.draft_uniforms
+            return propose(self.draft, caches[1], *drafting, spec.vocabulary, lists)
+
+        def scored(draft: LanguageModel, guidance: Guidance) -> DraftScores:
+            layers, per_query = guidance.layers, guidance.per_query
+            return score(draft, caches[1], trace.queries, caches[0].lengths, layers, per_query=per_query)
+
+        def selected(guidance: Guidance) -> Selection | None:
+            if guidance.draft is not None and lists is not None:
+                lists.replace(guidance.draft.select(scores))
+            return guidance.target.select(scores) if guidance.target is not None else None
+
+        def accepted() -> Outcome:
+            return accept(trace, logits, inputs, selection, spec, caches, self.judge)
+
+        selection = None
+        with clock.stage("propose"):
+            inputs: Inputs = run("inputs", lambda: self.inputs.unpack(kind))
+            trace = run("propose", proposed)
+        if guidance is not None and (draft := self.draft) is not None:
+            with clock.stage("score"):
+                scores = run("score", lambda: scored(draft, guidance))
+            with clock.stage("select"):
+                selection = run("select", lambda: selected(guidance))
+        with clock.stage("verify"):
+            logits = run("verify", lambda: verify(self.target, caches[0], inputs.pending, trace.tokens, selection))
+        with clock.stage("accept"):
+            return run("accept", accepted)

@@ -1,0 +1,160 @@
+"""Sparse drafting: the draft's own lists, and rounds that use them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from outrider.config import Budget, SamplingParams, engine_config
+from outrider.decoding.drafting import DraftLists
+from outrider.errors import OptionError
+from outrider.models import LayerShape, ModelSpec
+from outrider.types import Selection
+
+FULL = LayerShape(query_heads=4, kv_heads=2, head_dim=8, scale=1.0, window=None)
+DRAFT = ModelSpec(
+    name="draft",
+    digest="0",
+    layers=(FULL, replace(FULL, window=5), FULL),
+    vocabulary=9,
+    context=99,
+    eos_tokens=(),
+    dtype=torch.float32,
+    device=torch.device("cpu"),
+)
+K = 3
+SPARSE = {"drafting": "sparse", "draft_keep": 0.2, "draft_recent": 4}
+TOKENS = SamplingParams(max_new_tokens=24)
+
+
+def entries(lists, lengths, layer, row, head):
+    selection = lists.at(torch.tensor(lengths))
+    indices, counts = selection.of(layer)
+    return indices[row, head, : counts[row, head]].tolist()
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=3), st.integers(0, 2 * K + 1), st.data())
+def test_lists_grow_by_what_comes_after(lengths, more, data):
+    """Chosen tokens first, then every position since, the round's own among them; ascending, none twice."""
+    lists = DraftLists(DRAFT, Budget(keep=0.5), len(lengths), 48, K)
+    heads = 2 * 2 * len(lengths)
+    chosen = [sorted(data.draw(st.sets(st.integers(0, n - 1)) if n else st.just(set()))) for n in lengths * 4][:heads]
+    width = max(1, *map(len, chosen))
+    at = iter(range(heads))
+    order = [[[next(at) for _ in range(2)] for _ in lengths] for _ in range(2)]  # [layer][row][head]
+    by_row = [
+        [[sorted(x for x in chosen[i] if x < lengths[row]) for i in heads] for row, heads in enumerate(layer)]
+        for layer in order
+    ]
+    padded = [[[one + [-1] * (width - len(one)) for one in row] for row in layer] for layer in by_row]
+    lists.replace(
+        Selection(
+            layers=(0, 2),
+            indices=torch.tensor(padded, dtype=torch.int32),
+            counts=torch.tensor([[[len(one) for one in row] for row in layer] for layer in by_row], dtype=torch.int32),
+            lengths=torch.tensor(lengths),
+        )
+    )
+    now = [min(n + more, 48) for n in lengths]
+    for number, layer in enumerate((0, 2)):
+        for row, n in enumerate(lengths):
+            for head in range(2):
+                assert entries(lists, now, layer, row, head) == by_row[number][row][head] + list(range(n, now[row]))
+    assert lists.at(torch.tensor(now)).of(1) == (None, None), "a window layer has no lists"
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=3), st.integers(0, 3), st.integers(0, 12))
+def test_lists_begin_with_sinks_and_recent_tokens(lengths, sinks, recent):
+    lists = DraftLists(DRAFT, Budget(sinks=sinks, recent=recent), len(lengths), 48, K)
+    lists.begin(torch.tensor(lengths))
+    for row, n in enumerate(lengths):
+        wanted = sorted({*range(min(sinks, n)), *range(max(n - recent, 0), n)})
+        if n < sinks + recent:
+            wanted = list(range(n))
+        assert entries(lists, [length + 1 for length in lengths], 0, row, 1) == [*wanted, n]
+
+
+def test_rows_share_storage_and_move():
+    lists = DraftLists(DRAFT, Budget(sinks=1, recent=3), 3, 48, K)
+    lists.rows(1, 2).begin(torch.tensor([20]))
+    lists.move(1, 0)
+    assert entries(lists, [21, 0, 0], 2, 0, 0) == [0, 17, 18, 19, 20]
+
+
+@pytest.mark.parametrize("mode", ["dense", "sparse"])
+def test_a_draft_that_keeps_everything_drafts_as_densely(mode, family, method, make_pair, generate, random_prompts):
+    if family == "mistral-window":
+        pytest.skip("no layer has full attention")
+    pair, prompts = make_pair(family), random_prompts([20, 33])
+    dense = generate(pair, prompts, TOKENS, mode=mode, method=method)
+    kept = generate(pair, prompts, TOKENS, mode=mode, method=method, drafting="sparse", draft_keep=1.0, draft_recent=64)
+    assert [r.token_ids for r in kept] == [r.token_ids for r in dense]
+    assert [r.statistics.accepted_at for r in kept] == [r.statistics.accepted_at for r in dense]
+
+
+def test_dense_verification_stays_exact(make_pair, generate, random_prompts):
+    """Law 3 holds however little the draft reads; it only drafts worse."""
+    pair, prompts = make_pair("llama"), random_prompts([60, 9, 33])
+    dense = generate(pair, prompts, TOKENS)
+    sparse = generate(pair, prompts, TOKENS, batch_size=2, **(SPARSE | {"draft_recent": 0, "sinks": 0}))
+    assert [r.token_ids for r in sparse] == [r.token_ids for r in dense]
+    accepted = [sum(r.statistics.accepted for r in results) for results in (sparse, dense)]
+    assert 0 < accepted[0] < accepted[1]
+    assert {r.statistics.kept_fraction for r in sparse} == {1.0}
+
+
+def test_the_draft_reads_lists_and_no_more(make_pair, make_engine, random_prompts, monkeypatch):
+    """From the second round on a list has the share asked for, recent tokens among it, and all positions since."""
+    target, draft = make_pair("llama")
+    engine = make_engine((target, draft), mode="sparse", sinks=2, **SPARSE)
+    seen = []
+    forward = draft.forward
+
+    def spy(tokens, cache, *, selection=None, **options):
+        if tokens.shape[1] == 1 and selection is not None:
+            seen.append((int(cache.lengths[0]), selection.counts.clone(), selection.indices.clone()))
+        return forward(tokens, cache, selection=selection, **options)
+
+    monkeypatch.setattr(draft, "forward", spy)
+    [result] = engine.generate(random_prompts([100]), TOKENS)
+    assert len(seen) == 4 * result.statistics.rounds
+    for length, counts, indices in seen:
+        kept = counts.flatten().tolist()
+        assert max(kept) <= 0.2 * length + 2 * 4
+        for row, count in zip(indices.flatten(0, 2), kept, strict=True):
+            listed = row[:count].tolist()
+            assert listed == sorted(set(listed)) and listed[:2] == [0, 1] and listed[-1] == length - 1
+    assert max(seen[-1][1].flatten().tolist()) > 2 + 4 + 8, "not sinks and recent tokens alone"
+
+
+def test_a_row_of_a_batch_equals_the_row_alone(make_pair, make_engine, random_prompts):
+    """Law 7 with refilled slots: lists move with their rows."""
+    prompts = random_prompts([60, 9, 33, 90, 21])
+    params = [
+        SamplingParams(max_new_tokens=n, temperature=t, seed=s)
+        for s, (n, t) in enumerate([(9, 0), (30, 1), (14, 0), (20, 1), (8, 0)])
+    ]
+    engine = make_engine(make_pair("qwen3"), mode="sparse", batch_size=3, **SPARSE)
+    together = engine.generate(prompts, params)
+    for prompt, one, result in zip(prompts, params, together, strict=True):
+        [alone] = engine.generate([prompt], one)
+        assert alone.token_ids == result.token_ids
+        assert alone.statistics.accepted_at == result.statistics.accepted_at
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"drafting": "some"}, "drafting: got 'some'; allowed: dense, sparse"),
+        ({"draft_keep": 0.0}, "draft-keep: got 0.0; allowed: a number in"),
+        ({"draft_recent": -1}, "draft-recent: got -1; allowed: a whole number >= 0"),
+        ({"drafting": "sparse", "mode": "plain"}, "drafting: got 'sparse'; allowed: dense with mode plain"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(OptionError, match=message):
+        engine_config(**options)
