@@ -55,9 +55,10 @@ def kernels(
 
     import torch
 
-    from benchmarks.conditions import conditions
     from benchmarks.kernels.run import Bench
-    from benchmarks.timing import FLUSH_BYTES, GraphTimer, empty_graph_us, stream_rate
+    from benchmarks.timing import FLUSH_BYTES, GraphTimer, empty_graph_us
+    from outrider.bench.conditions import conditions
+    from outrider.bench.stream.rate import stream_rate
     from outrider.cli.screen import Screen
 
     if not torch.cuda.is_available():

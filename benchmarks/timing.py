@@ -24,7 +24,6 @@ import torch
 
 Call = Callable[[], Any]
 FLUSH_BYTES = 512 * 2**20
-STREAM_BYTES = 4 * 2**30
 WARM_UP, MAX_FLUSHES, PUNCTUAL = 3, 32, 0.8
 
 
@@ -47,7 +46,7 @@ class GraphTimer:
     """The timer described above, for one CUDA device."""
 
     def __init__(self, device: torch.device, iterations: int = 50) -> None:
-        from benchmarks import stream
+        from outrider.bench.stream import triton as stream
 
         self.iterations = iterations
         buffer = torch.ones(FLUSH_BYTES // 4, dtype=torch.int32, device=device)
@@ -109,28 +108,3 @@ def empty_graph_us(timer: Timer, device: torch.device) -> float:
     """What the method itself costs: a graph of one kernel that changes one number."""
     number = torch.zeros(1, device=device)
     return timer.time([lambda: number.add_(1)]).us
-
-
-def stream_rate(device: torch.device, repeats: int = 10) -> float:
-    """GB/s (10^9 bytes) of reading 4 GiB, by the fastest of a few kernels that do nothing else."""
-    from benchmarks import stream
-
-    buffer = torch.randint(2**31 - 1, (STREAM_BYTES // 4,), dtype=torch.int32, device=device)
-    sums = stream.sums(device)
-    readers: list[Call] = [partial(stream.read, buffer, sums, shape) for shape in stream.SHAPES]
-    readers.append(lambda: buffer.view(torch.bfloat16).amax())
-    best = min(_median_ms(reader, repeats) for reader in readers)
-    return STREAM_BYTES / best / 1e6
-
-
-def _median_ms(call: Call, repeats: int) -> float:
-    call()
-    pairs = []
-    for _ in range(repeats):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        stop.record()
-        pairs.append((start, stop))
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(stop) for start, stop in pairs)

@@ -1,6 +1,6 @@
 """The shape of the package: who may import whom, how long a module may be, and what `import outrider` costs.
 
-cli -> eval, integrations -> decoding -> {models, guidance} -> ops
+cli -> eval, bench, integrations -> decoding -> {models, guidance} -> ops
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ ALLOWED: dict[str, set[str]] = {
     "decoding": BELOW_DECODING,
     "integrations": BELOW_DECODING | {"decoding"},
     "eval": BELOW_DECODING | {"decoding"},
-    "cli": BELOW_DECODING | {"decoding", "integrations", "eval", ""},
+    "bench": BELOW_DECODING | {"decoding"},
+    "cli": BELOW_DECODING | {"decoding", "integrations", "eval", "bench", ""},
     "": BASE | {"decoding"},  # the package itself: names imported when first used
 }
+PEERS = ("bench", "peers")  # programs of their own, one of which measures transformers
 MAX_LINES, MAX_KERNEL_LINES = 300, 600
 SHARED_BY_OPS = ("checks", "backends", "compiler")
 KERNELS = ("triton.py", "cuda.py", "*.cu", "*.cuh")
@@ -78,10 +80,10 @@ def violations(module: Path, source: str) -> list[str]:
                 found += check_op(module, name)
             elif part != own and part not in ALLOWED[own]:
                 found.append(f"{module}: imports {name}; {own or 'outrider'} may import {sorted(ALLOWED[own])}")
-        elif top == "transformers" and own != "models":
-            found.append(f"{module}: imports {name}; only models/ may import transformers")
-        elif top == "triton" and not (own == "ops" and module.name == "triton.py"):
-            found.append(f"{module}: imports {name}; only ops/*/triton.py may import triton")
+        elif top == "transformers" and own != "models" and module.parts[:2] != PEERS:
+            found.append(f"{module}: imports {name}; only models/ and bench/peers/ may import transformers")
+        elif top == "triton" and not (own in ("ops", "bench") and module.name == "triton.py"):
+            found.append(f"{module}: imports {name}; only ops/*/triton.py and bench/*/triton.py may import triton")
     return found
 
 
@@ -125,6 +127,11 @@ def test_import_arrows(module):
         ("guidance/x.py", "if TYPE_CHECKING:\n    from transformers import PreTrainedModel"),
         ("eval/x.py", "from outrider.integrations import vllm"),
         ("integrations/x.py", "from outrider.eval import rows"),
+        ("eval/x.py", "from outrider.bench import results"),
+        ("bench/x.py", "from outrider.eval import rows"),
+        ("bench/x.py", "from outrider.cli.screen import Screen"),
+        ("bench/x.py", "import transformers"),
+        ("bench/stream/rate.py", "import triton"),
         ("types.py", "from outrider.config import Budget"),
         ("config.py", "from outrider import types"),
         ("errors.py", "from . import config"),
@@ -150,7 +157,9 @@ def test_import_arrows_see_a_planted_violation(module, source):
     [
         ("models/x.py", "import transformers\nfrom outrider.ops import sparse_attention\nfrom outrider.types import Selection"),
         ("decoding/x.py", "from outrider.models import KVCache\nfrom outrider.guidance import selectors\nfrom . import engine"),
-        ("cli/main.py", "from outrider import __version__\nfrom outrider.eval import rows"),
+        ("cli/main.py", "from outrider import __version__\nfrom outrider.eval import rows\nfrom outrider.bench import cases"),
+        ("bench/peers/x.py", "def f():\n    from transformers import DynamicCache"),
+        ("bench/stream/triton.py", "import triton"),
         ("ops/a/api.py", "from outrider.ops.a import reference\nfrom outrider.ops.checks import check_tensor"),
         ("ops/a/api.py", "def f():\n    from outrider.ops.a import triton"),
         ("ops/a/triton.py", "import triton\nimport triton.language as tl"),

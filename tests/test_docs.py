@@ -71,12 +71,12 @@ def test_the_readme_commands_exist():
 
     from outrider.cli.main import app
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8") + (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     commands = re.findall(r"^outrider (.*?)(?<!\\)$", text, re.DOTALL | re.MULTILINE)
     assert len(commands) >= 6
     for command in commands:
         words = shlex.split(command.replace("\\\n", " "))
-        name = words[:2] if words[0] == "eval" else words[:1]
+        name = words[:2] if words[0] in ("eval", "bench") else words[:1]
         shown = re.sub(r"\x1b\[[\d;]*m", "", CliRunner().invoke(app, [*name, "--help"], env={"COLUMNS": "300"}).output)
         for flag in (word for word in words if word.startswith("--")):
             assert re.search(rf"{flag}\b", shown), f"{flag} in: outrider {command}"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+
+from outrider.bench import results
 
 STREAM = "stream of K"  # bytes of the keys over the streaming rate: computed, so no peer to be compared with
 
@@ -41,14 +40,4 @@ def best_peer(peers: dict[str, float]) -> tuple[str, float] | None:
 
 def replace_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write rows in place of the lines of their case and backend, or behind all others; the file changes in one step."""
-    new = {(row.id, row.backend): json.dumps(asdict(row)) for row in rows}
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        old = json.loads(line)
-        kept.append(new.pop((old["id"], old["backend"]), line))
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
-    try:
-        temporary.write_text("".join(line + "\n" for line in [*kept, *new.values()]), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    results.replace_rows(path, (asdict(row) for row in rows), key=("id", "backend"))

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from benchmarks.conditions import conditions
 from benchmarks.timing import GraphTimer, empty_graph_us
 
 from benchmarks import timing
+from outrider.bench.conditions import conditions
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -85,8 +85,8 @@ def device(monkeypatch) -> Device:
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     reader = SimpleNamespace(read=lambda source, partial: made.flush(), sums=lambda device: torch.zeros(16, dtype=torch.int32))
-    monkeypatch.setattr("benchmarks.stream", reader, raising=False)
-    monkeypatch.setitem(sys.modules, "benchmarks.stream", reader)
+    monkeypatch.setattr("outrider.bench.stream.triton", reader, raising=False)
+    monkeypatch.setitem(sys.modules, "outrider.bench.stream.triton", reader)
     monkeypatch.setattr(timing, "FLUSH_BYTES", 4096)
     return made
 
@@ -129,7 +129,7 @@ def test_the_cost_of_the_method_itself(device):
 def test_the_reading_kernel_reads_everything():
     pytest.importorskip("triton")
     code = (
-        "import torch\nfrom benchmarks import stream\n"
+        "import torch\nfrom outrider.bench.stream import triton as stream\n"
         "source = torch.randint(1000, (8192 * 5 + 16,), dtype=torch.int32)\n"
         "for shape in stream.SHAPES:\n"
         "    partial = stream.sums(torch.device('cpu'))\n"
@@ -143,7 +143,7 @@ def test_the_reading_kernel_reads_everything():
 
 
 def test_buffers_suit_the_reading_kernel():
-    from benchmarks.timing import STREAM_BYTES
+    from outrider.bench.stream.rate import STREAM_BYTES
 
     for size in (512 * 2**20, STREAM_BYTES):
         assert size // 4 % 16 == 0 and size // 4 <= 2**30

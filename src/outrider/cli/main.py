@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn, TextIO
 import typer
 
 from outrider import __version__
-from outrider.cli import evaluate
+from outrider.cli import bench, evaluate
 from outrider.cli.calibrate import calibrate
 from outrider.cli.generate import generate
 from outrider.errors import OutriderError
@@ -22,6 +22,7 @@ app = typer.Typer(add_completion=False, context_settings={"help_option_names": [
 app.command()(generate)
 app.command()(calibrate)
 app.add_typer(evaluate.app, name="eval")
+app.add_typer(bench.app, name="bench")
 
 
 def _version(wanted: bool) -> None:

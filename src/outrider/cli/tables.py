@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from outrider.bench.results import Row as BenchRow
     from outrider.decoding.statistics import Statistics
     from outrider.eval.rows import Row
     from outrider.guidance.alignment import AlignmentFile
@@ -66,6 +67,42 @@ def evaluation_table(title: str, rows: Sequence[Row]) -> Table:
     return _table(title, [columns[i][0] for i in shown], [[cells[i][at] for i in shown] for at in range(len(rows))], names=2)
 
 
+def decode_table(rows: Sequence[BenchRow]) -> Table:
+    """The engines and modes of one case, and how they compare with vLLM's target alone and with their own dense mode."""
+    by_run = {(row.engine, row.mode, row.drafting): row.tokens_per_second for row in rows}
+    columns: list[tuple[str, Callable[[BenchRow], str]]] = [
+        ("engine", lambda r: r.engine),
+        ("mode", lambda r: r.mode),
+        ("drafting", lambda r: r.drafting or NONE),
+        ("tokens/s", lambda r: _number(r.tokens_per_second, ".1f")),
+        ("vs plain vLLM", lambda r: _ratio(r.tokens_per_second, by_run.get(("vllm", "plain", None)))),
+        ("vs its dense", lambda r: _ratio(r.tokens_per_second, by_run.get((r.engine, "dense", "dense")))),
+        ("tokens a round", lambda r: _number(r.acceptance.get("tokens_per_round"), ".2f")),
+        ("ms a round", lambda r: _number(r.round_ms, ".2f")),
+        ("host ms", lambda r: _number(r.host_ms, ".2f")),
+        ("kept", lambda r: NONE if r.kept is None else _percent(r.kept)),
+    ]
+    cells = [[cell(row) for _, cell in columns] for row in rows]
+    title = f"{rows[0].case}: {rows[0].batch} x {rows[0].context} tokens"
+    return _table(title, [name for name, _ in columns], cells, names=3)
+
+
+def stage_table(rows: Sequence[BenchRow]) -> Table:
+    """The stages of every row that has them: time, bytes that must be read, and how near the time comes to reading them."""
+    cells = [
+        [row.mode, row.drafting or NONE, stage, f"{ms:.3f}", *_floor(row.floors.get(stage, {}))]
+        for row in rows
+        for stage, ms in row.stages.items()
+    ]
+    headers = ["mode", "drafting", "stage", "ms a round", "GB", "floor, ms", "of floor"]
+    return _table(f"{rows[0].case}: stages", headers, cells, names=3)
+
+
+def _floor(floor: Mapping[str, float | None]) -> list[str]:
+    size, ms, percent = (floor.get(name) for name in ("bytes", "ms", "percent"))
+    return [NONE if size is None else f"{size / 1e9:.3f}", _number(ms, ".3f"), _number(percent, ".0f", "%")]
+
+
 def _table(title: str, headers: Sequence[str], rows: Iterable[Sequence[str]], names: int = 1) -> Table:
     """The first columns hold names and stand to the left, figures to the right. What users named is not read as markup."""
     table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -82,6 +119,10 @@ def _percent(share: float) -> str:
 
 def _number(value: float | None, form: str, unit: str = "") -> str:
     return NONE if value is None else f"{value:{form}}{unit}"
+
+
+def _ratio(value: float | None, base: float | None) -> str:
+    return NONE if value is None or not base else f"{value / base:.2f}x"
 
 
 def _seconds_of(stage: str) -> Callable[[Statistics], str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[1]
+PACKAGE = Path(__file__).parents[1]
 UNKNOWN = "unknown"
 
 
@@ -24,8 +24,9 @@ def conditions(device: torch.device, command: str) -> dict[str, str | float]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "cuda": torch.version.cuda or "none",
+        "transformers": _version("transformers"),
         "commit": _commit(),
-        "ops": _digest(sorted((ROOT / "src" / "outrider" / "ops").rglob("*"))),
+        "ops": _digest(sorted((PACKAGE / "ops").rglob("*"))),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
     }
@@ -39,7 +40,9 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """The commit checked out; "+" behind it where tracked files differ."""
+    """The commit checked out; "+" behind it where tracked files differ. An installed package has none."""
+    if PACKAGE.parent.name != "src":
+        return UNKNOWN
     commit = _output(["git", "rev-parse", "--short=12", "HEAD"])
     changed = commit != UNKNOWN and _output(["git", "status", "--porcelain", "--untracked-files=no"]) not in ("", UNKNOWN)
     return commit + "+" * changed
@@ -54,7 +57,7 @@ def _digest(files: Sequence[Path]) -> str:
 def _output(command: Sequence[str]) -> str:
     """The first line a command prints; UNKNOWN if it cannot run."""
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=30)
+        done = subprocess.run(command, cwd=PACKAGE, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
         return UNKNOWN
     return done.stdout.strip().splitlines()[0] if done.stdout.strip() else ""

@@ -1,0 +1,151 @@
+"""Our own engine under the clock: a few rounds to warm up, then the rounds that count."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from outrider.bench.floors import Round, against_floor, stage_bytes
+from outrider.bench.options import DecodeOptions, Run
+from outrider.bench.results import Row
+from outrider.bench.workload import Workload
+from outrider.config import SamplingParams, engine_config
+from outrider.decoding.engine import Engine
+from outrider.decoding.sequence import Sequence
+from outrider.decoding.statistics import Statistics, total
+
+Progress = Callable[[str, int, int], None]  # what, done, of how many
+WARM_UP = 4  # rounds: run as they are, captured, replayed for the first time; and one more
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """The rounds that count: what happened in between, all sequences added up."""
+
+    rounds: int
+    tokens: int
+    wall: float  # seconds
+    before: Statistics
+    after: Statistics
+
+    def gain(self, name: str) -> float:
+        return float(getattr(self.after, name) - getattr(self.before, name))
+
+    @property
+    def stages(self) -> dict[str, float]:
+        """ms a round, of the stages that ran."""
+        spent = {stage: self.after.seconds[stage] - seconds for stage, seconds in self.before.seconds.items()}
+        return {stage: 1e3 * seconds / self.rounds for stage, seconds in spent.items() if seconds > 0}
+
+
+def new_tokens(options: DecodeOptions) -> int:
+    """So many that no sequence ends in the measured rounds, or so near behind them that the engine sees it coming."""
+    return (WARM_UP + options.rounds + 2) * (options.draft_tokens + 1) + 1
+
+
+def measure(work: Workload, run: Run, options: DecodeOptions, conditions: Mapping[str, Any], progress: Progress) -> Row:
+    """The row of one workload in one mode."""
+    config = engine_config(
+        mode=run.mode,
+        drafting=run.drafting or "dense",
+        keep=options.keep,
+        draft_tokens=options.draft_tokens,
+        batch_size=work.batch,
+    )
+    alignment = work.alignment if run.mode == "sparse" else None
+    engine = Engine(work.target, work.draft, config, alignment, **work.seams)
+    return _row(work, run, engine, time_rounds(engine, _sequences(work, run, options), options.rounds, progress), conditions)
+
+
+def time_rounds(engine: Engine, sequences: list[Sequence], rounds: int, progress: Progress) -> Measured:
+    """Run all sequences as one batch: `WARM_UP` rounds, then `rounds` by the clock. None of them may end on the way.
+
+    Raises RuntimeError where one does.
+    """
+    events = engine.run(sequences, progress)
+
+    def one_round() -> int:
+        tokens = 0
+        for _ in sequences:
+            event = next(events)
+            if event.sequence.finish_reason is not None:
+                raise RuntimeError(event.sequence.error or f"a sequence has ended: {event.sequence.finish_reason}")
+            tokens += len(event.tokens)
+        return tokens
+
+    def statistics() -> Statistics:
+        return total([sequence.statistics for sequence in sequences], 0.0)
+
+    for done in range(WARM_UP):
+        progress("warm up", done, WARM_UP)
+        one_round()
+    progress("warm up", WARM_UP, WARM_UP)  # takes the bar away: nothing is drawn while the clock runs
+    before, began = statistics(), time.perf_counter()
+    tokens = sum([one_round() for _ in range(rounds)])
+    return Measured(rounds=rounds, tokens=tokens, wall=time.perf_counter() - began, before=before, after=statistics())
+
+
+def _sequences(work: Workload, run: Run, options: DecodeOptions) -> list[Sequence]:
+    params = [SamplingParams(max_new_tokens=new_tokens(options), ignore_eos=True, seed=seed) for seed in range(work.batch)]
+    statistics = [
+        Statistics(mode=run.mode, method=None, prompt_tokens=work.context, accepted_at=[0] * options.draft_tokens)
+        for _ in work.prompts
+    ]
+    parts = zip(work.prompts, params, statistics, strict=True)
+    return [Sequence(index, prompt, one, None, (), counts) for index, (prompt, one, counts) in enumerate(parts)]
+
+
+def _row(work: Workload, run: Run, engine: Engine, measured: Measured, conditions: Mapping[str, Any]) -> Row:
+    per_row = measured.rounds * work.batch
+    kept = measured.gain("listed") / measured.gain("cached")
+    stages, round_ms = measured.stages, 1e3 * measured.wall / measured.rounds
+    reads = _reads(engine, work.batch, measured.gain("cached") / per_row, kept)
+    counted = stage_bytes(engine.target.spec, engine.draft.spec, work.weights, reads)
+    rate = conditions["stream_gb_s"]
+    return Row(
+        case=work.name,
+        engine=run.engine,
+        mode=run.mode,
+        drafting=run.drafting,
+        context=work.context,
+        batch=work.batch,
+        tokens_per_second=measured.tokens / measured.wall,
+        acceptance=_acceptance(work, run, measured, per_row),
+        round_ms=round_ms,
+        host_ms=round_ms - sum(stages.values()),
+        stages=stages,
+        floors={stage: against_floor(counted[stage], ms, rate) for stage, ms in stages.items() if counted[stage]},
+        kept=kept,
+        conditions=dict(conditions),
+    )
+
+
+def _reads(engine: Engine, batch: int, cached: float, kept: float) -> Round:
+    """What a round of this engine reads."""
+    config, draft = engine.config, engine.draft.spec
+    if config.mode == "plain":
+        return Round(batch=batch, cached=cached, draft_tokens=0)
+    half = draft.device.type == "cuda" and draft.dtype == torch.bfloat16  # see decoding.scoring
+    lists = config.draft_budget
+    return Round(
+        batch=batch,
+        cached=cached,
+        draft_tokens=config.draft_tokens,
+        kept=kept if config.mode == "sparse" else None,
+        draft_listed=max(config.draft_keep * cached, lists.sinks + lists.recent) if config.drafting == "sparse" else None,
+        scored_layers=engine.guidance.layers if engine.guidance is not None else (),
+        mass_bytes=2 if half else 4,
+    )
+
+
+def _acceptance(work: Workload, run: Run, measured: Measured, rounds: int) -> dict[str, Any]:
+    """`rounds`: of all sequences together."""
+    kind = "none" if run.mode == "plain" else "real" if work.rates is None else "scripted"
+    gains = zip(measured.before.accepted_at, measured.after.accepted_at, strict=True)
+    seen = [(after - before) / rounds for before, after in gains]
+    rates = {"none": [], "real": seen, "scripted": list(work.rates or ())}[kind]
+    return {"kind": kind, "rates": rates, "tokens_per_round": measured.tokens / rounds}

@@ -1,0 +1,78 @@
+"""Cases with dummy weights: noise in place of weights and of a prefill, and scripted agreement between draft and target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from outrider.bench.cases import Case, Pair
+from outrider.bench.floors import Weights
+from outrider.bench.prompts import random_prompts
+from outrider.bench.workload import DTYPES, Workload
+from outrider.decoding.rounds import Inputs
+from outrider.models import KVCache, LanguageModel, ModelSpec
+from outrider.models.dummy import dummy_model
+from outrider.ops.token_verify import Verified
+from outrider.types import Alignment, DraftTrace
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScriptedJudge:
+    """Accepts drafted tokens at given rates, in place of the engine's `judge`. Never waits for the device."""
+
+    rates: Tensor  # [K] fp32, on the device: share of rounds in which drafted token i and all before it pass
+
+    def __call__(self, trace: DraftTrace, logits: Tensor, inputs: Inputs) -> Verified:
+        """logits [B, K + 1, V] -> accepted [B] and the target's own next token [B]. Without drafted tokens, K = 0."""
+        k = trace.tokens.shape[1]
+        accepted = (inputs.verify_uniforms[:, k:] < self.rates[:k]).sum(-1)  # one number decides for all positions
+        rows = torch.arange(len(accepted), device=accepted.device)
+        return Verified(accepted, logits[rows, accepted].argmax(-1))
+
+
+def read_noise(model: LanguageModel, cache: KVCache, tokens: Tensor, stop: int) -> None:
+    """Fill the rows of a chunk `tokens` [B, T], which ends at row `stop`, with noise; in place of the engine's `read`."""
+    rows = slice(stop - tokens.shape[1], stop)
+    for layer in range(len(cache.layers)):
+        cache.keys(layer)[:, rows].normal_()
+        cache.values(layer)[:, rows].normal_()
+    cache.advance(tokens.shape[1])
+
+
+def random_alignment(target: ModelSpec, draft: ModelSpec, seed: int = 0) -> Alignment:
+    """A random draft layer and head for every target layer and query head."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = len(target.layers), target.full_shape.query_heads, 1
+    layers = torch.randint(len(draft.layers), shape, generator=generator)
+    heads = torch.randint(draft.full_shape.query_heads, shape, generator=generator)
+    return Alignment(sources=torch.stack([layers, heads], dim=-1))
+
+
+def dummy_models(pair: Pair, device: torch.device) -> tuple[LanguageModel, LanguageModel]:
+    """Target and draft: bf16 on a GPU, fp32 on a CPU."""
+    configs = {f"{pair.name} target": pair.target, f"{pair.name} draft": pair.draft}
+    dtype = getattr(torch, DTYPES[device.type])
+    target, draft = (dummy_model(config, name=name, dtype=dtype, device=device) for name, config in configs.items())
+    return target, draft
+
+
+def dummy_workloads(cases: Sequence[Case], rates: tuple[float, ...], device: torch.device) -> list[Workload]:
+    """The cases of one pair, on the same models."""
+    target, draft = dummy_models(cases[0].pair, device)
+    judge = ScriptedJudge(torch.tensor(rates, device=device))
+    return [
+        Workload(
+            name=case.name,
+            target=target,
+            draft=draft,
+            weights=(Weights.of(target), Weights.of(draft)),
+            alignment=random_alignment(target.spec, draft.spec),
+            prompts=random_prompts(case.context, case.batch, target.spec.vocabulary),
+            rates=rates,
+            seams={"read": read_noise, "judge": judge},
+        )
+        for case in cases
+    ]

@@ -1,0 +1,85 @@
+"""The least that a stage must read, and the time that takes when memory streams at its full rate.
+
+    propose   K + 1 steps: the draft's weights (the output layer K times) and its keys and values, all or the kept share
+    score     the keys of the scored draft layers, once
+    select    the scores, once, and the lists that are written
+    verify    the target's weights, its output layer, and keys and values: the listed ones, or all
+    accept    the logits, once
+
+Embedding tables are not counted (a token reads one row), nor are activations and the round's own keys and values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from outrider.models import LanguageModel, LayerShape, ModelSpec
+
+INDEX, LOGIT = 4, 4  # bytes of a listed position (int32) and of a logit (fp32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """Bytes of a model's parameters."""
+
+    body: int  # all but the two ends: embedding table and output layer
+    output: int
+
+    @classmethod
+    def of(cls, model: LanguageModel) -> Weights:
+        ends = [model.module.get_input_embeddings().weight, model.module.get_output_embeddings().weight]
+        body = sum(p.numel() * p.element_size() for p in model.module.parameters() if all(p is not end for end in ends))
+        return cls(body=body, output=ends[1].numel() * ends[1].element_size())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """One round, as far as its reads go."""
+
+    batch: int  # B
+    cached: float  # S, mean over the measured rounds
+    draft_tokens: int  # K; 0 where the target decodes alone
+    kept: float | None = None  # share of the cached tokens in the target's lists; None: it has none and reads all
+    draft_listed: float | None = None  # tokens in the draft's lists; None: it has none and reads all
+    scored_layers: tuple[int, ...] = ()  # of the draft
+    mass_bytes: int = 2  # of one score
+
+
+def stage_bytes(target: ModelSpec, draft: ModelSpec, weights: tuple[Weights, Weights], round_: Round) -> dict[str, int]:
+    """Bytes of each stage of a round; `weights` are those of target and draft. Lists belong to KV heads. Without drafted tokens
+    no stage but the last two reads anything."""
+    b, s, k = round_.batch, round_.cached, round_.draft_tokens
+    steps = k + 1 if k else 0
+    of_target, of_draft = weights
+    listed = None if round_.kept is None else s * round_.kept
+    scored = [draft.layers[layer] for layer in round_.scored_layers]
+    scores = b * s * round_.mass_bytes * sum(layer.query_heads for layer in scored)
+    lists = _list_bytes(target, listed) + _list_bytes(draft, round_.draft_listed)
+    counted = {
+        "propose": steps * (of_draft.body + b * _kv_bytes(draft, s, round_.draft_listed)) + k * of_draft.output,
+        "score": b * s * sum(layer.kv_heads * layer.head_dim for layer in scored) * draft.dtype.itemsize,
+        "select": scores + b * lists,
+        "verify": of_target.body + of_target.output + b * _kv_bytes(target, s, listed),
+        "accept": b * (k + 1) * target.vocabulary * LOGIT,
+    }
+    return {stage: round(count) for stage, count in counted.items()}
+
+
+def against_floor(count: int, ms: float, stream_gb_s: float | None) -> dict[str, float | None]:
+    """Bytes, the ms they take at least, and that as a share of `ms` in percent; None without a streaming rate."""
+    floor = None if stream_gb_s is None else count / stream_gb_s / 1e6
+    return {"bytes": count, "ms": floor, "percent": None if floor is None or ms == 0 else 100 * floor / ms}
+
+
+def _kv_bytes(model: ModelSpec, cached: float, listed: float | None) -> float:
+    """Of the keys and values that a step reads: full layers read what is listed, or all; the others their window."""
+    full = cached if listed is None else min(cached, listed)
+
+    def rows(layer: LayerShape) -> float:
+        return full if layer.window is None else min(cached, layer.window - 1)
+
+    return sum(rows(layer) * 2 * layer.kv_heads * layer.head_dim for layer in model.layers) * model.dtype.itemsize
+
+
+def _list_bytes(model: ModelSpec, listed: float | None) -> float:
+    return (listed or 0) * INDEX * sum(model.layers[layer].kv_heads for layer in model.full_layers)

@@ -1,0 +1,141 @@
+"""What `outrider bench decode` is asked for, checked before any work starts. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
+from pathlib import Path
+
+from outrider.bench.cases import CASES, DEFAULT_CASES, TINY_CASE, Case
+from outrider.config import Budget, check, option
+from outrider.errors import OptionError
+
+OURS, VLLM, TRANSFORMERS = "outrider", "vllm", "transformers"
+MODES_OF = {OURS: ("plain", "dense", "sparse"), VLLM: ("plain", "dense"), TRANSFORMERS: ("plain",)}
+DRAFTING = ("dense", "sparse")
+DEVICES = ("cuda", "cpu")
+DEFAULT_RATES = (0.9, 0.8, 0.7, 0.6)  # of 4 drafted tokens
+WITH_TARGET = ("draft", "alignment", "prompt_file", "context", "batch")  # options that real models need and cases do not take
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One engine in one mode."""
+
+    engine: str
+    mode: str
+    drafting: str | None  # None where there is no draft
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeOptions:
+    """Which cases, or which real models, on which engines and in which modes. Raises OptionError for what does not fit."""
+
+    case: tuple[str, ...] = option((), f"{', '.join(CASES)}; default: all but tiny")
+    engine: tuple[str, ...] = option((OURS,), ", ".join(MODES_OF))
+    mode: tuple[str, ...] = option(MODES_OF[OURS], "plain (the target alone), dense or sparse verification")
+    drafting: tuple[str, ...] = option(DRAFTING, "what the draft reads: dense (all) or sparse (the kept share)")
+    keep: float = option(0.1, "share of the cached tokens that each list keeps, in (0, 1]")
+    draft_tokens: int = option(4, "tokens the draft proposes each round (K)")
+    acceptance: str | None = option(
+        None,
+        "scripted acceptance of dummy weights: for each of the K drafted tokens the share of rounds in which it and all before "
+        "it are accepted, by commas; default .9,.8,.7,.6",
+    )
+    rounds: int = option(40, "rounds that are measured")
+    device: str = option("cuda", "cuda; cpu for the tiny case and for real models")
+    target: str | None = option(None, "a real target (folder, hub id or builtin) in place of cases with dummy weights")
+    draft: str | None = option(None, "its draft; target builtin brings its own")
+    alignment: Path | None = field(
+        default=None, metadata={"help": "file made by outrider calibrate for this pair; the built-in pair has its own"}
+    )
+    prompt_file: Path | None = field(default=None, metadata={"help": "file of UTF-8 text that real models continue"})
+    context: int | None = option(None, "tokens of the text that are read, with --target")
+    batch: int | None = option(None, "sequences, with --target: they begin at different places of the text; default 1")
+    peer_vllm: Path | None = field(
+        default=None, metadata={"help": "folder that vLLM was unpacked into; default: the one that is installed"}
+    )
+    peer_timeout: int = option(300, "seconds after which a peer's process is ended")
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            if isinstance(value := getattr(self, f.name), tuple):
+                object.__setattr__(self, f.name, tuple(dict.fromkeys(value)))
+        self._check_choices()
+        self._check_numbers()
+        self._check_models()
+        self._check_peers()
+
+    @property
+    def cases(self) -> tuple[Case, ...]:
+        """The cases with dummy weights; none for real models."""
+        if self.target is not None:
+            return ()
+        return tuple(CASES[name] for name in self.case) or DEFAULT_CASES
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Scripted acceptance, one share for each drafted token."""
+        return DEFAULT_RATES if self.acceptance is None else tuple(float(part) for part in self.acceptance.split(","))
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """What every case is measured with: peers first, since they need the device's memory to themselves."""
+        found = []
+        for engine in sorted(self.engine, key=lambda name: name == OURS):
+            for mode in (mode for mode in self.mode if mode in MODES_OF[engine]):
+                draftings = (None,) if mode == "plain" else self.drafting if engine == OURS else ("dense",)
+                found += [Run(engine=engine, mode=mode, drafting=drafting) for drafting in draftings]
+        return tuple(found)
+
+    def _check_choices(self) -> None:
+        choices: dict[str, Iterable[str]] = {"case": CASES, "engine": MODES_OF, "mode": MODES_OF[OURS], "drafting": DRAFTING}
+        for name, allowed in choices.items():
+            for value in getattr(self, name):
+                check(name, value, value in allowed, ", ".join(allowed))
+        check("device", self.device, self.device in DEVICES, ", ".join(DEVICES))
+        for engine in self.engine:
+            modes = MODES_OF[engine]
+            check("mode", ", ".join(self.mode), bool({*modes} & {*self.mode}), f"{', '.join(modes)} for engine {engine}")
+
+    def _check_numbers(self) -> None:
+        Budget(keep=self.keep)
+        for name in ("draft_tokens", "rounds", "peer_timeout"):
+            value = getattr(self, name)
+            check(name.replace("_", "-"), value, value >= 1, "a whole number >= 1")
+        try:
+            rates = self.rates
+        except ValueError:
+            rates = ()
+        falling = all(1 >= before >= after >= 0 for before, after in zip((1.0, *rates), rates, strict=False))
+        shown = ",".join(f"{rate:g}" for rate in DEFAULT_RATES) if self.acceptance is None else self.acceptance
+        wanted = f"{self.draft_tokens} numbers in [0, 1] by commas, one for each drafted token, none larger than the one before"
+        if self.target is None:
+            check("acceptance", shown, falling and len(rates) == self.draft_tokens, wanted)
+
+    def _check_models(self) -> None:
+        if self.target is None:
+            for name in WITH_TARGET:
+                check(name.replace("_", "-"), getattr(self, name), getattr(self, name) is None, "nothing without --target")
+            if self.device == "cpu":
+                check("device", "cpu", self.cases == (TINY_CASE,), "cuda; cpu with --case tiny or --target")
+            return
+        for name in ("case", "acceptance"):
+            check(name, getattr(self, name), not getattr(self, name), "nothing with --target: real models bring their own")
+        check("engine", ", ".join(self.engine), self.engine == (OURS,), f"{OURS} with --target: peers run with dummy weights")
+        check("prompt-file", self.prompt_file, self.prompt_file is not None, "a file of UTF-8 text with --target")
+        check("context", self.context, (self.context or 0) >= 2, "a whole number >= 2 with --target")
+        check("batch", self.batch, self.batch is None or self.batch >= 1, "a whole number >= 1")
+
+    def _check_peers(self) -> None:
+        if VLLM not in self.engine:
+            if self.peer_vllm is not None:
+                raise OptionError("peer-vllm", str(self.peer_vllm), f"nothing without --engine {VLLM}")
+            return
+        check("device", self.device, self.device == "cuda", f"cuda with --engine {VLLM}")
+        folder = self.peer_vllm
+        if folder is None and find_spec(VLLM) is None:
+            raise OptionError("peer-vllm", None, "the folder that vLLM was unpacked into (it is not installed here)")
+        if folder is not None and not (folder / VLLM).is_dir():
+            raise OptionError("peer-vllm", str(folder), f"a folder that holds the package {VLLM}")

@@ -1,0 +1,62 @@
+"""What a peer's program is told and what it tells: a job as JSON on stdin, one marked line of JSON a case on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+MARKER = "outrider-bench: "  # peers print other things, too
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Cases of one pair, all in the same mode."""
+
+    target: dict[str, Any]  # content of its config.json
+    draft: dict[str, Any] | None  # None: the target alone
+    cases: list[dict[str, Any]]  # name, context, batch
+    tokens: int  # N: decoded tokens of each sequence
+    rates: list[float]  # scripted acceptance; its length is K
+    device: str
+
+    def dumps(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def read_job() -> Job:
+    return Job(**json.loads(sys.stdin.read()))
+
+
+def serve(job: Job, measure: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Measure case by case and print a line for each; a case that fails is reported and does not stop the others."""
+    for case in job.cases:
+        try:
+            result = measure(case)
+        except Exception as error:
+            result = {"error": f"{type(error).__name__}: {error}"}
+        print("\n" + MARKER + json.dumps({"case": case["name"]} | result), flush=True)
+
+
+def read_results(lines: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Results by case, from all that a peer has printed."""
+    marked = [json.loads(line.removeprefix(MARKER)) for line in lines if line.startswith(MARKER)]
+    return {result.pop("case"): result for result in marked}
+
+
+def decode_seconds(generate: Callable[[int], Any], tokens: int) -> float:
+    """Seconds of decoding `tokens` tokens; `generate(n)` makes n and returns when they are there.
+
+    The first call pays for the prompt and is not timed. Two more have it cached, of 1 and of `tokens` + 1 tokens: their
+    difference is decoding alone.
+    """
+    generate(1)
+    seconds = []
+    for count in (1, tokens + 1):
+        began = time.perf_counter()
+        generate(count)
+        seconds.append(time.perf_counter() - began)
+    return seconds[1] - seconds[0]

@@ -1,0 +1,104 @@
+"""vLLM with dummy weights: `python -P -m outrider.bench.peers.vllm`, a job on stdin.
+
+The target alone, or with the draft model and synthetic acceptance, at vLLM's own settings otherwise. Its prefix cache keeps the
+prompts, so that decoding can be timed alone.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from outrider.bench.peers.job import Job, decode_seconds, read_job, serve
+from outrider.bench.prompts import random_prompts
+
+ENVIRONMENT = {
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process: nothing is left behind when it is ended
+}
+ROOM = 1024  # tokens behind the longest context
+
+
+def engine_arguments(job: Job, folder: Path) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`; the config.json of each model is written into a folder of its own below `folder`."""
+    longest = max(case["context"] for case in job.cases)
+    arguments: dict[str, Any] = {
+        "model": _write_config(folder / "target", job.target),
+        "load_format": "dummy",
+        "dtype": "bfloat16",
+        "skip_tokenizer_init": True,
+        "max_model_len": longest + max(ROOM, 2 * job.tokens),
+        "gpu_memory_utilization": 0.9,
+        "enable_prefix_caching": True,
+    }
+    if job.draft is not None:
+        arguments["speculative_config"] = {
+            "method": "draft_model",
+            "model": _write_config(folder / "draft", job.draft),
+            "num_speculative_tokens": len(job.rates),
+            "rejection_sample_method": "synthetic",
+            "synthetic_acceptance_rates": job.rates,
+        }
+    return arguments
+
+
+class Steps:
+    """Counts the steps of an engine."""
+
+    def __init__(self, engine: Any) -> None:
+        self.taken = 0
+        step = engine.step
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.taken += 1
+            return step(*args, **kwargs)
+
+        engine.step = counted
+
+
+def measure(llm: Any, steps: Steps, job: Job, case: dict[str, Any]) -> dict[str, Any]:
+    """Decoding speed of one case; the prompts of its rows differ."""
+    from vllm import SamplingParams
+
+    rows = random_prompts(case["context"], case["batch"], job.target["vocab_size"])
+    prompts = [{"prompt_token_ids": row} for row in rows]
+    counts = []
+
+    def generate(count: int) -> None:
+        params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)
+        before = steps.taken
+        llm.generate(prompts, params, use_tqdm=False)
+        counts.append(steps.taken - before)
+
+    seconds = decode_seconds(generate, job.tokens)
+    rounds = counts[-1] - counts[-2]  # of the sequence that was done last
+    return {
+        "tokens_per_second": case["batch"] * job.tokens / seconds,
+        "tokens_per_round": job.tokens / rounds if rounds > 0 else None,
+        "versions": {"vllm": version("vllm"), "transformers": version("transformers")},
+    }
+
+
+def _write_config(folder: Path, config: dict[str, Any]) -> str:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return str(folder)
+
+
+def main() -> None:
+    from vllm import LLM
+
+    job = read_job()
+    with tempfile.TemporaryDirectory() as folder:
+        llm = LLM(**engine_arguments(job, Path(folder)))
+        steps = Steps(llm.llm_engine)
+        serve(job, lambda case: measure(llm, steps, job, case))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Result files of JSON lines: a new row takes the place of the old one about the same thing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+KEY = ("case", "engine", "mode", "drafting", "kv_dtype")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """What one engine did in one mode; what it does not measure is None or empty. A failed one says why in `error`."""
+
+    case: str
+    engine: str
+    mode: str
+    drafting: str | None  # what the draft reads; None where there is no draft
+    context: int  # tokens of a prompt
+    batch: int
+    tokens_per_second: float | None = None  # of all sequences together
+    # kind: scripted, real or none; rates [K]: share of rounds in which token i and all before it pass; tokens_per_round
+    acceptance: dict[str, Any] = field(default_factory=dict)
+    round_ms: float | None = None  # wall clock
+    host_ms: float | None = None  # of it, what no stage of the device accounts for
+    stages: dict[str, float] = field(default_factory=dict)  # ms a round
+    floors: dict[str, dict[str, float | None]] = field(default_factory=dict)  # see floors.against_floor
+    kept: float | None = None  # share of the cached tokens that the target's lists held
+    error: str | None = None
+    conditions: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def replace_rows(path: Path, rows: Iterable[dict[str, Any]], key: tuple[str, ...] = KEY) -> None:
+    """Write rows in place of the lines with the same `key`, or behind all others; the file changes in one step."""
+    new = {tuple(row.get(name) for name in key): json.dumps(row) for row in rows}
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        old = json.loads(line)
+        kept.append(new.pop(tuple(old.get(name) for name in key), line))
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    try:
+        temporary.write_text("".join(line + "\n" for line in [*kept, *new.values()]), encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,75 @@
+"""outrider bench decode"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from outrider.bench.options import DecodeOptions
+from outrider.cli.files import read_text, writable_file
+from outrider.cli.options import Flags, takes
+from outrider.cli.screen import Screen
+from outrider.cli.tables import decode_table, stage_table
+
+if TYPE_CHECKING:
+    from outrider.bench.results import Row
+
+DECODE = Flags(source=DecodeOptions, panel="Benchmark", short={"draft_tokens": "-K"})
+RESULTS = Path("benchmarks", "results")  # of a checkout
+NAME = "decode.jsonl"
+
+app = typer.Typer(help="Measure speed, beside what the device could do at best and beside other engines.")
+
+
+@app.callback()
+def bench() -> None:
+    """Measure speed, beside what the device could do at best and beside other engines."""
+
+
+@app.command()
+@takes(DECODE)
+def decode(
+    output: Annotated[
+        Path | None,
+        typer.Option(help=f"file of JSON lines; a row replaces the old one; default: {RESULTS / NAME} if there, else {NAME}"),
+    ] = None,
+    **values: Any,
+) -> None:
+    """Decode behind long contexts: tokens a second, milliseconds and bytes of every stage, on dummy weights or real models."""
+    options = DecodeOptions(**DECODE.pick(values))
+    text = read_text("--prompt-file", options.prompt_file) if options.prompt_file else ""
+    path = writable_file("output", output or (RESULTS if RESULTS.is_dir() else Path()) / NAME)
+    screen = Screen()
+    with screen.waiting("loading torch"):
+        from outrider.bench.run import measure_all
+    with screen.working():
+        rows = measure_all(options, text, shlex.join(["outrider", *sys.argv[1:]]), screen.progress)
+        well = _report(rows, len(options.runs), path, screen)
+    if not well:
+        raise typer.Exit(1)
+
+
+def _report(rows: Iterable[Row], per_case: int, path: Path, screen: Screen) -> bool:
+    """Write rows as they come; show a case's tables when it is done. False if a row holds an error."""
+    from outrider.bench.results import replace_rows
+
+    cases: dict[str, list[Row]] = defaultdict(list)
+    well = True
+    for row in rows:
+        replace_rows(path, [row.as_dict()])
+        cases[row.case].append(row)
+        if row.error is not None:
+            well = False
+            screen.note(Text(f"{row.case}: {row.engine} {row.mode} FAILED: {row.error}"))
+        if len(cases[row.case]) == per_case:
+            screen.show(decode_table(cases[row.case]))
+            if any(row.stages for row in cases[row.case]):
+                screen.show(stage_table(cases[row.case]))
+    return well

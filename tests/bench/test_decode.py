@@ -1,0 +1,109 @@
+"""Our engine under the clock: rows of the tiny case, and the whole command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from outrider.bench import decode as bench
+from outrider.bench.floors import Round
+from outrider.bench.options import Run
+from outrider.bench.run import measure_all
+from outrider.cli.tables import decode_table
+
+BOOK = Path(__file__).parents[2] / "examples" / "books" / "persuasion.txt"
+CONDITIONS = {"stream_gb_s": 4000.0}
+STAGES = {"plain": {"verify", "accept"}, "dense": {"propose", "verify", "accept"}}
+
+
+def quiet(what: str, done: int, of: int) -> None:
+    pass
+
+
+@pytest.mark.parametrize("mode, drafting", [("plain", None), ("dense", "dense"), ("sparse", "dense"), ("sparse", "sparse")])
+def test_a_row_says_what_was_measured(work, options, monkeypatch, mode, drafting):
+    counted: list[Round] = []
+    count = bench.stage_bytes
+    monkeypatch.setattr(bench, "stage_bytes", lambda *given: counted.append(given[-1]) or count(*given))
+    row = bench.measure(work, Run(engine="outrider", mode=mode, drafting=drafting), options(rounds=3), CONDITIONS, quiet)
+    per_round = row.acceptance["tokens_per_round"]
+    assert (row.case, row.context, row.batch, row.error) == ("tiny", 2048, 2, None)
+    assert row.tokens_per_second == pytest.approx(2 * per_round / row.round_ms * 1e3)
+    assert row.host_ms == pytest.approx(row.round_ms - sum(row.stages.values())) and row.host_ms > 0
+    assert row.stages.keys() >= STAGES.get(mode, {"propose", "score", "select", "verify", "accept"})
+    assert row.floors.keys() <= row.stages.keys()
+    assert row.floors["verify"]["ms"] == pytest.approx(row.floors["verify"]["bytes"] / 4000e6)
+    if mode == "plain":
+        assert row.acceptance == {"kind": "none", "rates": [], "tokens_per_round": 1.0}
+    else:
+        assert row.acceptance["kind"] == "scripted" and row.acceptance["rates"] == [0.9, 0.8, 0.7, 0.6]
+        assert 1 <= per_round <= 5
+    assert row.kept == pytest.approx(0.1 if mode == "sparse" else 1.0, abs=0.001)
+    [reads] = counted
+    assert reads.batch == 2 and 2048 < reads.cached < 2048 + 40
+    assert reads.draft_tokens == (0 if mode == "plain" else 4)
+    assert (reads.kept is not None) == (mode == "sparse")
+    assert (reads.draft_listed is not None) == (drafting == "sparse")
+
+
+def test_acceptance_is_that_of_the_script(options):
+    [row] = measure_all(options(rounds=2, acceptance="1,1,0,0", mode=("dense",), drafting=("dense",)), "", "", quiet)
+    assert row.acceptance == {"kind": "scripted", "rates": [1.0, 1.0, 0.0, 0.0], "tokens_per_round": 3.0}
+
+
+def test_what_fails_is_a_row_and_stops_nothing(options, monkeypatch):
+    def broken(work, run, *given):
+        if run.mode == "dense":
+            raise RuntimeError("out of memory")
+        return measured(work, run, *given)
+
+    measured = bench.measure
+    monkeypatch.setattr("outrider.bench.run.measure", broken)
+    rows = list(measure_all(options(rounds=1, mode=("dense", "plain"), drafting=("dense",)), "", "command", quiet))
+    assert [(row.mode, row.error) for row in rows] == [("dense", "RuntimeError: out of memory"), ("plain", None)]
+    assert all(row.conditions["command"] == "command" and row.conditions["pair"] == "tiny" for row in rows)
+    decode_table(rows)
+
+
+def test_the_command_writes_rows_and_shows_tables(decode, tmp_path):
+    arguments = [
+        "--case",
+        "tiny",
+        "--device",
+        "cpu",
+        "--rounds",
+        2,
+        "--mode",
+        "plain",
+        "--mode",
+        "sparse",
+        "--drafting",
+        "dense",
+    ]
+    outcome = decode(*arguments)
+    assert outcome.code == 0, outcome.err
+    assert "tiny: 2 x 2048 tokens" in outcome.out and "tiny: stages" in outcome.out and "select" in outcome.out
+    lines = [json.loads(line) for line in (tmp_path / "decode.jsonl").read_text().splitlines()]
+    assert [(line["mode"], line["drafting"]) for line in lines] == [("plain", None), ("sparse", "dense")]
+    wanted = {"device", "driver", "torch", "triton", "cuda", "transformers", "commit", "ops", "date", "command", "stream_gb_s"}
+    assert wanted <= lines[0]["conditions"].keys()
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    assert decode(*arguments, "--mode", "plain").code == 0
+    assert (tmp_path / "benchmarks" / "results" / "decode.jsonl").exists()
+
+
+def test_real_models_bring_their_own_acceptance(decode, tmp_path):
+    real = ["--target", "builtin", "--device", "cpu", "--prompt-file", BOOK]
+    outcome = decode(*real, "--context", 1100, "--batch", 2, "--rounds", 2, "--mode", "sparse", "--drafting", "dense")
+    assert outcome.code == 0, outcome.err
+    [line] = [json.loads(line) for line in (tmp_path / "decode.jsonl").read_text().splitlines()]
+    assert (line["case"], line["context"], line["batch"]) == ("target-1100-b2", 1100, 2)
+    rates = line["acceptance"]["rates"]
+    assert line["acceptance"]["kind"] == "real" and len(rates) == 4 and rates == sorted(rates, reverse=True)
+    assert line["acceptance"]["tokens_per_round"] == pytest.approx(1 + sum(rates))
+    assert "the pair holds" in decode(*real, "--context", 10**6).err
+    short = tmp_path / "short.txt"
+    short.write_text("It was a dark and stormy night.", encoding="utf-8")
+    assert "allowed: at least --context 1100" in decode(*real, "--prompt-file", short, "--context", 1100).err

@@ -1,0 +1,81 @@
+"""Dummy weights: shapes, noise in the cache, and a judge that accepts at given rates."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from outrider.bench.cases import TINY
+from outrider.bench.dummy import ScriptedJudge, random_alignment, read_noise
+from outrider.bench.prompts import random_prompts
+from outrider.models.dummy import dummy_module
+from outrider.types import DraftTrace
+
+RATES = (0.9, 0.8, 0.7, 0.6)
+
+
+def judged(uniforms: torch.Tensor, rates=RATES, vocabulary: int = 7):
+    """uniforms [B, K + 1] -> the verdict, and the logits [B, K + 1, V] it was made on."""
+    rows, k = uniforms.shape[0], uniforms.shape[1] - 1
+    trace = DraftTrace(tokens=torch.zeros(rows, k, dtype=torch.int64), probs=torch.zeros(rows, k, vocabulary), queries=())
+    logits = torch.randn(rows, k + 1, vocabulary, generator=torch.Generator().manual_seed(1))
+    return ScriptedJudge(torch.tensor(rates))(trace, logits, SimpleNamespace(verify_uniforms=uniforms)), logits
+
+
+def test_rates_are_unconditional():
+    rows = 20000
+    verdict, _ = judged(torch.rand(rows, 5, generator=torch.Generator().manual_seed(0)))
+    for position, rate in enumerate(RATES):
+        deviation = (rate * (1 - rate) / rows) ** 0.5
+        assert (verdict.accepted > position).double().mean() == pytest.approx(rate, abs=4 * deviation)
+    assert verdict.accepted.double().mean() == pytest.approx(sum(RATES), abs=0.05)
+
+
+def test_the_verdict_is_that_of_the_last_uniform():
+    last = torch.tensor([0.0, 0.59, 0.61, 0.75, 0.85, 0.95])
+    verdict, logits = judged(torch.cat([torch.zeros(6, 4), last[:, None]], dim=1))
+    assert verdict.accepted.dtype == torch.int64 and verdict.accepted.tolist() == [4, 4, 3, 2, 1, 0]
+    assert verdict.next_token.shape == (6,)
+    assert verdict.next_token.tolist() == [int(logits[row, n].argmax()) for row, n in enumerate(verdict.accepted.tolist())]
+
+
+def test_without_drafted_tokens_nothing_is_accepted():
+    verdict, logits = judged(torch.rand(3, 1))
+    assert verdict.accepted.tolist() == [0, 0, 0]
+    assert verdict.next_token.tolist() == logits[:, 0].argmax(-1).tolist()
+
+
+def test_noise_fills_the_rows_of_a_chunk_and_no_others(work):
+    cache = work.target.new_cache(2, 64)
+    row = cache.rows(1, 2)
+    for stop in (10, 24):
+        read_noise(work.target, row, torch.zeros(1, stop - int(row.lengths), dtype=torch.int64), stop)
+    assert cache.lengths.tolist() == [0, 24]
+    for layer in range(len(cache.layers)):
+        for stored in (cache.keys(layer), cache.values(layer)):
+            assert not stored[0].any() and not stored[1, 24:].any()
+            assert stored[1, :24].std() == pytest.approx(1, abs=0.15)
+
+
+def test_dummy_weights_are_made_of_noise():
+    make = {"dtype": torch.float32, "device": torch.device("cpu")}
+    module, again = dummy_module(TINY.draft, **make), dummy_module(TINY.draft, **make)
+    assert module.lm_head.weight is module.model.embed_tokens.weight
+    assert module.model.embed_tokens.weight.std() == pytest.approx(0.02, rel=0.05)
+    assert bool((module.model.norm.weight == 1).all())
+    frequencies = module.model.rotary_emb.inv_freq
+    assert frequencies.device.type == "cpu" and frequencies[0] == 1 and bool((frequencies.diff() < 0).all())
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), again.parameters(), strict=True))
+
+
+def test_alignments_and_prompts_are_random_and_the_same_every_time(work):
+    sources = random_alignment(work.target.spec, work.draft.spec).sources
+    assert sources.shape == (3, 4, 1, 2)
+    assert sources[..., 0].max() == 1 and sources[..., 1].max() == 1 and sources.min() == 0
+    assert torch.equal(sources, random_alignment(work.target.spec, work.draft.spec).sources)
+    first, second = random_prompts(100, 2, 512)
+    assert len(first) == len(second) == 100 and first != second
+    assert min(first) >= 0 and 255 < max(first) < 512
+    assert random_prompts(100, 2, 512) == [first, second]
