@@ -10,6 +10,7 @@ from outrider.errors import OptionError
 MODES = ("plain", "dense", "sparse")
 DRAFTING = ("dense", "sparse")
 DTYPES = ("float32", "bfloat16", "float16")
+KV_DTYPES = ("auto", "fp8")
 BACKENDS = ("auto", "reference", "triton", "cuda")
 DEFAULT_KEEP = 0.1
 
@@ -94,6 +95,9 @@ class EngineConfig:
     draft_recent: int = option(512, "sparse drafting: last cached tokens that every list of the draft keeps")
     batch_size: int = option(8, "sequences that run at the same time; more prompts wait")
     prefill_chunk: int = option(2048, "prompt tokens per forward of the prefill")
+    kv_dtype: str = option(
+        "auto", "how keys and values are cached: auto (in the models' dtype) or fp8 (8 bits, half the memory of bfloat16)"
+    )
     eager: bool = option(False, "on a GPU, run rounds kernel by kernel; default: as CUDA graphs, captured once")
     audit: bool = option(False, "after each sequence, count the tokens that the dense target would also have chosen")
     backend: str = option(
@@ -115,6 +119,7 @@ class EngineConfig:
         check("batch-size", self.batch_size, _is_int(self.batch_size) and self.batch_size >= 1, "a whole number >= 1")
         chunk = self.prefill_chunk
         check("prefill-chunk", chunk, _is_int(chunk) and chunk >= 1, "a whole number >= 1")
+        check("kv-dtype", self.kv_dtype, self.kv_dtype in KV_DTYPES, ", ".join(KV_DTYPES))
         check("backend", self.backend, self.backend in BACKENDS, ", ".join(BACKENDS))
         check("budget", self.budget, isinstance(self.budget, Budget), "a Budget")
 

@@ -119,3 +119,15 @@ def test_bad_texts_and_places(fails, flags, pair, folder, tmp_path):
     assert fails(*PERPLEXITY, *flags, "--json", tmp_path / "none" / "rows.jsonl").startswith("json: got ")
     assert fails(*PERPLEXITY, *pair, "--text", folder / "text.txt").startswith("alignment: got None; allowed: ")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("task", [PERPLEXITY, FACTS], ids=["perplexity", "facts"])
+def test_caches_in_8_bits_are_used_and_named(task, outrider, flags, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for kv_dtype in ("auto", "fp8"):
+        assert outrider(*task, *flags[:-2], "--kv-dtype", kv_dtype, "--json", path).code == 0
+    wide, narrow = lines(path)
+    assert [row["conditions"]["kv_dtype"] for row in (wide, narrow)] == ["auto", "fp8"]
+    if task is PERPLEXITY:
+        assert wide["ppl_dense"] != narrow["ppl_dense"]
+        assert narrow["ppl_dense"] == pytest.approx(wide["ppl_dense"], rel=0.1)

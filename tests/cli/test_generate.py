@@ -238,3 +238,11 @@ class TestBadInput:
             message = fails("generate", *pair, "--prompt", "x", "--mode", "dense", "--stats-json", path)
             assert message.startswith(f"stats-json: got '{path}'; allowed: a file in a folder that can be written")
         assert list(tmp_path.iterdir()) == []
+
+
+def test_caches_in_8_bits_are_used_and_named(outrider, fails, pair, prompt, tmp_path):
+    path = tmp_path / "stats.json"
+    flags = ["generate", *pair, *prompt, *SHORT, "--mode", "dense", "--kv-dtype"]
+    assert outrider(*flags, "fp8", "--stats-json", path).code == 0
+    assert json.loads(path.read_text())["conditions"]["kv_dtype"] == "fp8"
+    assert fails(*flags, "int8") == "kv-dtype: got 'int8'; allowed: auto, fp8"

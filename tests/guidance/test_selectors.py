@@ -243,8 +243,7 @@ def test_alignments_that_do_not_fit(method):
 def test_list_width_holds_every_list(size, keep, min_context, forced):
     """On a device the width comes from shapes alone: no sequence of at most `size` tokens may have a longer list."""
     budget = Budget(keep=keep, min_context=min_context)
-    mass, lengths = torch.empty(1, 1, 1, size, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta")
-    width = list_width(budget, DraftScores(mass=mass, layers=(0,), lengths=lengths), forced)
+    width = list_width(budget, size, forced, torch.device("meta"))
     every = torch.arange(size + 1)
     assert 1 <= width <= max(1, size)
     assert width >= int(torch.maximum(top_k(budget, every), torch.clamp(every, max=forced)).max())

@@ -40,7 +40,10 @@ EVALUATION = Flags(source=EvaluationOptions, panel="Evaluation")
 BUDGET = Flags(source=Budget, panel="Budget", repeat=("keep", "top_p"))
 MODELS = Flags(source=ModelOptions, panel="Models")
 ENGINE = Flags(
-    source=EngineConfig, panel="Models", only=("draft_tokens", "prefill_chunk", "backend"), short={"draft_tokens": "-K"}
+    source=EngineConfig,
+    panel="Models",
+    only=("draft_tokens", "prefill_chunk", "kv_dtype", "backend"),
+    short={"draft_tokens": "-K"},
 )
 
 app = typer.Typer(help="Measure what a method costs, teacher-forced through the same stages as generation.")
@@ -98,7 +101,7 @@ def _evaluate(task: Callable[[], Callable[..., Iterable[Row]]], values: dict[str
         cases = [Case(method=m, budget=one) for m in options["method"] for one in (budgets if m != DENSE else [None])]
         own |= {"context": options["context"], "map_name": models.pop("map"), "progress": screen.progress}
         alignment = models.pop("alignment")
-        pair = load_pair(**models, backend=engine.pop("backend"))
+        pair = load_pair(**models, backend=engine.pop("backend"), kv_dtype=engine.pop("kv_dtype"))
         rows = evaluate(pair, find_alignment(alignment, *pair), texts, cases, **engine, **own)
     _report(rows, len(cases), options["json"], screen)
 

@@ -130,6 +130,7 @@ def _mass(model: LanguageModel, cache: KVCache, queries: list[Tensor], starts: T
     def parts() -> Iterator[Tensor]:
         for at in range(0, n, ROUNDS_AT_ONCE):
             some = slice(at, at + ROUNDS_AT_ONCE)
-            yield attention_mass(queries[layer][some], keys[some], lengths[some], scale=scale, backend=model.backend)[..., :s]
+            rows = queries[layer][some], keys[some], lengths[some]
+            yield attention_mass(*rows, scale=scale, key_scale=cache.key_scales[layer], backend=model.backend)[..., :s]
 
     return torch.cat(list(parts()))

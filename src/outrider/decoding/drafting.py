@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from outrider.config import Budget
 from outrider.decoding.sampling import Sampling, distributions, draw, greedy
-from outrider.guidance.selectors.base import list_width
+from outrider.guidance.selectors.base import longest_list
 from outrider.models import KVCache, LanguageModel, ModelSpec
 from outrider.types import DraftTrace, Selection
 
@@ -69,8 +69,7 @@ class DraftLists:
         self._capacity = capacity
         self._room = 2 * (draft_tokens + 1)
         device = draft.device
-        # on a CPU lists are as long as they come, at most as the cache
-        chosen = list_width(budget, capacity, budget.sinks + budget.recent, device) or capacity
+        chosen = longest_list(budget, capacity, budget.sinks + budget.recent)
         heads = draft.full_shape.kv_heads
         shape = len(self.layers), slots, heads
         self.indices = torch.zeros(*shape, min(chosen + self._room, capacity), dtype=torch.int32, device=device)

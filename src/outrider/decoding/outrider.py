@@ -90,7 +90,7 @@ class Outrider:
         """
         config = engine_config(**options)
         check("method", config.method, config.method in SELECTORS, ", ".join(SELECTORS))
-        models = load_pair(target, draft, dtype=dtype, device=device, backend=config.backend)
+        models = load_pair(target, draft, dtype=dtype, device=device, backend=config.backend, kv_dtype=config.kv_dtype)
         return cls(*models, config, find_alignment(alignment, *models), map)
 
     def with_options(self, **options: Any) -> Outrider:

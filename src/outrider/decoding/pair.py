@@ -14,7 +14,7 @@ from outrider.errors import AlignmentError, OptionError
 from outrider.guidance.alignment import AlignmentFile, ModelIdentity, load
 from outrider.guidance.selectors import build_selector
 from outrider.guidance.selectors.base import Selector
-from outrider.models import LanguageModel, check_pair, load_model
+from outrider.models import LanguageModel, ModelSpec, check_pair, load_model
 from outrider.ops.backends import BackendError
 from outrider.types import Alignment
 
@@ -24,7 +24,13 @@ BUILTIN_ALIGNMENT = PAIR_FOLDER / "alignment.json"
 
 
 def load_pair(
-    target: str, draft: str | None, *, dtype: str = "float32", device: str = "cpu", backend: str = "auto"
+    target: str,
+    draft: str | None,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    backend: str = "auto",
+    kv_dtype: str = "auto",
 ) -> tuple[LanguageModel, LanguageModel]:
     """Load target and draft and check that they speak the same tokens; warns when both are the same checkpoint."""
     if draft is None:
@@ -32,13 +38,14 @@ def load_pair(
             raise OptionError("draft", None, f"a folder or hub id: only --target {BUILTIN} brings its own draft")
         draft = BUILTIN
     target_path, draft_path = _folder(target, "target"), _folder(draft, "draft")
-    target_model = load_model(target_path, dtype=dtype, device=device, backend=backend, role="target")
+    options = {"dtype": dtype, "device": device, "backend": backend, "kv_dtype": kv_dtype}
+    target_model = load_model(target_path, **options, role="target")
     if draft_path == target_path:
         warnings.warn(
             f"draft and target are the same checkpoint ({draft_path}): correct, but nothing becomes faster", stacklevel=2
         )
         return target_model, target_model
-    draft_model = load_model(draft_path, dtype=dtype, device=device, backend=backend, role="draft")
+    draft_model = load_model(draft_path, **options, role="draft")
     check_pair(target_model, draft_model)
     return target_model, draft_model
 
@@ -59,6 +66,14 @@ class Guidance:
     def per_query(self) -> bool:
         """The round's queries are kept apart."""
         return self.target is not None and self.target.per_query
+
+    def score_rows(self, draft: ModelSpec, t: int) -> int:
+        """Rows of masses that scoring `t` queries of one sequence makes."""
+        return len(self.layers) * draft.full_shape.query_heads * (t if self.per_query else 1)
+
+    def entries(self, size: int) -> int:
+        """A bound on the list entries of one sequence of `size` tokens."""
+        return sum(selector.entries(size) for selector in (self.target, self.draft) if selector is not None)
 
     @property
     def waits(self) -> bool:

@@ -5,10 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from outrider.models import KVCache, LanguageModel
+from outrider.models import KVCache, LanguageModel, ModelSpec
 from outrider.models.cache import aligned
 from outrider.ops import attention_mass
 from outrider.types import DraftScores
+
+
+def mass_dtype(draft: ModelSpec) -> torch.dtype:
+    """Of the masses a draft is scored with: bfloat16 of such a draft on a GPU, where selecting compares 16 bits anyway."""
+    if draft.device.type == "cuda" and draft.dtype == torch.bfloat16:
+        return torch.bfloat16
+    return torch.promote_types(draft.dtype, torch.float32)
 
 
 def score(
@@ -27,6 +34,7 @@ def score(
     averaged. The mass is as wide as the cache; on a CPU, which need not wait to know the lengths, `aligned` to these.
     """
     t = queries[0].shape[1]
+    dtype = mass_dtype(draft.spec)
     stop = cache.capacity if lengths.is_cuda else min(aligned(int(lengths.max()) + t), cache.capacity)
     masses = [
         attention_mass(
@@ -35,7 +43,8 @@ def score(
             lengths,
             scale=draft.spec.layers[layer].scale,
             reduce="none" if per_query else "mean",
-            dtype=torch.bfloat16 if lengths.is_cuda and draft.spec.dtype == torch.bfloat16 else None,
+            key_scale=cache.key_scales[layer],
+            dtype=dtype,
             backend=draft.backend,
         )
         for layer in layers

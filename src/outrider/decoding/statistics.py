@@ -159,7 +159,7 @@ class ReadCounter:
     def __init__(self, target: ModelSpec, draft: ModelSpec, scored_layers: tuple[int, ...], t: int) -> None:
         self._target, self._t = target, t
         shapes = (draft.layers[layer] for layer in scored_layers)
-        self._score_bytes = sum(x.kv_heads * x.head_dim for x in shapes) * draft.dtype.itemsize  # a cached token
+        self._score_bytes = sum(x.kv_heads * x.head_dim for x in shapes) * draft.cache_dtype.itemsize  # a cached token
         self._dense = self._row_bytes(range(len(target.layers)))
 
     def of(self, length: int, layers: tuple[int, ...] = (), tokens: float = 0.0, rows: float = 0.0) -> Reads:
@@ -170,7 +170,7 @@ class ReadCounter:
             return Reads(listed=float(length), bytes_read=dense, bytes_dense=dense)
         shape = self._target.layers[layers[0]]
         listed_rows = int(rows) + self._t * shape.kv_heads * len(layers)
-        read = listed_rows * 2 * shape.head_dim * self._target.dtype.itemsize
+        read = listed_rows * 2 * shape.head_dim * self._target.cache_dtype.itemsize
         read += self._bytes(self._row_bytes(set(range(len(self._target.layers))) - set(layers)), length)
         return Reads(
             listed=(tokens + length * (len(full) - len(layers))) / len(full),
@@ -182,7 +182,7 @@ class ReadCounter:
         """Bytes of keys and values of one cached token in these layers, by window."""
         found: dict[int | None, int] = {}
         for shape in (self._target.layers[layer] for layer in layers):
-            size = 2 * shape.kv_heads * shape.head_dim * self._target.dtype.itemsize
+            size = 2 * shape.kv_heads * shape.head_dim * self._target.cache_dtype.itemsize
             found[shape.window] = found.get(shape.window, 0) + size
         return found
 

@@ -84,6 +84,7 @@ def conditions(pair: tuple[LanguageModel, LanguageModel], draft_tokens: int, map
         "map": map_name or "the method's own",
         "draft_tokens": draft_tokens,
         "dtype": str(target.spec.dtype).removeprefix("torch."),
+        "kv_dtype": target.spec.kv_dtype,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
         "outrider": version("outrider"),
         "torch": torch.__version__,

@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from outrider.errors import ModelError
 from outrider.models.cache import KVCache, LayerShape
+from outrider.models.quantization import dequantize
 from outrider.ops import sparse_attention
 from outrider.types import Selection
 
@@ -100,6 +101,8 @@ def attend(
         counts,
         outrider.cache.lengths,
         scale=scale,
+        key_scale=outrider.cache.key_scales[layer],
+        value_scale=outrider.cache.value_scales[layer],
         window=sliding_window if indices is None else None,
         backend=outrider.backend,
     )
@@ -110,8 +113,9 @@ def _prefill_attention(query: Tensor, forward: Forward, layer: int, scale: float
     """Causal attention of T queries [B, Hq, T, D] over the whole cache (or the last `window` tokens) -> [B, T, Hq, D]."""
     cache, stop = forward.cache, forward.stop
     t = query.shape[2]
-    keys = cache.keys(layer, stop).transpose(1, 2)  # [B, Hkv, S + T, D]
-    values = cache.values(layer, stop).transpose(1, 2)
+    # what is cached is what is attended to, the new rows too: an 8-bit cache gives the same whatever the length of chunks
+    keys = dequantize(cache.keys(layer, stop), cache.key_scales[layer], query.dtype).transpose(1, 2)  # [B, Hkv, S + T, D]
+    values = dequantize(cache.values(layer, stop), cache.value_scales[layer], query.dtype).transpose(1, 2)
     if stop == t and window is None:  # an empty cache: plain causal attention, no mask to read
         output = scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale, enable_gqa=True)
         return output.transpose(1, 2)

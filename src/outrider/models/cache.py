@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from outrider.errors import OptionError
+from outrider.models.quantization import CacheScales
 from outrider.ops import kv_append
 
 
@@ -41,7 +42,8 @@ class KVCache:
     """Keys and values of all layers for up to B sequences of up to `capacity` tokens.
 
     Storage is [B, Hkv, capacity, D] per layer, so that one head's rows lie together; `keys` and `values` return views in the
-    public layout [B, S, Hkv, D]. `lengths` [B] int64 lives on the device.
+    public layout [B, S, Hkv, D], as stored. `lengths` [B] int64 lives on the device. A cache of float8_e4m3fn needs `scales`;
+    `key_scales` and `value_scales` hold, for every layer, the factor [Hkv] float32 of what is stored, or None in other dtypes.
     """
 
     def __init__(
@@ -52,10 +54,13 @@ class KVCache:
         *,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        scales: CacheScales | None = None,
     ) -> None:
         self.layers = layers
         self.capacity = capacity
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        none: tuple[Tensor | None, ...] = (None,) * len(layers)
+        self.key_scales, self.value_scales = (none, none) if scales is None else (scales.keys, scales.values)
         # zeros, not empty: a masked row must hold finite numbers, since 0 * NaN is NaN in dense attention
         self._keys = [torch.zeros(batch, x.kv_heads, capacity, x.head_dim, dtype=dtype, device=device) for x in layers]
         self._values = [torch.zeros_like(keys) for keys in self._keys]
@@ -72,20 +77,30 @@ class KVCache:
         """Sequences start .. stop - 1 as a cache that shares storage and lengths with this one."""
         part = object.__new__(KVCache)
         part.layers, part.capacity = self.layers, self.capacity
+        part.key_scales, part.value_scales = self.key_scales, self.value_scales
         part.lengths = self.lengths[start:stop]
         part._keys = [keys[start:stop] for keys in self._keys]
         part._values = [values[start:stop] for values in self._values]
         return part
 
     def append(self, layer: int, keys: Tensor, values: Tensor, backend: str = "auto") -> None:
-        """Write keys and values [B, T, Hkv, D] behind the committed rows of every sequence; lengths stay as they are.
+        """Write keys and values [B, T, Hkv, D], in the model's dtype, behind the committed rows; lengths stay as they are.
 
         Raises OptionError when a row does not fit (on a CPU); nothing is written then.
         """
         if not self.lengths.is_cuda and int(self.lengths.max()) + keys.shape[1] > self.capacity:
             needed = int(self.lengths.max()) + keys.shape[1]
             raise OptionError("cache capacity", self.capacity, f"at least {needed} tokens")
-        kv_append(keys, values, self.keys(layer), self.values(layer), self.lengths, backend=backend)
+        kv_append(
+            keys,
+            values,
+            self.keys(layer),
+            self.values(layer),
+            self.lengths,
+            key_scale=self.key_scales[layer],
+            value_scale=self.value_scales[layer],
+            backend=backend,
+        )
 
     def advance(self, count: Tensor | int) -> None:
         """Commit `count` appended tokens of every sequence ([B] int64, or one number for all)."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from outrider.models.attention import ROUND, Forward
 from outrider.models.cache import KVCache, LayerShape
 from outrider.models.compilation import compile_layers, has_compiled_layers
 from outrider.models.fusion import fuse_projections
+from outrider.models.quantization import FP8, CacheScales, check_kv_dtype, probe, scale_of
 from outrider.ops.backends import device_obstacle
 from outrider.types import Selection
 
@@ -31,6 +33,12 @@ class ModelSpec:
     eos_tokens: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    kv_dtype: str = "auto"  # how caches store keys and values: in `dtype`, or fp8
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """The dtype of stored keys and values."""
+        return FP8 if self.kv_dtype == "fp8" else self.dtype
 
     @property
     def full_layers(self) -> tuple[int, ...]:
@@ -60,33 +68,65 @@ def check_backend(backend: str, device: torch.device) -> None:
 
 
 class LanguageModel:
-    """Runs forwards over a `KVCache`; keeps no state between calls."""
+    """Runs forwards over a `KVCache`; keeps nothing between calls but the factors of 8-bit caches, once they are measured."""
 
     def __init__(
         self, module: Any, tokenizer: Any | None, spec: ModelSpec, backend: str = "auto", *, compiled: bool = False
     ) -> None:
         check_backend(backend, spec.device)
+        check_kv_dtype(spec.kv_dtype, spec.device)
         self.module = module
         self.tokenizer = tokenizer
         self.spec = spec
         self.backend = backend
         self.compiled = compiled
+        self._measured: list[CacheScales] = []  # at most one; it belongs to the weights, so all copies share it
 
     def with_backend(self, backend: str) -> LanguageModel:
         """The same weights under another backend of the ops. Raises OptionError for one that the device cannot run."""
         if backend == self.backend:
             return self
-        return LanguageModel(self.module, self.tokenizer, self.spec, backend, compiled=self.compiled)
+        check_backend(backend, self.spec.device)
+        made = copy(self)
+        made.backend = backend
+        return made
+
+    def with_kv_dtype(self, kv_dtype: str) -> LanguageModel:
+        """The same weights, with caches in another dtype ("auto" or "fp8"). Raises OptionError where the device cannot."""
+        if kv_dtype == self.spec.kv_dtype:
+            return self
+        check_kv_dtype(kv_dtype, self.spec.device)
+        made = copy(self)
+        made.spec = replace(self.spec, kv_dtype=kv_dtype)
+        return made
 
     def compile(self) -> LanguageModel:
         """The same weights, projections fused and layers compiled for rounds of few tokens. This one goes on uncompiled."""
+        self._scales()  # before fused products round otherwise: compiled or not, factors are the same
         fuse_projections(self.module)
         compile_layers(self.module)
-        return LanguageModel(self.module, self.tokenizer, self.spec, self.backend, compiled=True)
+        made = copy(self)
+        made.compiled = True
+        return made
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` sequences of up to `capacity` tokens."""
-        return KVCache(self.spec.layers, batch, capacity, dtype=self.spec.dtype, device=self.spec.device)
+        spec = self.spec
+        return KVCache(spec.layers, batch, capacity, dtype=spec.cache_dtype, device=spec.device, scales=self._scales())
+
+    def _scales(self) -> CacheScales | None:
+        """The factors of an 8-bit cache, measured when first asked for; None where caches have the models' dtype."""
+        if self.spec.cache_dtype != FP8:
+            return None
+        if not self._measured:
+            plain = self.with_kv_dtype("auto").with_backend("auto")
+            tokens = probe(self.spec.vocabulary, self.spec.context)
+            cache = plain.new_cache(1, tokens.shape[1])
+            plain.forward(tokens, cache, logits=False)
+            layers = range(len(self.spec.layers))
+            keys, values = (tuple(scale_of(rows(layer)) for layer in layers) for rows in (cache.keys, cache.values))
+            self._measured.append(CacheScales(keys=keys, values=values))
+        return self._measured[0]
 
     @torch.inference_mode()
     def forward(

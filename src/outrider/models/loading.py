@@ -15,22 +15,30 @@ from outrider.errors import ModelError, OutriderError, PairError
 from outrider.models.attention import NAME, Forward, register
 from outrider.models.cache import KVCache, LayerShape
 from outrider.models.language_model import LanguageModel, ModelSpec, check_backend
+from outrider.models.quantization import check_kv_dtype
 
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 
 
 def load_model(
-    path: str, *, dtype: str = "float32", device: str = "cpu", backend: str = "auto", role: str = "model"
+    path: str,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    backend: str = "auto",
+    kv_dtype: str = "auto",
+    role: str = "model",
 ) -> LanguageModel:
     """Load a decoder-only checkpoint that transformers can run with a custom attention function.
 
-    `path` is a folder or a hub id, `role` ("target" or "draft") names the option in errors. Raises OptionError for an unknown
-    dtype, device or backend, ModelError for a checkpoint that is missing, broken, or whose attention cannot be routed through
-    Outrider.
+    `path` is a folder or a hub id, `role` ("target" or "draft") names the option in errors. Raises OptionError for a dtype,
+    device, backend or kv_dtype that is unknown or cannot be had here, ModelError for a checkpoint that is missing, broken, or
+    whose attention cannot be routed through Outrider.
     """
     check("dtype", dtype, dtype in DTYPES, ", ".join(DTYPES))
     _check_device(device)
     check_backend(backend, torch.device(device))
+    check_kv_dtype(kv_dtype, torch.device(device))
     if not Path(path).exists() and (path.startswith(("/", ".", "~")) or path.count("/") > 1):
         raise ModelError(f"{role} {path!r}: no such folder; allowed: a folder that exists, or a hub id such as org/name")
     from transformers import AutoModelForCausalLM
@@ -45,7 +53,8 @@ def load_model(
     except Exception as error:  # transformers raises many types here; each becomes one clear error
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ModelError(f"{role} {path!r}: cannot be loaded with attention routed through Outrider: {reason}") from error
-    return wrap(module.eval().to(device), _load_tokenizer(path), name=model_name(path), backend=backend, role=role)
+    model = wrap(module.eval().to(device), _load_tokenizer(path), name=model_name(path), backend=backend, role=role)
+    return model.with_kv_dtype(kv_dtype)
 
 
 def wrap(module: Any, tokenizer: Any | None, *, name: str, backend: str = "auto", role: str = "model") -> LanguageModel:

@@ -30,6 +30,9 @@ class Selector(Protocol):
     def per_query(self) -> bool:
         """True: scores are kept apart per query of the round (DraftScores.mass with Q = T); False: averaged (Q = 1)."""
 
+    def entries(self, size: int) -> int:
+        """A bound on the list entries of one sequence of `size` tokens, in all layers."""
+
     def select(self, scores: DraftScores) -> Selection:
         """The lists of the round; `scores.layers` must equal `draft_layers`."""
 
@@ -111,12 +114,15 @@ def top_p(budget: Budget, lengths: Tensor) -> Tensor | None:
 
 
 def list_width(budget: Budget, size: int, forced: int, device: torch.device) -> int | None:
-    """Padded length M that holds every list over `size` tokens, known on the host, so that selecting need not wait.
+    """Padded length M of lists over `size` tokens, known on the host, so that selecting need not wait.
 
     `forced`: sinks + recent of the method. None, the longest list, on the CPU, where nothing waits.
     """
-    if device.type == "cpu":
-        return None
+    return None if device.type == "cpu" else longest_list(budget, size, forced)
+
+
+def longest_list(budget: Budget, size: int, forced: int) -> int:
+    """A bound on the length of lists over `size` tokens; `forced`: sinks + recent of the method."""
     if budget.keep is None:
         return size  # a share of the mass has no smaller bound
     kept = math.ceil(size * budget.keep)

@@ -12,6 +12,7 @@ from outrider.guidance.selectors.base import (
     check_layers,
     layer_sources,
     list_width,
+    longest_list,
     per_kv_head,
     query_mean,
     score_rows,
@@ -51,6 +52,10 @@ class Outrider:
         draft_layers, rows = score_rows(sources, self.draft_heads, self.scored)
         object.__setattr__(self, "draft_layers", draft_layers)
         object.__setattr__(self, "rows", rows)
+
+    def entries(self, size: int) -> int:
+        forced = self.budget.sinks + self.budget.recent
+        return len(self.target_layers) * self.rows.shape[1] * longest_list(self.budget, size, forced)
 
     def select(self, scores: DraftScores) -> Selection:
         check_layers(scores, self.draft_layers)

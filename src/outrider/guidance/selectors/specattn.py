@@ -10,7 +10,7 @@ from torch import Tensor
 
 from outrider.config import Budget
 from outrider.errors import OptionError
-from outrider.guidance.selectors.base import check_layers, layer_sources, list_width, score_rows, top_k, top_p
+from outrider.guidance.selectors.base import check_layers, layer_sources, list_width, longest_list, score_rows, top_k, top_p
 from outrider.ops import token_select, union_lists
 from outrider.types import Alignment, DraftScores, Selection
 
@@ -66,6 +66,9 @@ class SpecAttn:
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "groups", groups)
         object.__setattr__(self, "sources", place.view(-1, 1, 1))
+
+    def entries(self, size: int) -> int:
+        return len(self.layers) * longest_list(self.budget, size, 0)
 
     def select(self, scores: DraftScores) -> Selection:
         check_layers(scores, self.draft_layers)

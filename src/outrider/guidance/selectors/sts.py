@@ -8,7 +8,16 @@ from typing import ClassVar
 from torch import Tensor
 
 from outrider.config import Budget
-from outrider.guidance.selectors.base import check_layers, layer_sources, list_width, query_mean, score_rows, top_k, top_p
+from outrider.guidance.selectors.base import (
+    check_layers,
+    layer_sources,
+    list_width,
+    longest_list,
+    query_mean,
+    score_rows,
+    top_k,
+    top_p,
+)
 from outrider.ops import token_select
 from outrider.types import Alignment, DraftScores, Selection
 
@@ -45,6 +54,9 @@ class Sts:
         draft_layers, rows = score_rows(sources, self.draft_heads, self.scored)
         object.__setattr__(self, "draft_layers", draft_layers)
         object.__setattr__(self, "rows", rows)
+
+    def entries(self, size: int) -> int:
+        return len(self.target_layers) * self.rows.shape[1] * longest_list(self.budget, size, 0)
 
     def select(self, scores: DraftScores) -> Selection:
         check_layers(scores, self.draft_layers)

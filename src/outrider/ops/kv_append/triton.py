@@ -55,7 +55,7 @@ def obstacle(keys: Tensor, key_cache: Tensor) -> str | None:
     if keys.dtype == torch.float64:
         return "keys are float64; the kernels compute in float32"
     if INTERPRETED:
-        return None
+        return "Triton's interpreter rounds to float8_e4m3fn wrongly" if key_cache.dtype == torch.float8_e4m3fn else None
     if not keys.is_cuda:
         return f"tensors are on {keys.device.type}; the kernel runs on CUDA devices (or with TRITON_INTERPRET=1)"
     if key_cache.dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability(keys.device) < (8, 9):

@@ -1,0 +1,201 @@
+"""The loop: refill, launch (propose, score, align and select, verify, accept), commit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from outrider.decoding.prefill import Prefill, ProgressCallback
+from outrider.decoding.rounds import RoundKind, RowOutcome
+from outrider.decoding.runner import Flight, Runner
+from outrider.decoding.scheduler import Scheduler
+from outrider.decoding.sequence import Sequence
+from outrider.decoding.statistics import ReadCounter
+
+if TYPE_CHECKING:
+    from outrider.decoding.engine import Engine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Tokens that one sequence has just emitted; none where it failed or was cancelled."""
+
+    sequence: Sequence
+    tokens: list[int]
+
+
+class Loop:
+    """The host's side of one run: who runs, who waits, and what a round means for each."""
+
+    def __init__(self, engine: Engine, runner: Runner, sequences: list[Sequence], progress: ProgressCallback) -> None:
+        self.engine, self.runner, self.config, self.progress = engine, runner, engine.config, progress
+        self.scheduler = Scheduler(sequences, runner.slots)
+        self.filling: Prefill | None = None
+        layers = engine.guidance.layers if engine.guidance is not None else ()
+        self.reads = ReadCounter(engine.target.spec, engine.draft.spec, layers, runner.k + 1)
+
+    def events(self) -> Iterator[Event]:
+        """Rounds until all sequences have ended. On a GPU the next round begins before the last one's tokens are read."""
+        self.runner.clear(slice(None))
+        if first := list(self.scheduler.waiting)[: self.scheduler.slots]:
+            self.runner.warm_up(self._kind(first, self._is_sparse(first, 0)), self.progress)
+        flight: Flight | None = None
+        while self.scheduler.unfinished or flight is not None:
+            try:
+                yield from self._drop_cancelled()
+                yield from self._refill()
+                landed, flight = flight, self._launch(flight)
+                if landed is not None:
+                    yield from self._commit(landed)
+            except torch.OutOfMemoryError as error:
+                flight = None
+                self.runner.forget()
+                yield from self._fail(self.scheduler.running, error)
+            except torch.AcceleratorError as error:
+                self.engine.broken, flight = _first_line(error), None
+                scheduler = self.scheduler
+                yield from self._fail([*scheduler.running, *filter(None, [scheduler.filling]), *scheduler.waiting], error)
+                return
+
+    def _refill(self) -> Iterator[Event]:
+        """Read waiting prompts into free slots: all at once where nobody runs, else a chunk between two rounds."""
+        others_wait = bool(self.scheduler.running)
+        while True:
+            if self.filling is None:
+                admitted = self.scheduler.admit()
+                if admitted is None:
+                    return
+                slot, sequence = admitted
+                rows = self.runner.rows_of(slot)
+                self.filling = Prefill(sequence, rows, self.config.prefill_chunk, self.engine.read, self.progress)
+            filling = self.filling
+            try:
+                if not filling.finished:
+                    filling.step()
+            except torch.OutOfMemoryError as error:
+                self.filling = None
+                self.scheduler.drop(filling.sequence)
+                yield from self._end(filling.sequence, "error", f"no memory for its prompt: {_first_line(error)}")
+                continue
+            if filling.finished:
+                filling.sequence.statistics.seconds["prefill"] += filling.seconds()
+                source, slot = self.scheduler.join()
+                self.runner.move(source, slot)
+                self.runner.begin(slot, filling.sequence.pending)
+                self.filling = None
+            if others_wait:
+                return
+
+    def _launch(self, ahead_of: Flight | None) -> Flight | None:
+        """Start the next round; None where it depends on what the round under way, if there is one, will bring."""
+        running = self.scheduler.running
+        if not running:
+            return None
+        now = time.perf_counter()
+        for sequence in running:
+            sequence.started = sequence.started or now
+        if ahead_of is None:
+            return self.runner.launch(running, self._kind(running, self._is_sparse(running, 0)))
+        most = self.runner.k + 1  # tokens that the round under way may emit
+        sparse = self._is_sparse(running, 1)
+        known = (
+            self.runner.device.type == "cuda"
+            and running == ahead_of.sequences
+            and sparse == self._is_sparse(running, most)
+            and all(len(s.tokens) + most < s.params.max_new_tokens for s in running)
+        )
+        return self.runner.launch(running, self._kind(running, sparse)) if known else None
+
+    def _is_sparse(self, sequences: list[Sequence], more: int) -> bool:
+        """Whether a round reads lists once each sequence has so many more tokens."""
+        return max(sequence.cached for sequence in sequences) + more >= max(self.config.budget.min_context, 1)
+
+    def _kind(self, sequences: list[Sequence], sparse: bool) -> RoundKind:
+        return RoundKind.of(sequences, self.runner.slots, sparse=sparse and self.engine.guidance is not None)
+
+    def _commit(self, flight: Flight) -> Iterator[Event]:
+        """Emit the accepted tokens and the recovered or bonus one; finished sequences leave their slots."""
+        outcomes, seconds, now = flight.land(), flight.clock.settle(), time.perf_counter()
+        events = []
+        for sequence, outcome in zip(flight.sequences, outcomes, strict=True):
+            if sequence.finish_reason is not None:  # it ended while this round was under way
+                continue
+            if not outcome.finite:
+                sequence.end("error", "the target's logits are not finite numbers")
+                events.append(Event(sequence=sequence, tokens=[]))
+                continue
+            self._record(sequence, outcome, flight.layers, {name: x / len(outcomes) for name, x in seconds.items()})
+            events.append(Event(sequence=sequence, tokens=sequence.extend(outcome.tokens)))
+            sequence.statistics.generated_tokens = len(sequence.tokens)
+            sequence.statistics.decode_seconds = now - (sequence.started or now)
+            if sequence.finish_reason is not None and self.config.audit:
+                self._audit(sequence)
+        self._release()
+        yield from events
+
+    def _record(self, sequence: Sequence, outcome: RowOutcome, layers: tuple[int, ...], spent: dict[str, float]) -> None:
+        statistics, length = sequence.statistics, sequence.cached
+        reads = self.reads.of(length, layers, outcome.listed_tokens, outcome.listed_rows)
+        accepted = len(outcome.tokens) - 1
+        statistics.rounds += 1
+        statistics.drafted += self.runner.k
+        statistics.accepted += accepted
+        for position in range(accepted):
+            statistics.accepted_at[position] += 1
+        statistics.listed += reads.listed
+        statistics.cached += length
+        statistics.bytes_read += reads.bytes_read
+        statistics.bytes_dense += reads.bytes_dense
+        for stage, seconds in spent.items():
+            statistics.seconds[stage] += seconds
+
+    def _release(self) -> None:
+        """Finished sequences leave; those that go on stay in the first slots."""
+        before = len(self.scheduler.running)
+        for source, slot in self.scheduler.release():
+            self.runner.move(source, slot)
+        for slot in range(len(self.scheduler.running), before):
+            self.runner.clear(slot)
+
+    def _end(self, sequence: Sequence, reason: str, error: str | None = None) -> Iterator[Event]:
+        sequence.end(reason, error)
+        yield Event(sequence=sequence, tokens=[])
+
+    def _fail(self, sequences: list[Sequence], error: Exception) -> Iterator[Event]:
+        """End the sequences of a round that raised."""
+        for sequence in [sequence for sequence in sequences if sequence.finish_reason is None]:
+            yield from self._end(sequence, "error", _first_line(error))
+        if self.engine.broken is None:
+            self._release()
+
+    def _drop_cancelled(self) -> Iterator[Event]:
+        scheduler = self.scheduler
+        for sequence in [s for s in (*scheduler.waiting, scheduler.filling) if s is not None and s.cancelled]:
+            if sequence is scheduler.filling:
+                self.filling = None
+            scheduler.drop(sequence)
+            yield from self._end(sequence, "cancelled")
+        for sequence in [s for s in scheduler.running if s.cancelled]:
+            yield from self._end(sequence, "cancelled")
+        self._release()
+
+    def _audit(self, sequence: Sequence) -> None:
+        """Count the generated tokens that the dense target, given the same text, holds for the most probable."""
+        _, cache = self.runner.rows_of(self.scheduler.running.index(sequence))[0]
+        prompt = len(sequence.prompt) - 1
+        cache.truncate(prompt)
+        tokens = torch.tensor([[sequence.prompt[-1], *sequence.tokens[:-1]]])
+        choices = []
+        for chunk in tokens.split(self.config.prefill_chunk, dim=1):
+            choices.append(self.engine.target.forward(chunk, cache).logits.argmax(-1).cpu())
+            cache.advance(chunk.shape[1])
+        sequence.statistics.audited = len(sequence.tokens)
+        sequence.statistics.agreed = int((torch.cat(choices, dim=1)[0] == torch.tensor(sequence.tokens)).sum())
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__
