@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from outrider.config import SamplingParams, engine_config
-from outrider.decoding.prefill import prefill
 from outrider.decoding.outrider import Outrider
+from outrider.decoding.prefill import prefill
 from outrider.errors import OptionError
 from outrider.models import LanguageModel
 from outrider.models.quantization import FP8

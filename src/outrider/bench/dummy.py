@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,18 +18,29 @@ from outrider.models.dummy import dummy_model
 from outrider.ops.token_verify import Verified
 from outrider.types import Alignment, DraftTrace
 
+GOLDEN = (5**0.5 - 1) / 2
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScriptedJudge:
-    """Accepts drafted tokens at given rates, in place of the engine's `judge`. Never waits for the device."""
+    """Accepts drafted tokens at given rates, in place of the engine's `judge`. Never waits for the device.
+
+    The numbers that decide are evenly spread (multiples of the golden ratio), so that few rounds already have the rates.
+    """
 
     rates: Tensor  # [K] fp32, on the device: share of rounds in which drafted token i and all before it pass
+    judged: Tensor = field(init=False)  # [1] fp64: rows so far
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "judged", torch.zeros(1, dtype=torch.float64, device=self.rates.device))
 
     def __call__(self, trace: DraftTrace, logits: Tensor, inputs: Inputs) -> Verified:
         """logits [B, K + 1, V] -> accepted [B] and the target's own next token [B]. Without drafted tokens, K = 0."""
         k = trace.tokens.shape[1]
-        accepted = (inputs.verify_uniforms[:, k:] < self.rates[:k]).sum(-1)  # one number decides for all positions
-        rows = torch.arange(len(accepted), device=accepted.device)
+        rows = torch.arange(len(trace.tokens), device=self.rates.device)
+        numbers = (self.judged + rows) * GOLDEN % 1  # one decides for all positions of a row
+        self.judged.add_(len(rows))
+        accepted = (numbers[:, None] < self.rates[:k]).sum(-1)
         return Verified(accepted, logits[rows, accepted].argmax(-1))
 
 

@@ -1,11 +1,13 @@
 """Everything of a layer but its attention, compiled by torch.compile.
 
 Layers are compiled one by one: they are alike, so one compilation serves all of a model, and takes seconds where a whole model
-takes minutes. The attention function stays outside: the compiler sees a layer up to it and from it on.
+takes minutes. The attention function stays outside: the compiler sees a layer up to it and from it on. So are the small modules
+around the layers, position encoding and last norm, which are a dozen launches otherwise.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,21 +19,25 @@ BACKEND = "inductor"
 
 
 def compile_layers(module: Any) -> None:
-    """Compile the decoder layers of `module`, in place. What another process has compiled before comes from a cache."""
+    """Compile the decoder layers of `module` and what is around them, in place. What another process has compiled before comes from a cache."""
     from torch._inductor import config
     from transformers import AttentionInterface
 
     config.emulate_precision_casts = True  # 16-bit results are rounded where PyTorch rounds them: the tokens stay the same
     AttentionInterface.register(NAME, torch.compiler.disable(attend))
-    for layer in _layers(module):
-        if layer._compiled_call_impl is None:
-            layer.compile(backend=BACKEND)
+    for part in _parts(module):
+        if part._compiled_call_impl is None:
+            part.compile(backend=BACKEND)
 
 
 def has_compiled_layers(module: Any) -> bool:
-    return any(layer._compiled_call_impl is not None for layer in _layers(module))
+    return any(part._compiled_call_impl is not None for part in _parts(module))
 
 
-def _layers(module: Any) -> nn.ModuleList:
-    """The decoder's layers, whatever the family calls them."""
-    return next(child for child in module.get_decoder().children() if isinstance(child, nn.ModuleList))
+def _parts(module: Any) -> Iterator[nn.Module]:
+    """What a decoder is made of, whatever the family calls it: its layers, one by one, and all else but the embedding."""
+    for child in module.get_decoder().children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        elif not isinstance(child, nn.Embedding):
+            yield child
