@@ -38,7 +38,7 @@ class ScriptedJudge:
         """logits [B, K + 1, V] -> accepted [B] and the target's own next token [B]. Without drafted tokens, K = 0."""
         k = trace.tokens.shape[1]
         rows = torch.arange(len(trace.tokens), device=self.rates.device)
-        numbers = (self.judged + rows) * GOLDEN % 1  # one decides for all positions of a row
+        numbers = (self.judged + rows + 0.5) * GOLDEN % 1  # one decides for all positions of a row
         self.judged.add_(len(rows))
         accepted = (numbers[:, None] < self.rates[:k]).sum(-1)
         return Verified(accepted, logits[rows, accepted].argmax(-1))

@@ -19,7 +19,7 @@ BACKEND = "inductor"
 
 
 def compile_layers(module: Any) -> None:
-    """Compile the decoder layers of `module` and what is around them, in place. What another process has compiled before comes from a cache."""
+    """Compile the decoder layers of `module` and what is around them, in place. What was compiled before comes from a cache."""
     from torch._inductor import config
     from transformers import AttentionInterface
 
