@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from outrider.config import Budget, EngineConfig, SamplingParams
-    from outrider.decoding.outrider import Chunk, Outrider, Result
+    from outrider.decoding.outrider import Chunk, Outrider, Result, Stream
     from outrider.errors import OutriderError
 
 _HOMES = {
@@ -18,10 +18,11 @@ _HOMES = {
     "OutriderError": "outrider.errors",
     "Result": "outrider.decoding.outrider",
     "SamplingParams": "outrider.config",
+    "Stream": "outrider.decoding.outrider",
 }
 
 __version__ = "0.1.0"
-__all__ = ["Budget", "Chunk", "EngineConfig", "Outrider", "OutriderError", "Result", "SamplingParams"]
+__all__ = ["Budget", "Chunk", "EngineConfig", "Outrider", "OutriderError", "Result", "SamplingParams", "Stream"]
 
 
 def __getattr__(name: str) -> object:

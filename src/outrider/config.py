@@ -111,8 +111,6 @@ class EngineConfig:
             "K (draft-tokens)", self.draft_tokens, _is_int(self.draft_tokens) and self.draft_tokens >= 1, "a whole number >= 1"
         )
         check("drafting", self.drafting, self.drafting in DRAFTING, ", ".join(DRAFTING))
-        if self.drafting == "sparse" and self.mode == "plain":
-            raise OptionError("drafting", self.drafting, "dense with mode plain, which drafts nothing")
         keep, recent = self.draft_keep, self.draft_recent
         check("draft-keep", keep, _is_number(keep) and 0 < keep <= 1, "a number in (0, 1]")
         check("draft-recent", recent, _is_int(recent) and recent >= 0, "a whole number >= 0")

@@ -27,7 +27,7 @@ def test_rates_are_unconditional_and_met_soon(rows):
     accepted = torch.cat([judged(judge, rows)[0].accepted for _ in range(40)])
     for position, rate in enumerate(RATES):
         assert (accepted > position).double().mean() == pytest.approx(rate, abs=0.03)
-    assert accepted.double().mean() == pytest.approx(sum(RATES), abs=0.05)
+    assert accepted.double().mean() == pytest.approx(sum(RATES), abs=0.08)
     assert len(set(accepted[:8].tolist())) > 2, "not one value after the other"
 
 

@@ -152,7 +152,6 @@ def test_a_row_of_a_batch_equals_the_row_alone(make_pair, make_engine, random_pr
         ({"drafting": "some"}, "drafting: got 'some'; allowed: dense, sparse"),
         ({"draft_keep": 0.0}, "draft-keep: got 0.0; allowed: a number in"),
         ({"draft_recent": -1}, "draft-recent: got -1; allowed: a whole number >= 0"),
-        ({"drafting": "sparse", "mode": "plain"}, "drafting: got 'sparse'; allowed: dense with mode plain"),
     ],
 )
 def test_bad_options(options, message):

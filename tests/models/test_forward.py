@@ -46,7 +46,7 @@ def test_low_precision_errs_no_more_than_transformers(family, dtype, make_model,
     assert model.spec.dtype == getattr(torch, dtype)
     oracle = reference(model, "float64")
     found = forwards(model, tokens, SCHEDULES["odd chunks"])
-    assert found.dtype == torch.float32
+    assert found.dtype == model.spec.dtype
     error, allowed = ((x.double() - oracle).abs().mean().item() for x in (found, reference(model)))
     assert error <= 2 * allowed
     assert allowed < 0.1 * oracle.std().item()

@@ -52,11 +52,13 @@ def generate(
     with screen.waiting("loading models"):
         engines = _load(modes, MODELS.pick(values), options)
         tokens: list[Prompt] = [_tokens(engines[0], name, text, prompt_tokens) for name, text in texts.items()]
-    runs, interrupted = [], False
+    runs, interrupted, failures = [], False, 0
     for engine in engines:
         if len(engines) > 1:
             screen.heading(engine.config.mode)
-        run, interrupted = _run(engine, tokens, params, screen)
+        run, interrupted, failed = _run(engine, tokens, params, screen)
+        failures += failed
+        engine.release()  # the next mode's caches need the memory
         runs += [run] if run is not None else []
         if interrupted:
             break
@@ -65,8 +67,8 @@ def generate(
         write_json("stats-json", stats, figures if len(figures) > 1 else figures[0])
     if runs:
         screen.note(run_table(runs))
-    if interrupted:
-        raise typer.Exit(130)
+    if interrupted or failures:
+        raise typer.Exit(130 if interrupted else 1)
 
 
 def _prompts(texts: list[str], files: list[Path]) -> dict[str, str]:
@@ -108,8 +110,10 @@ def _conditions(engine: Outrider) -> dict[str, str | int]:
     return made | {"command": shlex.join(["outrider", *sys.argv[1:]])}
 
 
-def _run(engine: Outrider, prompts: list[Prompt], params: SamplingParams, screen: Screen) -> tuple[Statistics | None, bool]:
-    """Generate in one mode. Returns the figures, of what there is when it was interrupted, and whether it was."""
+def _run(
+    engine: Outrider, prompts: list[Prompt], params: SamplingParams, screen: Screen
+) -> tuple[Statistics | None, bool, int]:
+    """Generate in one mode. Returns the figures, of what there is when it was interrupted, if it was, and how many failed."""
     transcript = _Transcript(screen, len(prompts))
     chunks = engine.stream(prompts, params, progress=screen.progress)
     started = time.perf_counter()
@@ -123,7 +127,9 @@ def _run(engine: Outrider, prompts: list[Prompt], params: SamplingParams, screen
         except KeyboardInterrupt:
             interrupted = True
     transcript.close()
-    return transcript.summary(time.perf_counter() - started), interrupted
+    for index, error in transcript.errors.items():
+        print(f"outrider: error: prompt {index + 1}: {error}", file=sys.stderr)
+    return transcript.summary(time.perf_counter() - started), interrupted, len(transcript.errors)
 
 
 class _Transcript:
@@ -132,6 +138,7 @@ class _Transcript:
     def __init__(self, screen: Screen, prompts: int) -> None:
         self.streams = prompts == 1
         self.tokens = 0
+        self.errors: dict[int, str] = {}  # of prompts that failed
         self._screen = screen
         self._waiting: dict[int, str] = {}  # text not shown yet, by prompt
         self._statistics: dict[int, Statistics] = {}
@@ -139,6 +146,8 @@ class _Transcript:
     def add(self, chunk: Chunk) -> None:
         self.tokens += len(chunk.token_ids)
         self._statistics[chunk.index] = chunk.statistics
+        if chunk.result is not None and chunk.result.error is not None:
+            self.errors[chunk.index] = chunk.result.error
         if self.streams:
             self._screen.write(chunk.text)
             return

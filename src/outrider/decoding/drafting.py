@@ -49,8 +49,16 @@ def propose(
     return DraftTrace(
         tokens=torch.stack(tokens, dim=1),
         probs=torch.stack(probs, dim=1) if probs else None,
-        queries=tuple(torch.cat(layer, dim=1) for layer in zip(*queries, strict=True)),
+        queries=_by_layer(queries),
     )
+
+
+def _by_layer(queries: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """By step and layer [B, 1, Hq, D] -> by layer [B, T, Hq, D], where heads are alike in one copy."""
+    if len({step.shape for step in queries[0]}) > 1:
+        return tuple(torch.cat(layer, dim=1) for layer in zip(*queries, strict=True))
+    every = torch.cat([step for layer in zip(*queries, strict=True) for step in layer], dim=1)  # [B, L * T, Hq, D]
+    return every.unflatten(1, (-1, len(queries))).unbind(1)
 
 
 class DraftLists:

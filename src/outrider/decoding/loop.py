@@ -47,8 +47,11 @@ class Loop:
         while self.scheduler.unfinished or flight is not None:
             try:
                 yield from self._drop_cancelled()
-                yield from self._refill()
+                if not self.scheduler.running:
+                    yield from self._refill()
                 landed, flight = flight, self._launch(flight)
+                if flight is not None:
+                    yield from self._refill()
                 if landed is not None:
                     yield from self._commit(landed)
             except torch.OutOfMemoryError as error:
@@ -62,7 +65,7 @@ class Loop:
                 return
 
     def _refill(self) -> Iterator[Event]:
-        """Read waiting prompts into free slots: all at once where nobody runs, else a chunk between two rounds."""
+        """Read waiting prompts into free slots: all at once where nobody runs, else a chunk behind the round just launched."""
         others_wait = bool(self.scheduler.running)
         while True:
             if self.filling is None:

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from outrider.config import Budget, EngineConfig, SamplingParams, check, engine_config
 from outrider.decoding.engine import Engine
+from outrider.decoding.loop import Event
 from outrider.decoding.pair import BUILTIN, find_alignment, load_pair
 from outrider.decoding.prefill import ProgressCallback
 from outrider.decoding.sequence import Sequence
@@ -42,6 +43,33 @@ class Chunk:
     token_ids: list[int]
     statistics: Statistics  # of the prompt so far
     result: Result | None  # set in the prompt's last chunk
+
+
+class Stream(Iterator[Chunk]):
+    """The chunks of a run as they come; any prompt can be cancelled on the way."""
+
+    def __init__(self, sequences: list[Sequence], events: Iterator[Event]) -> None:
+        self._sequences = sequences
+        self._events = events
+
+    def __next__(self) -> Chunk:
+        event = next(self._events)
+        sequence, reason = event.sequence, event.sequence.finish_reason
+        text = sequence.text.take(final=reason is not None)
+        result = None
+        if reason is not None:
+            result = Result(
+                text=sequence.text.text,
+                token_ids=list(sequence.tokens),
+                finish_reason=reason,
+                error=sequence.error,
+                statistics=sequence.statistics,
+            )
+        return Chunk(index=sequence.index, text=text, token_ids=event.tokens, statistics=sequence.statistics, result=result)
+
+    def cancel(self, index: int) -> None:
+        """End prompt `index` before its next round, with finish reason "cancelled"; nothing if it has ended already."""
+        self._sequences[index].cancelled = True
 
 
 class Outrider:
@@ -119,26 +147,14 @@ class Outrider:
         params: SamplingParams | list[SamplingParams] | None = None,
         *,
         progress: ProgressCallback | None = None,
-    ) -> Iterator[Chunk]:
+    ) -> Stream:
         """Like `generate`, but yields the new text of every prompt after every round. All prompts are checked first."""
         sequences = self._sequences(prompts, params)
-        return self._stream(sequences, progress)
+        return Stream(sequences, self._engine.run(sequences, progress))
 
-    def _stream(self, sequences: list[Sequence], progress: ProgressCallback | None) -> Iterator[Chunk]:
-        for event in self._engine.run(sequences, progress):
-            sequence = event.sequence
-            done = sequence.finish_reason is not None
-            text = sequence.text.take(final=done)
-            result = None
-            if sequence.finish_reason is not None:
-                result = Result(
-                    text=sequence.text.text,
-                    token_ids=list(sequence.tokens),
-                    finish_reason=sequence.finish_reason,
-                    error=sequence.error,
-                    statistics=sequence.statistics,
-                )
-            yield Chunk(index=sequence.index, text=text, token_ids=event.tokens, statistics=sequence.statistics, result=result)
+    def release(self) -> None:
+        """Give back the memory that the last run's caches and graphs hold for the next one."""
+        self._engine.release()
 
     def tokenize(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt as the target sees it. Raises PromptError when it is empty or no tokenizer is at hand."""

@@ -53,11 +53,12 @@ def greedy(logits: Tensor) -> Tensor:
 
 
 def distributions(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution each row samples from: logits [B, T, V] fp32 -> probs [B, T, V] fp32.
+    """The distribution each row samples from: logits [B, T, V] of any float dtype -> probs [B, T, V] fp32.
 
     Temperature, then top-k, then top-p, each renormalised. Greedy rows become one-hot, so that greedy and sampled rows pass
     through the same verification.
     """
+    logits = logits.float()
     best = torch.zeros_like(logits).scatter_(-1, greedy(logits)[..., None], 1)
     if sampling.greedy:
         return best

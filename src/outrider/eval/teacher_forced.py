@@ -70,7 +70,7 @@ class TeacherForced:
                     selection = selector.select(
                         score(self.draft, draft_cache, queries, lengths, selector.draft_layers, per_query=selector.per_query)
                     )
-            logits.append(self.target.forward(part, target_cache, selection=selection).logits[0])
+            logits.append(self.target.forward(part, target_cache, selection=selection).logits[0].float())
             found: tuple[Any, ...] = ()
             if selection is not None:
                 listed = Listed.of(selection, self.target.spec, target_cache.capacity)

@@ -24,6 +24,7 @@ def compile_layers(module: Any) -> None:
     from transformers import AttentionInterface
 
     config.emulate_precision_casts = True  # 16-bit results are rounded where PyTorch rounds them: the tokens stay the same
+    config.combo_kernels = True  # kernels that do not depend on each other, such as the rotations of queries and keys, as one
     AttentionInterface.register(NAME, torch.compiler.disable(attend))
     for part in _parts(module):
         if part._compiled_call_impl is None:

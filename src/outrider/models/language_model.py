@@ -55,7 +55,7 @@ class ModelSpec:
 class Output:
     """What one forward returns."""
 
-    logits: Tensor  # [B, T, V] fp32; [B, 0, V] if not asked for
+    logits: Tensor  # [B, T, V] in the dtype of the model; [B, 0, V] if not asked for
     queries: tuple[Tensor, ...]  # per layer [B, T, Hq, D]; empty unless recorded
 
 
@@ -80,6 +80,9 @@ class LanguageModel:
         self.spec = spec
         self.backend = backend
         self.compiled = compiled
+        # a mask of 4 dimensions is taken as it is, and our attention needs none: without it transformers would look for packed
+        # sequences in the positions, a dozen launches a forward
+        self._no_mask = torch.zeros(1, 1, 1, 1, dtype=spec.dtype, device=spec.device)
         self._measured: list[CacheScales] = []  # at most one; it belongs to the weights, so all copies share it
 
     def with_backend(self, backend: str) -> LanguageModel:
@@ -163,9 +166,10 @@ class LanguageModel:
         with torch.compiler.set_stance("force_eager") if eagerly else nullcontext():
             output = model(
                 input_ids=tokens,
+                attention_mask=self._no_mask,
                 position_ids=positions.clamp(max=self.spec.context - 1),  # the last round may run past it, in vain
                 use_cache=False,
                 outrider=forward,
             )
-        none = torch.empty(tokens.shape[0], 0, self.spec.vocabulary, device=self.spec.device)
-        return Output(logits=output.logits.float() if logits else none, queries=tuple(forward.queries or ()))
+        none = torch.empty(tokens.shape[0], 0, self.spec.vocabulary, dtype=self.spec.dtype, device=self.spec.device)
+        return Output(logits=output.logits if logits else none, queries=tuple(forward.queries or ()))
