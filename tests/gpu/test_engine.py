@@ -29,6 +29,16 @@ def test_keeping_everything_gives_the_dense_tokens(kernels, budget, method, gpu_
     assert [result.statistics.kept_fraction for result in sparse] == [1.0] * len(prompts)
 
 
+@pytest.mark.parametrize("mode", ["dense", "sparse"])
+def test_fp8_caches_give_the_tokens_of_the_reference(mode, gpu_pair, generate, random_prompts):
+    """Appending, scoring and attention over 8 bits, by kernels and by the reference."""
+    pair, prompts = gpu_pair("float32"), random_prompts(PROMPTS)
+    options = {"mode": mode, "kv_dtype": "fp8", "keep": 0.05, "sinks": 4, "recent": 20}
+    found, wanted = (generate(pair, prompts, MANY, backend=backend, **options) for backend in ("auto", "reference"))
+    assert tokens(found) == tokens(wanted)
+    assert tokens(found) != tokens(generate(pair, prompts, MANY, **(options | {"kv_dtype": "auto"}))), "8 bits are noticed"
+
+
 @pytest.mark.parametrize("kernels", ["auto", "triton"])
 def test_the_tokens_of_the_reference(kernels, gpu_pair, generate, random_prompts):
     """With sinks and recent tokens alone, since kernels compare scores by their upper 16 bits and other lists may differ."""
