@@ -96,13 +96,14 @@ def test_total_adds_up():
             bytes_read=n,
             bytes_dense=4 * n,
             seconds=dict.fromkeys(STAGES, 0.25),
-            decode_seconds=9.0,
+            decode_seconds=3.0,
+            began=n / 4,
             audited=2 * n,
             agreed=n,
         )
         for n in (2, 6)
     ]
-    whole = total(parts, 4.0)
+    whole = total(parts)
     assert (whole.mode, whole.method, whole.accepted_at) == ("sparse", "sts", [8, 8, 8, 0])
     assert (whole.prompt_tokens, whole.generated_tokens, whole.rounds, whole.drafted, whole.accepted) == (8, 16, 8, 32, 24)
     assert (whole.accepted_per_round, whole.kept_fraction, whole.kv_read_fraction) == (3.0, 0.05, 0.25)
@@ -110,11 +111,30 @@ def test_total_adds_up():
     assert whole.seconds == dict.fromkeys(STAGES, 0.5)
 
 
+@pytest.mark.parametrize(
+    "times, wanted",
+    [
+        ([(1.0, 3.0), (2.0, 5.0)], 4.0),  # side by side
+        ([(4.0, 5.0), (1.0, 2.0)], 2.0),  # one after the other, in any order
+        ([(1.0, 9.0), (2.0, 3.0)], 8.0),  # one within the other
+        ([(1.0, 2.0), None], 1.0),  # one that never ran
+    ],
+)
+def test_the_decoding_time_of_a_run(times, wanted):
+    """The time in which some sequence decoded: not the sum, and without prefills that nobody decoded beside."""
+    parts = [Statistics(mode="dense", method=None) for _ in times]
+    for part, span in zip(parts, times, strict=True):
+        if span is not None:
+            part.began, part.decode_seconds = span[0], span[1] - span[0]
+    assert total(parts).decode_seconds == pytest.approx(wanted)
+
+
 def test_empty_statistics_divide_by_nothing():
     empty = Statistics(mode="dense", method=None)
     assert (empty.accepted_per_round, empty.tokens_per_second, empty.agreement) == (0.0, 0.0, None)
     assert (empty.kept_fraction, empty.kv_read_fraction) == (1.0, 1.0)
     assert json.loads(json.dumps(empty.as_dict()))["kept_fraction"] == 1.0
+    assert "began" not in empty.as_dict()
 
 
 def test_two_statistics_do_not_share_their_counts():

@@ -151,7 +151,7 @@ def test_statistics_of_a_run_add_up_its_rounds(mode, method, make_pair, make_eng
             read += sum(row_bytes[draft] * draft.spec.layers[layer].kv_heads * (length + t) for layer in scored)
     assert result.statistics.kept_fraction == pytest.approx(kept / cached)
     assert result.statistics.kv_read_fraction == pytest.approx(read / dense)
-    assert total([result.statistics, result.statistics], 1.0).kept_fraction == pytest.approx(kept / cached)
+    assert total([result.statistics, result.statistics]).kept_fraction == pytest.approx(kept / cached)
     if mode == "dense":
         assert (result.statistics.kept_fraction, result.statistics.kv_read_fraction) == (1.0, 1.0)
     else:

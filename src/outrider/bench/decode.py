@@ -78,7 +78,7 @@ def time_rounds(engine: Engine, sequences: list[Sequence], rounds: int, progress
         return tokens
 
     def statistics() -> Statistics:
-        return total([sequence.statistics for sequence in sequences], 0.0)
+        return total([sequence.statistics for sequence in sequences])
 
     for done in range(WARM_UP):
         progress("warm up", done, WARM_UP)

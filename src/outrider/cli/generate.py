@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -116,7 +115,6 @@ def _run(
     """Generate in one mode. Returns the figures, of what there is when it was interrupted, if it was, and how many failed."""
     transcript = _Transcript(screen, len(prompts))
     chunks = engine.stream(prompts, params, progress=screen.progress)
-    started = time.perf_counter()
     interrupted = False
     with screen.working():
         try:
@@ -129,7 +127,7 @@ def _run(
     transcript.close()
     for index, error in transcript.errors.items():
         print(f"outrider: error: prompt {index + 1}: {error}", file=sys.stderr)
-    return transcript.summary(time.perf_counter() - started), interrupted, len(transcript.errors)
+    return transcript.summary(), interrupted, len(transcript.errors)
 
 
 class _Transcript:
@@ -162,15 +160,12 @@ class _Transcript:
         for index in sorted(self._waiting):
             self._show(index, "interrupted")
 
-    def summary(self, seconds: float) -> Statistics | None:
-        """The figures of all prompts, in a run of so many seconds; None when nothing was generated."""
+    def summary(self) -> Statistics | None:
+        """The figures of all prompts; None when nothing was generated."""
         from outrider.decoding.statistics import total
 
         parts = list(self._statistics.values())
-        if not parts:
-            return None
-        prefill = sum(part.seconds["prefill"] for part in parts)
-        return total(parts, parts[0].decode_seconds if self.streams else seconds - prefill)
+        return total(parts) if parts else None
 
     def _show(self, index: int, reason: str) -> None:
         text = self._waiting.pop(index)

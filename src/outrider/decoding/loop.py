@@ -100,7 +100,7 @@ class Loop:
             return None
         now = time.perf_counter()
         for sequence in running:
-            sequence.started = sequence.started or now
+            sequence.statistics.began = sequence.statistics.began or now
         if ahead_of is None:
             return self.runner.launch(running, self._kind(running, self._is_sparse(running, 0)))
         most = self.runner.k + 1  # tokens that the round under way may emit
@@ -134,7 +134,7 @@ class Loop:
             self._record(sequence, outcome, flight.layers, {name: x / len(outcomes) for name, x in seconds.items()})
             events.append(Event(sequence=sequence, tokens=sequence.extend(outcome.tokens)))
             sequence.statistics.generated_tokens = len(sequence.tokens)
-            sequence.statistics.decode_seconds = now - (sequence.started or now)
+            sequence.statistics.decode_seconds = now - (sequence.statistics.began or now)
             if sequence.finish_reason is not None and self.config.audit:
                 self._audit(sequence)
         self._release()

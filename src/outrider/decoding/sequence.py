@@ -35,7 +35,6 @@ class Sequence:
         self.cancelled = False  # to be ended before the next round
         self.text = TextStream(tokenizer, params.stop, before=prompt[-CONTINUED:])
         self.statistics = statistics
-        self.started: float | None = None  # clock when the first round began
         self._eos = () if params.ignore_eos else eos
         self._generator = torch.Generator().manual_seed(params.seed)
 

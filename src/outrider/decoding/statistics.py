@@ -25,7 +25,8 @@ class Statistics:
     """
 
     mode: str
-    method: str | None  # None in dense mode
+    method: str | None  # None where lists are not used to verify
+    drafting: str | None = None  # None without a draft
     prompt_tokens: int = 0
     generated_tokens: int = 0
     rounds: int = 0
@@ -37,7 +38,8 @@ class Statistics:
     bytes_read: int = 0  # of target keys and values in verification, and of draft keys in scoring
     bytes_dense: int = 0  # of target keys and values that dense verification would have read
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
-    decode_seconds: float = 0.0  # wall clock from the first round to the last
+    decode_seconds: float = 0.0  # wall clock from the first round to the last; of a run: while some sequence decoded
+    began: float | None = None  # that clock at the first round's start; tells nothing by itself and is not reported
     audited: int = 0  # tokens checked against the dense target
     agreed: int = 0  # of these, how many it would also have chosen
 
@@ -69,12 +71,17 @@ class Statistics:
     def as_dict(self) -> dict[str, Any]:
         """Fields and derived figures, ready for JSON."""
         derived = ("accepted_per_round", "kept_fraction", "kv_read_fraction", "tokens_per_second", "agreement")
-        return asdict(self) | {name: getattr(self, name) for name in derived}
+        counted = {name: value for name, value in asdict(self).items() if name != "began"}
+        return counted | {name: getattr(self, name) for name in derived}
 
 
-def total(parts: list[Statistics], wall_seconds: float) -> Statistics:
-    """Add up the sequences of one run; `wall_seconds` is the run's decoding time."""
-    result = Statistics(mode=parts[0].mode, method=parts[0].method, decode_seconds=wall_seconds)
+def total(parts: list[Statistics]) -> Statistics:
+    """Add up the sequences of one run. Its decoding time is that in which at least one of them decoded."""
+    result = Statistics(mode=parts[0].mode, method=parts[0].method, drafting=parts[0].drafting)
+    until = float("-inf")
+    for began, end in sorted((part.began, part.began + part.decode_seconds) for part in parts if part.began is not None):
+        result.decode_seconds += max(0.0, end - max(began, until))
+        until = max(until, end)
     summed = ("prompt_tokens", "generated_tokens", "rounds", "drafted", "accepted", "listed", "cached")
     for part in parts:
         for name in (*summed, "bytes_read", "bytes_dense", "audited", "agreed"):
