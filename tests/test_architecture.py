@@ -242,16 +242,8 @@ def test_module_can_be_imported(name):
 
 def test_public_names_are_frozen():
     """Adding a name is a decision: it stays for good."""
-    assert outrider.__all__ == [
-        "Budget",
-        "Chunk",
-        "EngineConfig",
-        "Outrider",
-        "OutriderError",
-        "Result",
-        "SamplingParams",
-        "Stream",
-    ]
+    names = ["Budget", "Chunk", "EngineConfig", "Outrider", "OutriderError", "Result", "SamplingParams", "Stream"]
+    assert outrider.__all__ == names
     assert all(getattr(outrider, name).__name__ == name for name in outrider.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Engine'"):
         outrider.Engine  # noqa: B018

@@ -131,14 +131,15 @@ def test_the_draft_reads_lists_and_no_more(make_pair, make_engine, random_prompt
     assert max(seen[-1][1].flatten().tolist()) > 2 + 4 + 8, "not sinks and recent tokens alone"
 
 
-def test_a_row_of_a_batch_equals_the_row_alone(make_pair, make_engine, random_prompts):
-    """Law 7 with refilled slots: lists move with their rows."""
-    prompts = random_prompts([60, 9, 33, 90, 21])
+@pytest.mark.parametrize("slots", [3, 5, 8])
+def test_a_row_of_a_batch_equals_the_row_alone(slots, make_pair, make_engine, random_prompts):
+    """Law 7 with refilled slots and idle rows, one of them being filled: lists move with their rows."""
+    prompts = random_prompts([60, 9, 33, 90, 21, 70, 12])
     params = [
         SamplingParams(max_new_tokens=n, temperature=t, seed=s)
-        for s, (n, t) in enumerate([(9, 0), (30, 1), (14, 0), (20, 1), (8, 0)])
+        for s, (n, t) in enumerate([(9, 0), (30, 1), (14, 0), (40, 1), (8, 0), (21, 0), (3, 1)])
     ]
-    engine = make_engine(make_pair("qwen3"), mode="sparse", batch_size=3, **SPARSE)
+    engine = make_engine(make_pair("qwen3"), mode="sparse", batch_size=slots, prefill_chunk=16, **SPARSE)
     together = engine.generate(prompts, params)
     for prompt, one, result in zip(prompts, params, together, strict=True):
         [alone] = engine.generate([prompt], one)

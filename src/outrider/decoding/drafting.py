@@ -93,9 +93,13 @@ class DraftLists:
         return part
 
     def at(self, lengths: Tensor) -> Selection:
-        """The lists of a step of one token behind `lengths` [B] cached ones."""
+        """The lists of a step of one token behind `lengths` [B] cached ones.
+
+        Idle rows, whose lists are of a sequence that has left, get empty ones.
+        """
         grown = (lengths - self.lengths).to(torch.int32)[:, None]
-        return Selection(layers=self.layers, indices=self.indices, counts=self.counts + grown, lengths=lengths)
+        counts = torch.where((grown >= 0) & (grown <= self._room), self.counts + grown, 0)
+        return Selection(layers=self.layers, indices=self.indices, counts=counts, lengths=lengths)
 
     def replace(self, selection: Selection) -> None:
         """Lists newly chosen; `selection.lengths` is what was cached when their queries began to run."""

@@ -73,7 +73,7 @@ class Engine:
         try:
             yield from Loop(self, runner, sequences, progress).events()
         finally:
-            if self.captures and self.broken is None:
+            if self.captures:  # after an error of the device, too: to free graphs then would end the process
                 self._idle = runner
 
     def release(self) -> None:
