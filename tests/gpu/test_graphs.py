@@ -31,11 +31,17 @@ MODES = {
 
 # compiled layers round as eager ones do, but add up in another order: in bfloat16 a drawn token may then be another one
 @pytest.mark.parametrize(
-    "dtype, params", [("float32", GREEDY), ("float32", SAMPLED), ("bfloat16", GREEDY)], ids=["fp32", "fp32-sampled", "bf16"]
+    "dtype, kv_dtype, params",
+    [
+        ("float32", "auto", GREEDY),
+        ("float32", "auto", SAMPLED),
+        ("bfloat16", "auto", GREEDY),
+        ("bfloat16", "fp8", GREEDY),
+    ],
+    ids=["fp32", "fp32-sampled", "bf16", "fp8"],
 )
-@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
 @pytest.mark.parametrize("mode", MODES)
-def test_graphs_give_the_tokens_of_eager_rounds(mode, kv_dtype, params, dtype, gpu_pair, make_engine, random_prompts):
+def test_graphs_give_the_tokens_of_eager_rounds(mode, dtype, kv_dtype, params, gpu_pair, make_engine, random_prompts):
     prompts, options = random_prompts(PROMPTS), MODES[mode] | {"batch_size": 3, "kv_dtype": kv_dtype}
     eager, graphs = (make_engine(gpu_pair(dtype), eager=eager, **options) for eager in (True, False))
     assert not eager._engine.captures and graphs._engine.captures

@@ -244,6 +244,24 @@ def test_queries_and_lengths_may_have_any_strides(backend, device, run_or_skip):
     assert torch.equal(attention_mass(**strided, backend=backend), plain)
 
 
+@pytest.mark.parametrize("odd", [0, 1])  # rows of an odd width start at odd places
+@pytest.mark.parametrize(("reduce", "groups"), [("mean", 0), ("max", 0), ("none", 0), ("mean", 2)])
+@pytest.mark.parametrize(("layout", "output"), [("plain", None), ("pages_3", torch.bfloat16)])
+def test_the_result_goes_to_out_and_nowhere_else(backend, device, run_or_skip, layout, output, reduce, groups, odd):
+    """`out` is the middle third of the rows of a larger tensor."""
+    arguments = make(Case(lengths=LENGTHS[0], layout=layout, reduce=reduce, groups=groups, output=output), device).arguments
+    for chosen in ("reference", backend):
+        wanted = run_or_skip(lambda chosen=chosen: attention_mass(**arguments, backend=chosen))
+        *axes, rows, N = wanted.shape
+        storage = torch.full((*axes, 3 * rows, N // 2 * 2 + 2 + odd), torch.nan, dtype=wanted.dtype, device=device)
+        out = storage[..., rows : 2 * rows, :N]
+        got = run_or_skip(lambda chosen=chosen, out=out: attention_mass(**arguments, out=out, backend=chosen))
+        assert got is out
+        assert torch.equal(out, wanted)
+        out.fill_(torch.nan)
+        assert storage.isnan().all()
+
+
 BAD = [
     pytest.param({"dtype": torch.float64}, ValueError, "cannot run this call: .*float64", id="fp64"),
     pytest.param({"queries": (1, 17, 4, 8)}, ValueError, "cannot run this call: .*T=17", id="queries"),

@@ -44,7 +44,7 @@ def attention_mass(
     pages = torch.empty(2, 256, dtype=torch.int32) if paged else None
     run(q, k.view(512, 16, 2, D) if paged else k, torch.empty(2, dtype=torch.int64), scale=0.1, reduce=reduce, page_table=pages,
         heads=torch.empty(3, 2, dtype=torch.int64) if heads else None, key_scale=torch.empty(2) if keys == FP8 else None,
-        dtype=FP32)  # fmt: skip
+        dtype=FP32, out=None)  # fmt: skip
 
 
 def sparse_attention(

@@ -24,7 +24,11 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("S", [2047, 2049, 8193, 40_000], ids=lambda S: f"S{S}")
 @pytest.mark.parametrize("Hs", [1, 2, 3, 8], ids=lambda Hs: f"Hs{Hs}")  # the fewer lists, the more blocks to each
 def test_rows_over_several_blocks(emulated, Hs, S):
-    for kind, dtype, G, budget in (("softmax", torch.bfloat16, 1, {"top_p": 0.9}), ("ties", torch.float32, 2, {"top_k": 1500})):
+    for kind, dtype, G, budget in (
+        ("softmax", torch.bfloat16, 1, {"top_p": 0.9}),
+        ("softmax", torch.bfloat16, 4, {"top_k": 1000}),
+        ("ties", torch.float32, 2, {"top_k": 1500}),
+    ):
         scores = selection.random_scores(kind, 1, 5, S, dtype, CPU)
         arguments = scores, torch.tensor([S - 3]), selection.rows_of(CPU, 1, Hs, G, 5)
         with emulated():
@@ -32,13 +36,27 @@ def test_rows_over_several_blocks(emulated, Hs, S):
         selection.verify(lists, *arguments, sinks=4, recent=64, **budget)
 
 
-def test_rows_longer_than_shared_memory(emulated):
+@pytest.mark.parametrize("G", [1, 2])
+def test_rows_longer_than_shared_memory(emulated, G):
     S = 700_000
-    arguments = selection.random_scores("softmax", 1, 1, S, torch.bfloat16, CPU), torch.tensor([S - 5]), torch.tensor([[[0]]])
+    scores = selection.random_scores("softmax", 1, G, S, torch.bfloat16, CPU)
+    arguments = scores, torch.tensor([S - 5]), torch.arange(G).view(1, 1, G)
     for budget in ({"top_p": 0.5, "width": 9000}, {"top_k": 70_000}):
         with emulated():
             lists = token_select(*arguments, backend="cuda", **budget)
         selection.verify(lists, *arguments, **budget)
+
+
+@pytest.mark.parametrize("Hs", [1, 8], ids=lambda Hs: f"Hs{Hs}")
+def test_merged_keys_stay_when_the_window_moves(emulated, Hs):
+    """Scores so small that the threshold lies below the histogram's first window: keys are counted again."""
+    S = 20_000
+    scores = selection.random_scores("softmax", 1, 5, S, torch.bfloat16, CPU) * 2.0**-40
+    arguments = scores, torch.tensor([S - 3]), selection.rows_of(CPU, 1, Hs, 3, 5)
+    for budget in ({"top_p": 0.8}, {"top_k": 1500}):
+        with emulated():
+            lists = token_select(*arguments, sinks=4, recent=64, backend="cuda", **budget)
+        selection.verify(lists, *arguments, sinks=4, recent=64, **budget)
 
 
 BF16, FP16 = torch.bfloat16, torch.float16

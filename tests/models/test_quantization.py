@@ -245,11 +245,19 @@ def test_an_unknown_storage_is_refused_before_a_checkpoint_is_read():
 def test_old_gpus_refuse(capability, refused, monkeypatch):
     monkeypatch.setattr(quantization, "compute_capability", lambda device: capability)
     device = torch.device("cuda")
-    check_kv_dtype("auto", device)
+    check_kv_dtype("auto", device, torch.bfloat16)
     if not refused:
-        check_kv_dtype("fp8", device)
+        check_kv_dtype("fp8", device, torch.bfloat16)
         return
     found = ".".join(map(str, capability))
     said = rf"kv-dtype: got 'fp8'; allowed: auto on this device \(compute capability {found}; fp8 needs 8\.9\)"
     with pytest.raises(OptionError, match=said):
-        check_kv_dtype("fp8", device)
+        check_kv_dtype("fp8", device, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kernels_over_8_bits_take_16_bit_models(dtype, monkeypatch):
+    monkeypatch.setattr(quantization, "compute_capability", lambda device: (9, 0))
+    check_kv_dtype("fp8", torch.device("cpu"), dtype)
+    with pytest.raises(OptionError, match="kv-dtype: got 'fp8'; allowed: auto with dtype float.. on a GPU"):
+        check_kv_dtype("fp8", torch.device("cuda"), dtype)

@@ -196,6 +196,25 @@ BAD = [
 ]
 
 
+BAD_OUT = [
+    pytest.param({}, torch.zeros(1, 4, 8), ValueError, r"out: .* with B=1, Hq=4, N=9, got \[1, 4, 8\]", id="shape"),
+    pytest.param({"reduce": "none"}, torch.zeros(1, 4, 9), ValueError, r"out: expected shape \[B, T, Hq, N\]", id="axes"),
+    pytest.param({"heads": torch.tensor([[0, 1]])}, torch.zeros(1, 4, 9), ValueError, "out: .* R=1, N=9, got", id="rows"),
+    pytest.param({"page_table": torch.tensor([[0, 0]]).int()}, torch.zeros(1, 4, 9), ValueError, "out: .* N=18", id="pages"),
+    pytest.param({}, torch.zeros(1, 4, 9).bfloat16(), TypeError, "out: expected dtype float32, got bfloat16", id="dtype"),
+    pytest.param({"dtype": torch.bfloat16}, torch.zeros(1, 4, 9), TypeError, "out: expected dtype bfloat16", id="other_dtype"),
+    pytest.param({}, torch.zeros(1, 4, 9, device="meta"), ValueError, "out: expected device cpu, got meta", id="device"),
+    pytest.param({}, torch.zeros(1, 9, 4).mT, ValueError, "out: expected rows without gaps .* got stride 4", id="stride"),
+]
+
+
+@pytest.mark.parametrize(("change", "out", "error", "message"), BAD_OUT)
+def test_bad_out_is_named(change, out, error, message):
+    good = {"queries": torch.zeros(1, 2, 4, 4), "keys": torch.zeros(1, 9, 2, 4), "lengths": torch.tensor([5])}
+    with pytest.raises(error, match=message):
+        attention_mass(**(good | change), out=out, scale=1.0)
+
+
 @pytest.mark.parametrize(("change", "error", "message"), BAD)
 def test_bad_arguments_are_named(change, error, message):
     good = {"queries": torch.zeros(1, 2, 4, 4), "keys": torch.zeros(1, 9, 2, 4), "lengths": torch.tensor([5])}

@@ -33,10 +33,12 @@ def score(
     round, whose T keys lie behind them in `cache`. Only `layers` are read. With `per_query` the T queries are kept apart, else
     averaged. The mass is as wide as the cache; on a CPU, which need not wait to know the lengths, `aligned` to these.
     """
-    t = queries[0].shape[1]
+    b, t = queries[0].shape[:2]
     dtype = mass_dtype(draft.spec)
     stop = cache.capacity if lengths.is_cuda else min(aligned(int(lengths.max()) + t), cache.capacity)
-    masses = [
+    rows = [queries[layer].shape[2] for layer in layers]
+    mass = torch.empty(b, *[t] * per_query, sum(rows), stop, dtype=dtype, device=lengths.device)
+    for layer, out in zip(layers, mass.split(rows, dim=-2), strict=True):
         attention_mass(
             queries[layer],
             cache.keys(layer, stop),
@@ -45,9 +47,7 @@ def score(
             reduce="none" if per_query else "mean",
             key_scale=cache.key_scales[layer],
             dtype=dtype,
+            out=out,
             backend=draft.backend,
         )
-        for layer in layers
-    ]
-    mass = torch.cat(masses, dim=2 if per_query else 1)
     return DraftScores(mass=mass if per_query else mass[:, None], layers=layers, lengths=lengths)

@@ -74,7 +74,7 @@ class LanguageModel:
         self, module: Any, tokenizer: Any | None, spec: ModelSpec, backend: str = "auto", *, compiled: bool = False
     ) -> None:
         check_backend(backend, spec.device)
-        check_kv_dtype(spec.kv_dtype, spec.device)
+        check_kv_dtype(spec.kv_dtype, spec.device, spec.dtype)
         self.module = module
         self.tokenizer = tokenizer
         self.spec = spec
@@ -98,7 +98,7 @@ class LanguageModel:
         """The same weights, with caches in another dtype ("auto" or "fp8"). Raises OptionError where the device cannot."""
         if kv_dtype == self.spec.kv_dtype:
             return self
-        check_kv_dtype(kv_dtype, self.spec.device)
+        check_kv_dtype(kv_dtype, self.spec.device, self.spec.dtype)
         made = copy(self)
         made.spec = replace(self.spec, kv_dtype=kv_dtype)
         return made

@@ -38,7 +38,7 @@ def load_model(
     check("dtype", dtype, dtype in DTYPES, ", ".join(DTYPES))
     _check_device(device)
     check_backend(backend, torch.device(device))
-    check_kv_dtype(kv_dtype, torch.device(device))
+    check_kv_dtype(kv_dtype, torch.device(device), getattr(torch, dtype))
     if not Path(path).exists() and (path.startswith(("/", ".", "~")) or path.count("/") > 1):
         raise ModelError(f"{role} {path!r}: no such folder; allowed: a folder that exists, or a hub id such as org/name")
     from transformers import AutoModelForCausalLM

@@ -38,10 +38,15 @@ class CacheScales:
     values: tuple[Tensor, ...]
 
 
-def check_kv_dtype(kv_dtype: str, device: torch.device) -> None:
-    """Raise OptionError for an unknown storage of keys and values, and for one that `device` cannot compute with."""
+def check_kv_dtype(kv_dtype: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise OptionError for an unknown storage of keys and values, and for one that a model of `dtype` cannot use on `device`."""
     check("kv-dtype", kv_dtype, kv_dtype in KV_DTYPES, ", ".join(KV_DTYPES))
-    if kv_dtype == "fp8" and device.type == "cuda" and compute_capability(device) < LEAST_CAPABILITY:
+    if kv_dtype != "fp8" or device.type != "cuda":
+        return
+    if dtype not in (torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        raise OptionError("kv-dtype", kv_dtype, f"auto with dtype {name} on a GPU (fp8 needs bfloat16 or float16)")
+    if compute_capability(device) < LEAST_CAPABILITY:
         found, needed = (".".join(map(str, pair)) for pair in (compute_capability(device), LEAST_CAPABILITY))
         raise OptionError("kv-dtype", kv_dtype, f"auto on this device (compute capability {found}; fp8 needs {needed})")
 

@@ -71,6 +71,13 @@ __device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
   return r;
 }
 
+// The larger of 0 and each of two bf16; 0 for NaN.
+__device__ __forceinline__ uint32_t not_negative(uint32_t pair) {
+  uint32_t r;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(pair), "r"(0));
+  return r;
+}
+
 // 2^x, 2 ulp; 0 for -inf.
 __device__ __forceinline__ float exp2(float x) {
   float y;
@@ -87,6 +94,8 @@ __device__ __forceinline__ void copy_bulk(void* shared, const void* global, int 
 }
 // What this thread has written to shared memory comes before later bulk copies to it.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// What this thread has written to global memory comes before later bulk copies from there.
+__device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // Barriers in shared memory that count arrivals; `phase` alternates between 0 and 1.
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {

@@ -121,6 +121,10 @@ inline void cvt_rn_bf16x2_f32(uint32_t& result, float high, float low) {
 inline void cvt_rn_f16x2_f32(uint32_t& result, float high, float low) {
   result = (uint32_t)__float2half_rn(high).bits << 16 | __float2half_rn(low).bits;
 }
+inline void max_bf16x2(uint32_t& result, uint32_t x, uint32_t y) {
+  const auto larger = [=](int shift) { return __float_as_uint(std::fmax(__uint_as_float(x >> shift << 16), __uint_as_float(y >> shift << 16))) >> 16; };
+  result = larger(16) << 16 | larger(0);
+}
 inline void ex2_approx_ftz_f32(float& result, float x) { result = std::exp2(x); }
 template <class T>
 void mad_wide_u32(uint64_t& result, uint32_t x, uint32_t y, T z) { result = (uint64_t)x * y + (uint64_t)z; }
@@ -186,6 +190,7 @@ inline void cp_async_bulk_shared_cluster_global_mbarrier_complete_tx_bytes(uint3
     self->block->copies.push_back(copy);
 }
 inline void fence_proxy_async_shared_cta() {}
+inline void fence_proxy_async_global() {}
 inline void setmaxnreg_inc_sync_aligned_u32(int count) {
   if (count % 8 || count > 256) emulation::fail("setmaxnreg takes multiples of 8 up to 256");
 }

@@ -37,6 +37,7 @@ def attention_mass(
     key_scale: Tensor | None = None,
     page_table: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Softmax mass that each head's queries put on every cached key.
@@ -59,10 +60,11 @@ def attention_mass(
         page_table: `[B, P]` int32; token i of sequence b lies in page `page_table[b, i // page_size]`, slot
             `i % page_size`, and N is `P * page_size`. Entries past the page of the last tail token may hold anything.
         dtype: of the result: float32 (default; float64 for float64 queries) or bfloat16.
+        out: where the result goes, of its shape and dtype; any strides, N contiguous. Every element is written.
         backend: "auto" (see `ops/README.md`), "reference", "triton" or "cuda". No silent fall-back.
 
     Returns:
-        `[B, Hq, N]` (with `heads`: R rows; "none": `[B, T, Hq, N]`); exactly 0 at and past `lengths[b]`.
+        `[B, Hq, N]` (with `heads`: R rows; "none": `[B, T, Hq, N]`); exactly 0 at and past `lengths[b]`. It is `out`, if given.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -80,6 +82,7 @@ def attention_mass(
     check("lengths", lengths, shape="B", dtypes=INTS)
     if page_table is not None:
         check("page_table", page_table, shape="B P", dtypes=INTS[:1])
+        sizes["N"] = sizes["P"] * sizes["page_size"]
     if heads is not None:
         check("heads", heads, shape="R G", dtypes=INTS[1:])
     check_heads(sizes)
@@ -88,8 +91,14 @@ def attention_mass(
         dtype = torch.promote_types(queries.dtype, torch.float32)
     elif dtype not in OUTPUTS:
         raise TypeError(f"dtype: expected one of {', '.join(map(str, OUTPUTS))}, got {dtype}")
+    if out is not None:
+        rows = "Hq" if heads is None else "R"
+        check("out", out, shape=f"B T {rows} N" if reduce == "none" else f"B {rows} N", dtypes=[dtype])
+        if out.shape[-1] > 1 and out.stride(-1) != 1:
+            raise ValueError(f"out: expected rows without gaps (stride 1), got stride {out.stride(-1)}")
     arguments = {
         "scale": scale, "reduce": reduce, "heads": heads, "key_scale": key_scale, "page_table": page_table, "dtype": dtype,
+        "out": out,
     }  # fmt: skip
     chosen = choose(
         backend,

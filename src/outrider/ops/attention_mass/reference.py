@@ -25,6 +25,7 @@ def attention_mass(
     key_scale: Tensor | None,
     page_table: Tensor | None,
     dtype: torch.dtype,
+    out: Tensor | None,
 ) -> Tensor:
     B, T, Hq, D = queries.shape
     Hkv = keys.shape[2]
@@ -47,7 +48,8 @@ def attention_mass(
     mass[..., shortest:].masked_fill_(position >= lengths.view([B] + [1] * (mass.ndim - 1)), 0)
     if heads is not None:
         mass = mass[..., heads, :].sum(-2)
-    return torch.nn.functional.pad(mass, (0, N - end)).to(dtype)
+    mass = torch.nn.functional.pad(mass, (0, N - end)).to(dtype)
+    return mass if out is None else out.copy_(mass)
 
 
 def _gather_pages(keys: Tensor, page_table: Tensor, end: int) -> Tensor:

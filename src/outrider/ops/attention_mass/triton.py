@@ -151,7 +151,7 @@ def _reduce(
     grouped,  # G
     splits,
     tiles,
-    result_strides,  # of B, T, result head, token
+    result_strides,  # of B, T, result head
     REDUCTION: tl.constexpr,
     STEPS: tl.constexpr,  # T, padded
     KEPT: tl.constexpr,  # STEPS, or 1 if they are reduced
@@ -214,6 +214,8 @@ def obstacle(queries: Tensor, keys: Tensor) -> str | None:
         return f"tensors are on {queries.device.type}; the kernel runs on CUDA devices (or with TRITON_INTERPRET=1)"
     if keys.dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability(queries.device) < (8, 9):
         return "float8_e4m3fn keys need compute capability 8.9"
+    if keys.dtype == torch.float8_e4m3fn and queries.dtype == torch.float32:
+        return "float8_e4m3fn keys take queries of 16 bits"
     return None
 
 
@@ -228,6 +230,7 @@ def attention_mass(
     key_scale: Tensor | None,
     page_table: Tensor | None,
     dtype: torch.dtype,
+    out: Tensor | None,
 ) -> Tensor:
     B, T, Hq, D = queries.shape
     Hkv = keys.shape[2]
@@ -243,7 +246,9 @@ def attention_mass(
     if page_table is not None and page_table.stride(-1) != 1:
         page_table = page_table.contiguous()
     lengths = lengths.contiguous()
-    result = torch.empty((B, T, R, N) if reduce == "none" else (B, 1, R, N), dtype=dtype, device=queries.device)
+    if out is None:
+        out = torch.empty((B, T, R, N) if reduce == "none" else (B, R, N), dtype=dtype, device=queries.device)
+    result = out if reduce == "none" else out.unsqueeze(1)
     scores = torch.empty(B, Hq, T, tiles * tile, dtype=queries.dtype, device=queries.device)
     wide = torch.float64 if queries.dtype == torch.float32 else torch.float32
     bases = torch.empty(B, Hq, T, tiles, dtype=wide, device=queries.device)
@@ -262,11 +267,11 @@ def attention_mass(
         if R:
             _reduce[triton.cdiv(tiles, block), R, B](
                 scores, bases, bests, sums, lengths, None if heads is None else heads.contiguous(), result,
-                N, T, Hq, G, splits, tiles, result.stride(),
+                N, T, Hq, G, splits, tiles, result.stride()[:3],
                 REDUCTION=reduce, STEPS=steps, KEPT=steps if reduce == "none" else 1,
                 SPLITS_PADDED=max(triton.next_power_of_2(splits), REDUCE_SPLITS // steps), TILES=block, TILE=tile,
             )  # fmt: skip
-    return result if reduce == "none" else result.squeeze(1)
+    return out
 
 
 def _tiles(D: int, rows: int, queries: torch.dtype, paged: bool) -> tuple[int, int, int, int, int]:

@@ -226,6 +226,8 @@ def obstacle(queries: Tensor, keys: Tensor) -> str | None:
         return f"tensors are on {queries.device.type}; the kernel runs on CUDA devices (or with TRITON_INTERPRET=1)"
     if keys.dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability(queries.device) < (8, 9):
         return "float8_e4m3fn caches need compute capability 8.9"
+    if keys.dtype == torch.float8_e4m3fn and queries.dtype == torch.float32:
+        return "float8_e4m3fn caches take queries of 16 bits"
     return None
 
 

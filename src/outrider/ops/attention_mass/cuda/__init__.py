@@ -31,7 +31,7 @@ class Arguments(ctypes.Structure):
             for name in ("queries", "keys", "lengths", "page_table", "masses", "mailboxes", "readers")
         ]
         + [(name, ctypes.c_longlong * 3) for name in ("query_stride", "stride")]
-        + [("stride_out", ctypes.c_longlong)]
+        + [("stride_out", ctypes.c_longlong * 2)]
         + [
             (name, ctypes.c_int)
             for name in ("wide_lengths", "B", "heads", "N", "page_size", "pages_per_sequence", "wide_masses")
@@ -48,6 +48,7 @@ def obstacle(
     heads: Tensor | None,
     page_table: Tensor | None,
     dtype: torch.dtype,
+    out: Tensor | None,
     **_: Any,
 ) -> str | None:
     """Why this kernel cannot run these arguments, or None."""
@@ -66,6 +67,10 @@ def obstacle(
     for name, x in (("queries", queries), ("keys", keys)):
         if x.data_ptr() % 16 or any(stride % 8 for stride in x.stride()[:-1]) or x.stride(-1) != 1:
             return f"it needs rows that start at multiples of 16 bytes, which {name} with strides {x.stride()} do not"
+    if out is not None and (out.data_ptr() % (2 * out.element_size()) or any(stride % 2 for stride in out.stride()[:-1])):
+        return (
+            f"it writes two masses at a time, for which rows of out with strides {out.stride()} do not all start at even places"
+        )
     if reason := compiler.obstacle(queries.device):
         return reason
     longest = compiler.multiprocessors(queries.device) * _max_chunk(D, rows)
@@ -85,6 +90,7 @@ def attention_mass(
     key_scale: None,
     page_table: Tensor | None,
     dtype: torch.dtype,
+    out: Tensor | None,
 ) -> Tensor:
     B, T, Hq, D = queries.shape
     Hkv = keys.shape[2]
@@ -97,7 +103,8 @@ def attention_mass(
     rows = -(-T * group // 8) * 8  # padded
     options = ["PAGED=1"] * (page_table is not None) + ["REDUCE_MAX=1"] * (reduce == "max")
     library = compiler.build(SOURCE, f"HEAD_DIM={D}", f"QUERIES={T}", f"GROUP={group}", *options)
-    masses = torch.empty(B, Hq, -(-N // 64) * 64, dtype=dtype, device=device)  # rows start at multiples of 128 bytes
+    if out is None:  # rows start at multiples of 128 bytes
+        out = torch.empty(B, Hq, -(-N // 64) * 64, dtype=dtype, device=device)[..., :N]
     stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
     problems, words = B * Hkv, blocks * rows * 2  # a mailbox holds two floats
     mailboxes = compiler.mailboxes(device).take(problems * (words + 1), stream.value or 0, library.capture(stream))
@@ -106,12 +113,12 @@ def attention_mass(
         keys=keys.data_ptr(),
         lengths=lengths.data_ptr(),
         page_table=None if page_table is None else page_table.data_ptr(),
-        masses=masses.data_ptr(),
+        masses=out.data_ptr(),
         mailboxes=mailboxes.data_ptr(),
         readers=mailboxes[problems * words :].data_ptr(),
         query_stride=queries.stride()[:3],
         stride=keys.stride()[:3],
-        stride_out=masses.stride(1),
+        stride_out=out.stride()[:2],
         wide_lengths=lengths.dtype == torch.int64,
         B=B,
         heads=Hkv,
@@ -124,7 +131,7 @@ def attention_mass(
     with torch.cuda.device(device):
         error = library.launch(ctypes.byref(arguments), blocks, stream)
     compiler.check(library, error, "attention_mass")
-    return masses[..., :N]
+    return out
 
 
 def _tokens(keys: Tensor, page_table: Tensor | None) -> int:

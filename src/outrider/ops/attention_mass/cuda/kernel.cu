@@ -54,10 +54,10 @@ struct Arguments {
   const __nv_bfloat16 *queries, *keys;
   const void* lengths;      // [B] int32 or int64
   const int* page_table;    // [B, pages_per_sequence], or null
-  void* masses;             // [B, Hq, stride_out] bf16 or fp32
+  void* masses;             // [B, Hq, N] bf16 or fp32; rows start at even places
   float2* mailboxes;        // [problems][blocks][PADDED_ROWS]: reference and sum of a chunk; EMPTY before and after
   int* readers;             // [problems]: blocks that have read a problem's mailboxes, less one; -1 before and after
-  long long query_stride[3], stride[3], stride_out;  // elements: (b, t, h); (sequence or page, token, head); a row of masses
+  long long query_stride[3], stride[3], stride_out[2];  // elements: (b, t, h); (sequence or page, token, head); (b, h)
   int wide_lengths, B, heads, N, page_size, pages_per_sequence, wide_masses;
   float scale;              // on the logits, times log2(e)
 };
@@ -373,13 +373,16 @@ __device__ void finish(const Arguments& a, const Plan& plan, int slots, const ui
   const int thread = threadIdx.x - 32 * SCORERS, lane = thread % 32;
   const int row = thread % PADDED_ROWS, reader = thread / PADDED_ROWS;  // for sums
   // No mass at and past the length: zeros up to N.
-  for (int r = blockIdx.x; r < a.B * a.heads * GROUP; r += gridDim.x)
-    for (int i = plan.places[r / (a.heads * GROUP)].length + thread; i < a.N; i += 32 * FINISHERS) {
+  for (int r = blockIdx.x; r < a.B * a.heads * GROUP; r += gridDim.x) {
+    const int b = r / (a.heads * GROUP);
+    const long long row = b * a.stride_out[0] + (r - b * a.heads * GROUP) * a.stride_out[1];
+    for (int i = plan.places[b].length + thread; i < a.N; i += 32 * FINISHERS) {
       if (a.wide_masses)
-        ((float*)a.masses)[r * a.stride_out + i] = 0;
+        ((float*)a.masses)[row + i] = 0;
       else
-        ((__nv_bfloat16*)a.masses)[r * a.stride_out + i] = __float2bfloat16_rn(0);
+        ((__nv_bfloat16*)a.masses)[row + i] = __float2bfloat16_rn(0);
     }
+  }
 
   Ring position;
   int b = 0, items = 0;
@@ -469,7 +472,7 @@ __device__ void finish(const Arguments& a, const Plan& plan, int slots, const ui
 #pragma unroll
         for (int g = 0; g < GROUP; g++) {
           if (key + 1 >= keys) y[g] = 0;  // the first of the tail
-          const long long at = ((long long)(b * a.heads + item.h) * GROUP + g) * a.stride_out + item.first + key;
+          const long long at = b * a.stride_out[0] + (item.h * GROUP + g) * a.stride_out[1] + item.first + key;
           if (a.wide_masses)
             *(float2*)((float*)a.masses + at) = make_float2(x[g], y[g]);
           else

@@ -2,7 +2,7 @@
 //
 // A token's key is the upper half of its merged fp32 score: 15 bits that order like the score. The blocks of a cluster take equal,
 // contiguous parts of the row, and so do the warps of a block. A warp walks its tokens step by step through a ring of its own in shared
-// memory, filled by bulk copies where scores are their own keys.
+// memory, filled by bulk copies.
 //
 //     1  downwards: a histogram of the keys in a window of 32 octaves, a bin per key; what lies above and below it is added up beside
 //     2  every block adds up what the blocks of its cluster have counted, first 16 bins at a time, then one by one, and finds the
@@ -11,6 +11,10 @@
 //     3  upwards: every warp marks what it keeps, a bit per token, and counts
 //     4  downwards: it writes positions
 // What is still in the ring is not read again.
+//
+// Scores of one row of aligned bfloat16 are their own keys. Others are MERGED, one row too: in pass 1 the ring brings a step of one row
+// after the other, registers add them up, and the keys wait in global memory, for passes 3 and 4 to read them as if they were scores.
+// Those of a warp's first KEPT steps stay in the ring.
 //
 // Forced tokens (sinks, recent ones) are counted like all others, and taken out of the histogram again, since few are forced.
 // Sums are of integers, or of doubles in a fixed order.
@@ -23,14 +27,15 @@ constexpr int WINDOW = 3;  // of 32 octaves, the first one tried: scores from 2^
 
 struct Arguments {
   const ELEMENT* scores;     // [B, R, S]
+  uint16_t* keys;            // [lists, pitch], for merged ones, in the order of the blocks; or null
   const void* lengths;       // [B] int32 or int64
   const long long* sources;  // [Lt, Hs, G]
   const void* budgets;       // [B] int32 or int64 (top-k), float or double (top-p); null: the number below
   int* indices;              // [Lt, B, Hs, width]
   int* counts;               // [Lt, B, Hs]
-  long long stride_b, stride_r;
+  long long stride_b, stride_r, pitch;
   double budget;
-  int wide_lengths, wide_budgets, top_p, B, S, lists, G, sinks, recent, take_max, width, exact;
+  int wide_lengths, wide_budgets, top_p, B, S, layers, heads, G, sinks, recent, take_max, width, exact, aligned;
 };
 
 // Of the lane's 32 neighbours in a step: those above the threshold or forced, and those equal to it.
@@ -62,25 +67,26 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) token_select(const __g
   extern __shared__ __align__(128) uint4 dynamic[];  // rings [WARPS][HOMES][SPAN / VECTOR] of keys, then [WARPS][SAVED][32] marks
 
   cg::cluster_group cluster = cg::this_cluster();
-  const int blocks = cluster.num_blocks(), rank = cluster.block_rank(), list = blockIdx.x / blocks;
+  const int blocks = cluster.num_blocks(), rank = cluster.block_rank(), order = blockIdx.x / blocks;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int heads = a.lists / a.B, l = list / a.lists, b = list % a.lists / heads, h = list % heads;  // a.lists: of one layer
+  // Sequence after sequence, so that lists that share rows meet in the L2 cache.
+  const int b = order / (a.layers * a.heads), of_sequence = order % (a.layers * a.heads), l = of_sequence / a.heads, h = of_sequence % a.heads;
+  const int list = (l * a.B + b) * a.heads + h;
   const int length = min(a.wide_lengths ? (int)((const long long*)a.lengths)[b] : ((const int*)a.lengths)[b], a.S);
   const ELEMENT* scores = a.scores + b * a.stride_b;
-  const long long* sources = a.sources + ((long long)l * heads + h) * a.G;
+  const long long* sources = a.sources + ((long long)l * a.heads + h) * a.G;
   const int forced_below = min(a.sinks, length), forced_from = max(length - a.recent, forced_below), forced = forced_below + length - forced_from;
-  if (thread == 0) shared.row = {scores, sources, a.stride_r, a.G, length, forced_below, forced_from, (bool)a.take_max};
+  if (thread == 0) shared.row = {scores, sources, a.stride_r, a.G, length, forced_below, forced_from, (bool)a.take_max, a.take_max ? 1 : a.G & a.G - 1 ? 0 : 1.0f / a.G};
 
   // This block's tokens: begin .. end - 1, a multiple of SPAN; this warp's: first .. last - 1, in steps of SPAN.
   const int part = (length + blocks * SPAN - 1) / (blocks * SPAN) * SPAN, begin = min(rank * part, length), end = min(begin + part, length);
   const int range = (end - begin + WARPS * SPAN - 1) / (WARPS * SPAN) * SPAN, first = min(begin + warp * range, end), last = min(first + range, end);
   const int steps = (last - first + SPAN - 1) / SPAN;
-  const int homes = min(range / SPAN, HOMES), saved = min(range / SPAN, SAVED);
+  const int homes = MERGED ? HOMES : min(range / SPAN, HOMES), saved = min(range / SPAN, SAVED);
   uint4* const ring = dynamic + warp * homes * (SPAN / VECTOR);
   uint2* const saved_marks = (uint2*)(dynamic + WARPS * homes * (SPAN / VECTOR)) + warp * saved * 32 + lane;
-  // Scores that are their own keys, if they are clean: of one row of aligned bfloat16.
-  const ELEMENT* source = scores + sources[0] * a.stride_r;
-  const bool direct = is_bfloat(ELEMENT()) && a.G == 1 && (uintptr_t)source % 16 == 0;
+  // What is copied to the ring: scores that are their own keys, if they are clean; or keys, once they have been merged.
+  const uint16_t* source = MERGED ? a.keys + order * a.pitch : (const uint16_t*)(scores + sources[0] * a.stride_r);
   uint64_t* const full = shared.full[warp];
   unsigned phases = 0;  // of its barriers, a bit each
   if (lane == 0) {
@@ -90,28 +96,43 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) token_select(const __g
   }
   __syncwarp();
   auto home = [&](int s) { return ring + s % HOMES * (SPAN / VECTOR); };
-  auto whole_bytes = [&](int s) { return direct && s >= 0 && s < steps ? min(SPAN, last - first - s * SPAN) / VECTOR * 16 : 0; };
+  auto bytes = [&](int s) { return s < 0 || s >= steps ? 0 : MERGED ? SPAN * 2 : min(SPAN, last - first - s * SPAN) / VECTOR * 16; };
   auto copy = [&](int s) {
-    const int bytes = whole_bytes(s);
-    if (bytes && lane == 0) ptx::copy_bulk(home(s), source + first + s * SPAN, bytes, full + s % HOMES);
+    if (bytes(s) && lane == 0) ptx::copy_bulk(home(s), source + first + s * SPAN, bytes(s), full + s % HOMES);
+  };
+  auto wait_for = [&](int barrier) {
+    ptx::barrier_wait(full + barrier, phases >> barrier & 1);
+    phases ^= 1 << barrier;
   };
   auto wait = [&](int s) {
-    if (!whole_bytes(s)) return;
-    ptx::barrier_wait(full + s % HOMES, phases >> s % HOMES & 1);
-    phases ^= 1 << s % HOMES;
+    if (bytes(s)) wait_for(s % HOMES);
   };
   auto copy_again = [&](int s) {
     ptx::fence_async();  // keys may have been put there
     __syncwarp();
     copy(s);
   };
+  // A piece is a whole step of one row to merge. They come downwards, row by row in each step, to the ring behind the keys that stay.
+  uint4* const pieces = ring + KEPT * (SPAN / VECTOR);
+  int next_step = a.aligned ? (last - first) / SPAN - 1 : -1, next_row = 0, next_piece = 0, piece = 0;
+  long long next_source = MERGED ? sources[0] : 0;  // asked for early
+  auto copy_piece = [&] {
+    if (next_step < 0) return;
+    if (lane == 0) ptx::copy_bulk(pieces + next_piece * PIECE, scores + next_source * a.stride_r + first + next_step * SPAN, PIECE * 16, full + next_piece);
+    if (++next_row == a.G) next_row = 0, next_step--;
+    if (++next_piece == PIECES) next_piece = 0;
+    next_source = sources[next_row];
+  };
+  auto stored = [&](int s, int i) {  // where pass 1 has the lane's i-th eight keys of a step
+    return (!MERGED || s < KEPT ? home(s) : (uint4*)(a.keys + order * a.pitch + first + s * SPAN)) + i * 32 + lane;
+  };
 #pragma unroll 1
-  for (int s = steps - 1; s >= steps - HOMES; s--) copy(s);
+  for (int i = 1; i <= (MERGED ? PIECES : HOMES); i++) MERGED ? copy_piece() : copy(steps - i);
 
   // The forced tokens' scores are asked for early, where they are keys.
   auto forced_position = [&](int i) { return i < forced_below ? i : forced_from + i - forced_below; };
   ELEMENT early = ELEMENT();
-  if (direct && thread < forced) early = source[forced_position(thread)];
+  if (!MERGED && thread < forced) early = ((const ELEMENT*)source)[forced_position(thread)];
   if (thread == 0) {
     List list = {(bool)a.top_p, (bool)a.exact, a.budget, 0, length, a.width, forced, min(begin, forced_below) + max(begin - forced_from, 0)};
     if (a.budgets && a.top_p) list.budget = a.wide_budgets ? ((const double*)a.budgets)[b] : ((const float*)a.budgets)[b];
@@ -134,29 +155,57 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) token_select(const __g
 #pragma unroll 1
     for (int i = thread; i < forced; i += THREADS) {
       const int position = forced_position(i);
-      const unsigned key = direct && i == thread ? __float_as_uint(fmaxf(as_float(early), 0)) >> 16 : shared.row.key_at(position);
+      const unsigned key = !MERGED && i == thread ? __float_as_uint(fmaxf(as_float(early), 0)) >> 16 : shared.row.key_at(position);
       held += mass_of(key);
       if (position >= begin && position < end && key >> 12 == window) atomicSub(&shared.histogram[key & 0xfff], 1);
     }
+    auto count_singly = [&](int s, int i, bool in_place) {
+      const int here = first + s * SPAN + (i * 32 + lane) * VECTOR;
+      const Outside more = count_strange(shared, stored(s, i), here, last, in_place && (settled || here + VECTOR <= last), window);
+      outside.below += more.below, outside.above += more.above, outside.count += more.count;
+    };
 #pragma unroll 1
     for (int s = steps - 1; s >= 0; s--) {
-      const int start = first + s * SPAN + lane * VECTOR;
       const bool whole = first + (s + 1) * SPAN <= last;
-      bool in_place = settled || direct;
-      if (!in_place) in_place = shared.row.merge_step(home(s), first + s * SPAN, last);
-      if (!settled) wait(s);
-#pragma unroll 2
-      for (int i = 0; i < VECTORS; i++) {
-        uint4* place = home(s) + i * 32 + lane;
-        if (in_place && whole && count_usual(shared, *place, window)) continue;
-        const int here = start + i * 32 * VECTOR;
-        const Outside more = count_strange(shared, place, here, last, in_place && (settled || here + VECTOR <= last), window);
-        outside.below += more.below, outside.above += more.above, outside.count += more.count;
+      if (MERGED && !settled && whole && a.aligned) {
+        float merged[VECTORS][VECTOR] = {};
+#pragma unroll 1
+        for (int g = 0; g < a.G; g++) {
+          wait_for(piece);
+          if (a.take_max)
+            merge<true>(merged, pieces + piece * PIECE);
+          else
+            merge<false>(merged, pieces + piece * PIECE);
+          if (++piece == PIECES) piece = 0;
+          __syncwarp();
+          copy_piece();
+        }
+        unsigned strange = 0;
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++) {
+          const uint4 keys = shared.row.keys_of(merged[i]);
+          *stored(s, i) = keys;
+          if (!count_usual(shared, keys, window)) strange |= 1 << i;
+        }
+#pragma unroll 1
+        for (; strange; strange &= strange - 1) count_singly(s, __ffs(strange) - 1, true);
+        continue;
       }
-      if (s >= HOMES) copy_again(s - HOMES);
+      const bool in_place = settled || !MERGED;
+      if (!settled && !MERGED) wait(s);
+#pragma unroll 2
+      for (int i = 0; i < VECTORS; i++)
+        if (!(in_place && whole && count_usual(shared, *stored(s, i), window))) count_singly(s, i, in_place);
+      if (!MERGED && s >= HOMES) copy_again(s - HOMES);
+    }
+    if (MERGED && !settled) {  // the first keys that do not stay in the ring come while the threshold is looked for
+      ptx::fence_async_global();
+      __syncwarp();
+#pragma unroll 1
+      for (int s = KEPT; s < HOMES; s++) copy(s);
     }
     __syncwarp();
-    settled = range <= HOMES * SPAN;
+    settled = MERGED || range <= HOMES * SPAN;
     if (by_mass) {
       held = sum_of_all(held, shared.scratch);
       if (thread == 0) shared.list.held = held;
@@ -164,7 +213,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) token_select(const __g
       outside.above = sum_of_all(outside.above, shared.scratch);
     }
     outside.count = sum_of_all(outside.count, (int*)shared.scratch);
-    add_up(shared, outside, window, by_mass);
+    if (thread == 0) shared.outside = outside;
+    add_up(shared, window, by_mass);
     if (blocks > 1)
       cluster.sync();
     else
@@ -199,20 +249,21 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) token_select(const __g
   // A step whose keys have been overwritten comes again.
   auto settle = [&](int s) {
     wait(s);
-    if (!direct && shared.row.merge_step(home(s), first + s * SPAN, last)) return __syncwarp();
+    if constexpr (!MERGED) {
 #pragma unroll 1
-    for (int i = 0; i < VECTORS; i++) {
-      uint4* place = home(s) + i * 32 + lane;
-      const int start = first + s * SPAN + (i * 32 + lane) * VECTOR;
-      if (start < last && !(direct && start + VECTOR <= last && clean(*place))) *place = shared.row.keys_at(start);
+      for (int i = 0; i < VECTORS; i++) {
+        uint4* place = home(s) + i * 32 + lane;
+        const int start = first + s * SPAN + (i * 32 + lane) * VECTOR;
+        if (start < last && !(start + VECTOR <= last && clean(*place))) *place = shared.row.keys_at(start);
+      }
+      __syncwarp();
     }
-    __syncwarp();
   };
   auto marks = [&](int s) { return mark(home(s), threshold, first + s * SPAN, last, forced_below, forced_from); };
   int higher = 0, same = 0;  // of this warp
 #pragma unroll 1
   for (int s = 0; s < steps; s++) {
-    if (s >= HOMES) settle(s);
+    if (s >= KEPT) settle(s);
     const uint2 marked = marks(s);
     if (s < SAVED) saved_marks[s * 32] = marked;
     higher += __popc(marked.x), same += __popc(marked.y);
@@ -268,7 +319,7 @@ static cudaLaunchConfig_t configuration(int lists, int blocks, int steps, cudaLa
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(lists * blocks);
   config.blockDim = dim3(THREADS);
-  config.dynamicSmemBytes = min(steps, HOMES) * STEP_BYTES + min(steps, SAVED) * MARK_BYTES;
+  config.dynamicSmemBytes = (MERGED ? HOMES : min(steps, HOMES)) * STEP_BYTES + min(steps, SAVED) * MARK_BYTES;
   cluster->id = cudaLaunchAttributeClusterDimension;
   cluster->val.clusterDim.x = blocks, cluster->val.clusterDim.y = 1, cluster->val.clusterDim.z = 1;
   config.attrs = cluster, config.numAttrs = 1;

@@ -3,6 +3,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <stdint.h>
+#include "ptx.cuh"
 
 #ifndef ELEMENT
 #define ELEMENT __nv_bfloat16
@@ -16,9 +17,6 @@ constexpr int NONE = 0x7ffe;                         // a threshold above every 
 __device__ __forceinline__ float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float as_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ float as_float(float x) { return x; }
-template <typename T>
-__device__ constexpr bool is_bfloat(T) { return false; }
-__device__ constexpr bool is_bfloat(__nv_bfloat16) { return true; }
 
 struct Row {  // one merged row of scores
   const ELEMENT* scores;     // of the sequence
@@ -26,6 +24,7 @@ struct Row {  // one merged row of scores
   long long stride;
   int G, length, forced_below, forced_from;
   bool take_max;
+  float factor;  // on the sum of the rows, where that is exact; 0: it is divided by G
 
   __device__ __forceinline__ bool is_forced(int position) const { return position < forced_below || position >= forced_from; }
 
@@ -33,15 +32,15 @@ struct Row {  // one merged row of scores
   __device__ __forceinline__ float add(float merged, float score) const {
     return take_max ? fmaxf(merged, score) : merged + fmaxf(score, 0);
   }
+  template <bool DIVIDE>
   __device__ __forceinline__ unsigned key(float merged) const {
-    if (!take_max && G > 1) merged = (G & G - 1) ? __fdiv_rn(merged, G) : merged * (1.0f / G);  // both exact to the last bit
-    return __float_as_uint(merged) >> 16;
+    return __float_as_uint(DIVIDE ? __fdiv_rn(merged, G) : merged * factor) >> 16;
   }
   __device__ __noinline__ unsigned key_at(int position) const {
     float merged = 0;
-#pragma unroll 1
+#pragma unroll 4
     for (int g = 0; g < G; g++) merged = add(merged, as_float(scores[sources[g] * stride + position]));
-    return key(merged);
+    return factor ? key<false>(merged) : key<true>(merged);
   }
   // Keys of the eight tokens from `start` on, 0 past the end.
   __device__ __noinline__ uint4 keys_at(int start) const {
@@ -56,41 +55,49 @@ struct Row {  // one merged row of scores
     return keys_of(merged);
   }
   __device__ __forceinline__ uint4 keys_of(const float (&merged)[VECTOR]) const {
+    return factor ? pack<false>(merged) : pack<true>(merged);
+  }
+  template <bool DIVIDE>
+  __device__ __forceinline__ uint4 pack(const float (&merged)[VECTOR]) const {
     unsigned keys[VECTOR];
 #pragma unroll
-    for (int i = 0; i < VECTOR; i++) keys[i] = key(merged[i]);
+    for (int i = 0; i < VECTOR; i++) keys[i] = key<DIVIDE>(merged[i]);
     return make_uint4(keys[0] | keys[1] << 16, keys[2] | keys[3] << 16, keys[4] | keys[5] << 16, keys[6] | keys[7] << 16);
   }
-  // Keys of a step, whose first token is `first`, if its scores are all there and aligned; false if not. Many reads are under way at once.
-  __device__ __noinline__ bool merge_step(uint4* home, int first, int last) const {
-    constexpr int WORDS = sizeof(ELEMENT) * VECTOR / 16, ROWS = 2 / WORDS;  // of a vector; rows at a time
-    const int lane = threadIdx.x % 32;
-    if (first + SPAN > last || (uintptr_t)(scores + first) % 16 || stride * sizeof(ELEMENT) % 16) return false;
-    float merged[VECTORS][VECTOR] = {};
-#pragma unroll 1
-    for (int g = 0; g < G; g += ROWS) {
-      uint4 raw[ROWS][VECTORS][WORDS];
-#pragma unroll
-      for (int r = 0; r < ROWS; r++) {
-        const ELEMENT* source = scores + sources[min(g + r, G - 1)] * stride + first + lane * VECTOR;
-#pragma unroll
-        for (int i = 0; i < VECTORS; i++)
-#pragma unroll
-          for (int w = 0; w < WORDS; w++) raw[r][i][w] = __ldg((const uint4*)(source + i * 32 * VECTOR) + w);
-      }
-#pragma unroll
-      for (int r = 0; r < ROWS; r++)
-        if (g + r < G)
-#pragma unroll
-          for (int i = 0; i < VECTORS; i++)
-#pragma unroll
-            for (int k = 0; k < VECTOR; k++) merged[i][k] = add(merged[i][k], as_float(((const ELEMENT*)raw[r][i])[k]));
-    }
-#pragma unroll
-    for (int i = 0; i < VECTORS; i++) home[i * 32 + lane] = keys_of(merged[i]);
-    return true;
-  }
 };
+
+// The eight scores of a vector; NaN and negative ones are 0.
+__device__ __forceinline__ void unpack(const __nv_bfloat16* vector, float (&scores)[VECTOR]) {
+  const uint4 words = *(const uint4*)vector;
+  const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const uint32_t pair = ptx::not_negative(pairs[i]);
+    scores[2 * i] = __uint_as_float(pair << 16), scores[2 * i + 1] = __uint_as_float(pair & 0xffff0000);
+  }
+}
+template <typename Element>
+__device__ __forceinline__ void unpack(const Element* vector, float (&scores)[VECTOR]) {
+  constexpr int WORDS = sizeof(Element) * VECTOR / 16;
+  uint4 words[WORDS];
+#pragma unroll
+  for (int i = 0; i < WORDS; i++) words[i] = ((const uint4*)vector)[i];
+#pragma unroll
+  for (int i = 0; i < VECTOR; i++) scores[i] = fmaxf(as_float(((const Element*)words)[i]), 0);
+}
+
+// Adds the lane's scores of one row's step.
+template <bool TAKE_MAX>
+__device__ __forceinline__ void merge(float (&merged)[VECTORS][VECTOR], const uint4* piece) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < VECTORS; i++) {
+    float scores[VECTOR];
+    unpack((const ELEMENT*)piece + (i * 32 + lane) * VECTOR, scores);
+#pragma unroll
+    for (int k = 0; k < VECTOR; k++) merged[i][k] = TAKE_MAX ? fmaxf(merged[i][k], scores[k]) : merged[i][k] + scores[k];
+  }
+}
 
 // A key's mass. Infinity weighs as much as the largest finite key.
 __device__ __forceinline__ double mass_of(unsigned key) { return __uint_as_float(min(key, INFINITE - 1) << 16); }

@@ -14,7 +14,15 @@ namespace cg = cooperative_groups;
 constexpr int BLOCKS_PER_SM = THREADS == 256 ? 2 : 1;
 constexpr int WARPS = THREADS / 32, MAX_BLOCKS = 8;  // of a block; of a cluster
 constexpr int BINS = 4096, FINE = 16, COARSE = BINS / FINE, PER_THREAD = BINS / THREADS;  // keys of a window; bins first taken together
+#ifdef MERGE  // several rows to one, or scores that are no keys
+constexpr bool MERGED = true;
+#else
+constexpr bool MERGED = false;
+#endif
 constexpr int HOMES = BLOCKS_PER_SM == 2 ? 3 : 5;    // steps that a warp's ring of keys holds
+constexpr int KEPT = !MERGED ? HOMES : BLOCKS_PER_SM == 2 ? 0 : sizeof(ELEMENT) == 2 ? 2 : 1;  // of these, those whose keys are there after pass 1
+constexpr int PIECE = SPAN * sizeof(ELEMENT) / 16, PIECES = (HOMES - KEPT) * SPAN * 2 / 16 / PIECE;  // of 16 bytes; pieces in the ring
+static_assert(!MERGED || PIECES > 0);
 constexpr unsigned ALL = ~0u;                        // lanes
 
 // Sum of `x` over this thread and those behind it; `all` becomes the sum over all.
@@ -117,7 +125,7 @@ __device__ __noinline__ Outside count_strange(Shared& shared, uint4* place, int 
 }
 
 // Sums of FINE bins each, for the others of the cluster.
-__device__ __noinline__ void add_up(Shared& shared, const Outside& outside, int window, bool by_mass) {
+__device__ __noinline__ void add_up(Shared& shared, int window, bool by_mass) {
   const int thread = threadIdx.x;
   constexpr int SHARING = FINE / PER_THREAD;  // threads that share a coarse bin
   int count = 0;
@@ -131,7 +139,6 @@ __device__ __noinline__ void add_up(Shared& shared, const Outside& outside, int 
 #pragma unroll
   for (int step = 1; step < SHARING; step *= 2) count += __shfl_xor_sync(ALL, count, step), mass += __shfl_xor_sync(ALL, mass, step);
   if (thread % SHARING == 0) shared.coarse_counts[thread / SHARING] = count, shared.coarse_masses[thread / SHARING] = mass;
-  if (thread == 0) shared.outside = outside;
 }
 
 // Weights are counts (int) or masses (double).
