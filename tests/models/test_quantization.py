@@ -259,5 +259,5 @@ def test_old_gpus_refuse(capability, refused, monkeypatch):
 def test_kernels_over_8_bits_take_16_bit_models(dtype, monkeypatch):
     monkeypatch.setattr(quantization, "compute_capability", lambda device: (9, 0))
     check_kv_dtype("fp8", torch.device("cpu"), dtype)
-    with pytest.raises(OptionError, match="kv-dtype: got 'fp8'; allowed: auto with dtype float.. on a GPU"):
+    with pytest.raises(OptionError, match=r"kv-dtype: got 'fp8'; allowed: auto with dtype float.. on a GPU"):
         check_kv_dtype("fp8", torch.device("cuda"), dtype)

@@ -77,7 +77,12 @@ def test_arguments_mirror_the_struct_of_the_kernel(module):
             declared.append((plain, "pointer" if pointer else found[1] + (f"[{size}]" if size else "")))
     mirrored = []
     for name, kind in module.Arguments._fields_:
-        text = {"c_void_p": "pointer", "c_long": "long long", "c_long_Array_3": "long long[3]"}.get(kind.__name__)
+        text = {
+            "c_void_p": "pointer",
+            "c_long": "long long",
+            "c_long_Array_3": "long long[3]",
+            "c_long_Array_2": "long long[2]",
+        }.get(kind.__name__)
         mirrored.append((name, text or C_TYPES[kind.__name__]))
     assert mirrored == declared
 

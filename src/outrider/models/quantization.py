@@ -39,7 +39,7 @@ class CacheScales:
 
 
 def check_kv_dtype(kv_dtype: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise OptionError for an unknown storage of keys and values, and for one that a model of `dtype` cannot use on `device`."""
+    """Raise OptionError for unknown storage of keys and values, and for what a model of `dtype` cannot use on `device`."""
     check("kv-dtype", kv_dtype, kv_dtype in KV_DTYPES, ", ".join(KV_DTYPES))
     if kv_dtype != "fp8" or device.type != "cuda":
         return
