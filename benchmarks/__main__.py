@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "python -m benchmarks"
 RESULTS = Path(__file__).parent / "results" / "kernels.jsonl"
+DRAFTING_RESULTS = RESULTS.with_name("drafting.jsonl")
 BACKENDS = ("auto", "triton", "cuda", "reference")
 BAD_INPUT = 2
 
@@ -82,6 +83,42 @@ def kernels(
     )
     if not run_cases(cases, bench, output, screen):
         raise typer.Exit(1)
+
+
+@app.command()
+def drafting(
+    text: Annotated[Path, typer.Option(help="file of UTF-8 text that neither model has seen")],
+    context: Annotated[int, typer.Option(help="tokens of the text, those that are scored among them")] = 16384,
+    scored: Annotated[int, typer.Option(help="last tokens that are compared")] = 2000,
+    draft_tokens: Annotated[int, typer.Option("--draft-tokens", "-K", help="tokens of a round, but one")] = 4,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    output: Annotated[Path, typer.Option(help="file of JSON lines; same rows are replaced")] = DRAFTING_RESULTS,
+) -> None:
+    """How often the built-in draft chooses as the dense target does, by what the draft reads while it drafts."""
+    from outrider.bench.conditions import conditions
+    from outrider.bench.results import replace_rows
+    from outrider.cli.files import read_text, writable_file
+    from outrider.cli.screen import Screen
+
+    words, output = read_text("--text", text), writable_file("--output", output)
+
+    import torch
+
+    from benchmarks.drafting import compare
+    from outrider.decoding.pair import BUILTIN, load_pair
+
+    pair = load_pair(BUILTIN, None, device=device, dtype="bfloat16" if device == "cuda" else "float32")
+    tokens = pair[0].tokenizer(words, verbose=False)["input_ids"]
+    if not 1 <= scored < context <= min(len(tokens), pair[0].spec.context):
+        raise OptionError("--context", context, f"more than --scored, at most the {len(tokens)} tokens of the text")
+    known = conditions(torch.device(device), shlex.join([*PROGRAM.split(), *sys.argv[1:]]))
+    screen = Screen()
+    with screen.working():
+        rows = compare(pair, tokens[:context], scored, draft_tokens, screen.progress)
+    for row in rows:
+        print(f"{row['reads']:24s} {row['agreement']:.3f}", *(f"{x:.3f}" for x in row["by_position"]))
+    made = [{"text": text.stem, "context": context, "scored": scored} | row | {"conditions": known} for row in rows]
+    replace_rows(output, made, ("text", "context", "scored", "reads"))
 
 
 def run_cases(cases: Sequence[Case], bench: Bench, output: Path, screen: Screen) -> bool:

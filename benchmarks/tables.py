@@ -116,6 +116,72 @@ def generate_table(name: str) -> str:
     return markdown(["", *names], ([text, *(figure(run) for run in runs)] for text, figure in figures))
 
 
+def pair_gpu_table(name: str) -> str:
+    """The built-in pair on a GPU, a column a context, mode and drafting."""
+    runs = lines(name)
+    figures: list[tuple[str, Callable[[Line], str]]] = [
+        ("tokens/s (decoding)", lambda r: f"{r['tokens_per_second']:.0f}"),
+        ("accepted tokens a round", lambda r: f"{r['accepted_per_round']:.2f}" if r["drafted"] else ""),
+        ("kept fraction", lambda r: f"{100 * r['kept_fraction']:.0f}%"),
+        *((f"{s}, ms a round", lambda r, s=s: f"{1e3 * r['seconds'][s] / r['rounds']:.2f}") for s in STAGES),
+        ("tokens the dense target would also have chosen", lambda r: f"{100 * r['agreed'] / r['audited']:.1f}%"),
+    ]
+    drafts = {None: "", "dense": "", "sparse": ", sparse draft"}
+    names = [f"{run['context']:,}: {run['mode']}{drafts[run['drafting']]}" for run in runs]
+    return markdown(["", *names], ([text, *(figure(run) for run in runs)] for text, figure in figures))
+
+
+STAGES = ("propose", "score", "select", "verify", "accept")
+
+
+def decode_table(name: str) -> str:
+    """Name "decode": tokens a second of every case, beside vLLM's plain decoding and the same engine's dense speculation."""
+    found = lines_if_any("decode")
+    by_key = {(row["case"], row["engine"], row["mode"], row["drafting"]): row for row in found}
+    rows = []
+    for row in found:
+        speed = row["tokens_per_second"]
+        beside = [by_key.get((row["case"], *peer)) for peer in (("vllm", "plain", None), ("outrider", "dense", "dense"))]
+        ratios = ["" if other is None else f"{speed / other['tokens_per_second']:.2f}x" for other in beside]
+        emitted = f"{row['acceptance']['tokens_per_round']:.2f}" if row["drafting"] else ""
+        rows.append([row["case"], row["engine"], row["mode"], row["drafting"] or "", f"{speed:.0f}", *ratios, emitted])
+    header = ["case", "engine", "mode", "drafting", "tokens/s", "of plain vLLM", "of our dense", "tokens a round"]
+    return markdown(header, rows) if rows else NOT_MEASURED
+
+
+def decode_stages_table(name: str) -> str:
+    """The stages of our sparse rounds: ms, and the share of the floor."""
+    rows = []
+    for row in lines_if_any("decode"):
+        if row["engine"] == "outrider" and row["mode"] == "sparse":
+            cells = [f"{row['stages'][s]:.2f} ({row['floors'][s]['percent']:.0f}%)" for s in STAGES[:4]]
+            rows.append([row["case"], row["drafting"], *cells, f"{row['stages']['accept']:.2f}", f"{row['round_ms']:.2f}"])
+    return markdown(["case", "drafting", *STAGES, "round"], rows) if rows else NOT_MEASURED
+
+
+def decode_profile_table(name: str) -> str:
+    """What runs in a round: microseconds and launches by stage."""
+    found = lines(name)
+    kinds = dict.fromkeys(row["what"] for row in sorted(found, key=lambda row: -row["us"]))
+    cells = {(row["what"], row["stage"]): f"{row['us']:.0f} ({row['count']})" for row in found}
+    sums = {kind: sum(row["us"] for row in found if row["what"] == kind) for kind in kinds}
+    whole = sum(sums.values())
+    rows = [
+        [kind, *(cells.get((kind, stage), "") for stage in STAGES), f"{sums[kind]:.0f}", f"{100 * sums[kind] / whole:.0f}%"]
+        for kind in sorted(kinds, key=lambda kind: -sums[kind])
+    ]
+    return markdown(["", *STAGES, "us", "share"], rows)
+
+
+def drafting_table(name: str) -> str:
+    rows = [
+        [f"{row['context']:,}", row["reads"], f"{row['agreement']:.3f}", *(f"{x:.3f}" for x in row["by_position"])]
+        for row in lines_if_any(name)
+    ]
+    positions = [f"token {i + 1}" for i in range(len(rows[0]) - 3)] if rows else []
+    return markdown(["context", "the draft reads", "agreement", *positions], rows) if rows else NOT_MEASURED
+
+
 NOT_MEASURED = "Not measured yet.\n"
 
 
@@ -173,7 +239,11 @@ TABLES: dict[str, Callable[[str], str]] = {
     "facts": facts_table,
     "pair": pair_table,
     "generate": generate_table,
-    "generate-gpu": generate_table,
+    "pair-gpu": pair_gpu_table,
+    "decode": decode_table,
+    "decode-stages": decode_stages_table,
+    "decode-profile": decode_profile_table,
+    "drafting": drafting_table,
     "kernels": kernels_table,
     "kernels-sparse_attention": kernels_table,
     "kernels-token_select": kernels_table,

@@ -8,7 +8,7 @@ from typing import Any
 from outrider.errors import OptionError
 
 MODES = ("plain", "dense", "sparse")
-DRAFTING = ("dense", "sparse")
+DRAFTING = ("auto", "dense", "sparse")
 DTYPES = ("float32", "bfloat16", "float16")
 KV_DTYPES = ("auto", "fp8")
 BACKENDS = ("auto", "reference", "triton", "cuda")
@@ -90,7 +90,9 @@ class EngineConfig:
     method: str = option("outrider", "how tokens are selected: outrider, sts or specattn")
     budget: Budget = field(default_factory=Budget)
     draft_tokens: int = option(4, "tokens the draft proposes each round (K)")
-    drafting: str = option("dense", "what the draft reads: dense (all) or sparse (what its last round looked at)")
+    drafting: str = option(
+        "auto", "what the draft reads: dense (all), sparse (what its last round looked at) or auto (sparse in mode sparse)"
+    )
     draft_keep: float = option(0.05, "sparse drafting: share of the cached tokens each of the draft's lists keeps, in (0, 1]")
     draft_recent: int = option(512, "sparse drafting: last cached tokens that every list of the draft keeps")
     batch_size: int = option(8, "sequences that run at the same time; more prompts wait")
@@ -120,6 +122,11 @@ class EngineConfig:
         check("kv-dtype", self.kv_dtype, self.kv_dtype in KV_DTYPES, ", ".join(KV_DTYPES))
         check("backend", self.backend, self.backend in BACKENDS, ", ".join(BACKENDS))
         check("budget", self.budget, isinstance(self.budget, Budget), "a Budget")
+
+    @property
+    def drafts_sparsely(self) -> bool:
+        """The draft reads lists of its own."""
+        return self.mode != "plain" and (self.drafting == "sparse" or (self.drafting == "auto" and self.mode == "sparse"))
 
     @property
     def draft_budget(self) -> Budget:

@@ -150,7 +150,7 @@ def test_a_row_of_a_batch_equals_the_row_alone(slots, make_pair, make_engine, ra
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"drafting": "some"}, "drafting: got 'some'; allowed: dense, sparse"),
+        ({"drafting": "some"}, "drafting: got 'some'; allowed: auto, dense, sparse"),
         ({"draft_keep": 0.0}, "draft-keep: got 0.0; allowed: a number in"),
         ({"draft_recent": -1}, "draft-recent: got -1; allowed: a whole number >= 0"),
     ],

@@ -136,7 +136,7 @@ def _reads(engine: Engine, batch: int, cached: float, kept: float) -> Round:
         cached=cached,
         draft_tokens=config.draft_tokens,
         kept=kept if config.mode == "sparse" else None,
-        draft_listed=max(config.draft_keep * cached, lists.sinks + lists.recent) if config.drafting == "sparse" else None,
+        draft_listed=max(config.draft_keep * cached, lists.sinks + lists.recent) if config.drafts_sparsely else None,
         scored_layers=engine.guidance.layers if engine.guidance is not None else (),
         mass_bytes=2 if half else 4,
     )

@@ -103,7 +103,7 @@ class Engine:
         longest = lengths.index(max(lengths))
         slots = plan_rows(demand, slots, free_bytes(self.target.spec.device), prompt=longest, tokens=lengths[longest])
         lists = None
-        if drafts and self.config.drafting == "sparse":
+        if self.config.drafts_sparsely:
             lists = DraftLists(self.draft.spec, self.config.draft_budget, slots, capacity, k)
         return Runner(
             self.target,

@@ -197,7 +197,7 @@ class Outrider:
             statistics = Statistics(
                 mode=self.config.mode,
                 method=self.config.method if self.config.mode == "sparse" else None,
-                drafting=self.config.drafting if self.config.mode != "plain" else None,
+                drafting=None if self.config.mode == "plain" else "sparse" if self.config.drafts_sparsely else "dense",
                 prompt_tokens=len(tokens),
                 accepted_at=[0] * self.config.draft_tokens,
             )

@@ -15,6 +15,7 @@ from outrider.guidance.alignment import AlignmentFile, ModelIdentity, load
 from outrider.guidance.selectors import build_selector
 from outrider.guidance.selectors.base import Selector
 from outrider.models import LanguageModel, ModelSpec, check_pair, load_model
+from outrider.models.cache import aligned
 from outrider.ops.backends import BackendError
 from outrider.types import Alignment
 
@@ -89,13 +90,13 @@ def make_guidance(
     Raises like `make_selector`, and OptionError where sparse verification lacks its alignment.
     """
     choosing = drafting = None
-    scored = draft.spec.full_layers if config.drafting == "sparse" else ()
+    scored = draft.spec.full_layers if config.drafts_sparsely else ()
     if config.mode == "sparse":
         if alignment is None:
             raise OptionError("alignment", None, "a file made by `outrider calibrate` for this pair (mode dense needs none)")
         choosing = _build_selector(config.method, target, draft, alignment, config.budget, scored)
         scored = choosing.draft_layers
-    if config.drafting == "sparse":
+    if config.drafts_sparsely:
         heads = draft.spec.full_shape.query_heads
         own = torch.cartesian_prod(torch.arange(len(draft.spec.layers)), torch.arange(heads)).view(-1, heads, 1, 2)
         drafting = _build_selector("outrider", draft, draft, Alignment(sources=own), config.draft_budget, scored)
@@ -146,7 +147,7 @@ def rehearse(
     if target.backend in ("auto", "reference"):
         return
     tokens = torch.zeros(1, t, dtype=torch.int64)
-    caches = [model.new_cache(1, 1 + t) for model in (target, draft)]
+    caches = [model.new_cache(1, aligned(1 + t)) for model in (target, draft)]
     for cache in caches:
         cache.advance(1)
     selection = None

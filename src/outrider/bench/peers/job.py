@@ -50,10 +50,11 @@ def read_results(lines: Iterable[str]) -> dict[str, dict[str, Any]]:
 def decode_seconds(generate: Callable[[int], Any], tokens: int) -> float:
     """Seconds of decoding `tokens` tokens; `generate(n)` makes n and returns when they are there.
 
-    The first call pays for the prompt and is not timed. Two more have it cached, of 1 and of `tokens` + 1 tokens: their
-    difference is decoding alone.
+    The first two calls pay for the prompt and for what is compiled when it is first needed, and are not timed. Two more, of 1
+    and of `tokens` + 1 tokens, have all that: their difference is decoding alone.
     """
     generate(1)
+    generate(tokens + 1)
     seconds = []
     for count in (1, tokens + 1):
         began = time.perf_counter()
