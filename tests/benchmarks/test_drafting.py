@@ -10,12 +10,12 @@ from outrider.bench.results import replace_rows
 
 def test_readings_are_compared_at_the_same_positions(make_pair, random_prompts, monkeypatch):
     """A draft that is the target agrees wherever it reads all; lists that hold everything change nothing."""
-    readings = drafting.Reading(), drafting.Reading(keep=1.0, recent=0), drafting.Reading(keep=0.01, recent=2)
+    readings = drafting.Reading(), drafting.Reading(keep=1.0, recent=200), drafting.Reading(keep=0.01, recent=2)
     monkeypatch.setattr(drafting, "READINGS", readings)
     [tokens] = random_prompts([120])
     target, _ = make_pair("llama", "same")
     rows = drafting.compare((target, target), tokens, 50, 4, lambda *step: None)
-    assert [row["reads"] for row in rows] == ["dense", "100% and 0 recent", "1% and 2 recent"]
+    assert [row["reads"] for row in rows] == ["dense", "100% and 200 recent", "1% and 2 recent"]
     assert [row["agreement"] for row in rows[:2]] == [1.0, 1.0]
     assert rows[0]["by_position"] == [1.0] * 4
     assert len(rows[2]["by_position"]) == 4

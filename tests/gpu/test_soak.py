@@ -27,8 +27,8 @@ SLACK = 2**20  # bytes
 def test_soak(mode, gpu_pair, make_engine, random_prompts):
     """No leak, no failure; what is cancelled stops and disturbs nobody; greedy results equal their single-run twins.
 
-    In mode dense all of them. Lists that a batch selects may differ from a single row's in a token whose score is on the border,
-    as products of other sizes round otherwise; in mode sparse a text may part there.
+    In mode dense all of them. Lists that a batch selects may differ from a single row's in a token whose score is on the
+    border, as products of other sizes round otherwise; in mode sparse a text may part there.
     """
     rng = random.Random(0)
     prompts = random_prompts([rng.choice([5, 30, 90, 200, 400]) + rng.randrange(40) for _ in range(PROMPTS)])
