@@ -1,7 +1,7 @@
 """Memory: what the rows of a run hold on the device, and how many of them fit.
 
     row = keys and values of target and draft, for every token of its capacity
-        + masses of the draft's attention, twice: layer by layer, and put together
+        + masses of the draft's attention, twice: a round first runs as it is, then as a graph, in memory of its own
         + token lists
 
 Weights are loaded by then. What else comes and goes (activations, a prefill's masks, graphs) has a reserve.
