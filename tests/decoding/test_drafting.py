@@ -85,8 +85,10 @@ def test_rows_share_storage_and_move():
     assert entries(lists, [21, 0, 0], 2, 0, 0) == [0, 17, 18, 19, 20]
 
 
-@pytest.mark.parametrize("mode", ["dense", "sparse"])
-def test_a_draft_that_keeps_everything_drafts_as_densely(mode, family, method, make_pair, generate, random_prompts):
+@pytest.mark.parametrize("mode, method", [("dense", "outrider"), ("sparse", "outrider"), ("sparse", "specattn")])
+def test_a_draft_that_keeps_everything_drafts_as_densely(mode, method, family, make_pair, generate, random_prompts):
+    if method == "specattn" and family not in ("llama", "gemma3"):
+        pytest.skip("scores kept apart by query are those of any family")
     if family == "mistral-window":
         pytest.skip("no layer has full attention")
     pair, prompts = make_pair(family), random_prompts([20, 33])
@@ -131,13 +133,13 @@ def test_the_draft_reads_lists_and_no_more(make_pair, make_engine, random_prompt
     assert max(seen[-1][1].flatten().tolist()) > 2 + 4 + 8, "not sinks and recent tokens alone"
 
 
-@pytest.mark.parametrize("slots", [3, 5, 8])
+@pytest.mark.parametrize("slots", [3, 8])
 def test_a_row_of_a_batch_equals_the_row_alone(slots, make_pair, make_engine, random_prompts):
     """Law 7 with refilled slots and idle rows, one of them being filled: lists move with their rows."""
-    prompts = random_prompts([60, 9, 33, 90, 21, 70, 12])
+    prompts = random_prompts([50, 9, 33, 60, 21, 40, 12])
     params = [
         SamplingParams(max_new_tokens=n, temperature=t, seed=s)
-        for s, (n, t) in enumerate([(9, 0), (30, 1), (14, 0), (40, 1), (8, 0), (21, 0), (3, 1)])
+        for s, (n, t) in enumerate([(9, 0), (18, 1), (12, 0), (24, 1), (8, 0), (15, 0), (3, 1)])
     ]
     engine = make_engine(make_pair("qwen3"), mode="sparse", batch_size=slots, prefill_chunk=16, **SPARSE)
     together = engine.generate(prompts, params)
