@@ -65,8 +65,11 @@ class Loop:
                 return
 
     def _refill(self) -> Iterator[Event]:
-        """Read waiting prompts into free slots: all at once where nobody runs, else a chunk behind the round just launched."""
-        others_wait = bool(self.scheduler.running)
+        """Read waiting prompts into free slots: all at once where nobody runs, else a chunk behind the round just launched.
+
+        A chunk is a number of tokens: short prompts share one.
+        """
+        others_wait, room = bool(self.scheduler.running), self.config.prefill_chunk
         while True:
             if self.filling is None:
                 admitted = self.scheduler.admit()
@@ -78,7 +81,7 @@ class Loop:
             filling = self.filling
             try:
                 if not filling.finished:
-                    filling.step()
+                    room -= filling.step()
             except torch.OutOfMemoryError as error:
                 self.filling = None
                 self.scheduler.drop(filling.sequence)
@@ -90,7 +93,7 @@ class Loop:
                 self.runner.move(source, slot)
                 self.runner.begin(slot, filling.sequence.pending)
                 self.filling = None
-            if others_wait:
+            if others_wait and room <= 0:
                 return
 
     def _launch(self, ahead_of: Flight | None) -> Flight | None:

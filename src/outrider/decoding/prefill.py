@@ -55,16 +55,17 @@ class Prefill:
     def finished(self) -> bool:
         return self.done == self.total
 
-    def step(self) -> None:
-        """The next chunk, through every model."""
+    def step(self) -> int:
+        """The next chunk, through every model; returns its tokens."""
         stop = min(self.done + self._chunk, self.total)
         with self._clock.stage("prefill"):
             for model, cache in self._rows:
                 # a draft narrower than the target's vocabulary does not have all its tokens: see propose
                 part = self._tokens[:, self.done : stop].clamp(max=model.spec.vocabulary - 1)
                 self._read(model, cache, part, stop)
-        self.done = stop
+        read, self.done = stop - self.done, stop
         self._progress("prefill", stop, self.total)
+        return read
 
     def seconds(self) -> float:
         """Spent so far; waits for the device."""
