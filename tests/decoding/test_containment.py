@@ -162,3 +162,18 @@ def test_fewer_rows_where_memory_is_short(make_pair, make_engine, random_prompts
     with pytest.warns(UserWarning, match="batch-size: 5 rows of 53 tokens need .* run at the same time"):
         results = make_engine(make_pair("llama"), batch_size=5).generate(random_prompts(PROMPTS), TOKENS)
     assert tokens(results) == alone
+
+
+def test_short_prompts_share_a_chunk(make_pair, make_engine, random_prompts, monkeypatch):
+    """Three slots come free at once and are filled behind one round: a chunk is a number of tokens, not of prompts."""
+    pair, log = make_pair("llama"), []
+    forward = pair[0].forward
+
+    def run(given, cache, **options):
+        log.append("prompt" if options.get("logits") is False else "round")
+        return forward(given, cache, **options)
+
+    monkeypatch.setattr(pair[0], "forward", run)
+    params = [SamplingParams(max_new_tokens=n) for n in (40, 1, 1, 1, 4, 4, 4)]
+    make_engine(pair, batch_size=4, prefill_chunk=64).generate(random_prompts([9] * 7), params)
+    assert log[:9] == ["prompt"] * 4 + ["round"] * 2 + ["prompt"] * 3
