@@ -1,7 +1,9 @@
 """Tensors to tensors: the operations of a round, each a folder of `api.py`, `reference.py` and a README with the maths."""
 
 from outrider.ops.attention_mass import attention_mass
+from outrider.ops.fused_linear import fused_linear
 from outrider.ops.kv_append import kv_append
+from outrider.ops.rotary_append import rotary_append
 from outrider.ops.sparse_attention import sparse_attention
 from outrider.ops.token_select import TokenLists, token_select, union_lists
 from outrider.ops.token_verify import Verified, token_verify
@@ -10,7 +12,9 @@ __all__ = [
     "TokenLists",
     "Verified",
     "attention_mass",
+    "fused_linear",
     "kv_append",
+    "rotary_append",
     "sparse_attention",
     "token_select",
     "token_verify",

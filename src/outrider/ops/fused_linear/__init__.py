@@ -1,0 +1,5 @@
+"""A weight matrix times few rows, with the norm before it and the activation or residual behind it."""
+
+from outrider.ops.fused_linear.api import fused_linear
+
+__all__ = ["fused_linear"]

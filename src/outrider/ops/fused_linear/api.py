@@ -1,0 +1,66 @@
+"""Public entry of the op: validation and choice of backend."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor
+
+from outrider.ops.backends import choose
+from outrider.ops.checks import FLOATS, check_tensor
+from outrider.ops.fused_linear import reference
+
+
+def fused_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 1e-6,
+    swiglu: bool = False,
+    residual: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`x W^T`, with what surrounds a product in a decoder layer: RMS norm before, gated activation or residual behind.
+
+    Args:
+        x: `[R, K]`, bfloat16, float16, float32 or float64; rows are tokens.
+        weight: `[N, K]`, dtype of `x`. With `swiglu` its first N / 2 rows are the gate, the others what it gates.
+        bias: `[N]`, added to the product.
+        norm: `[K]`, the gain of an RMS norm over the rows of `x` before the product; None for no norm.
+        eps: of the norm, added to the mean of squares.
+        swiglu: the result is `silu(gate) * up`.
+        residual: `[R, N]` (`[R, N / 2]` with `swiglu`), added last.
+        backend: "auto" (see `ops/README.md`), "reference" or "cuda". No silent fall-back.
+
+    Returns:
+        `[R, N]`, or `[R, N / 2]` with `swiglu`, contiguous, dtype of `x`. A row does not depend on the others: backend "cuda" gives
+        the same bits whatever R is and wherever the row stands.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape, device or choice, or a backend that cannot run the call.
+    """
+    sizes: dict[str, int] = {}
+    check_tensor("x", x, shape="R K", sizes=sizes, dtypes=FLOATS)
+    check = partial(check_tensor, sizes=sizes, dtypes=[x.dtype], device=x.device)
+    check("weight", weight, shape="N K")
+    if swiglu and sizes["N"] % 2:
+        raise ValueError(f"weight: expected an even number of rows with swiglu, got {sizes['N']}")
+    if bias is not None:
+        check("bias", bias, shape="N")
+    if norm is not None:
+        check("norm", norm, shape="K")
+    sizes["M"] = sizes["N"] // 2 if swiglu else sizes["N"]
+    if residual is not None:
+        check("residual", residual, shape="R M")
+    chosen = choose(backend, x.device, {"cuda": lambda: _cuda().obstacle(x, weight, swiglu)})
+    run = {"cuda": _cuda, "reference": lambda: reference}[chosen]().fused_linear
+    return run(x, weight, bias, norm=norm, eps=eps, swiglu=swiglu, residual=residual)
+
+
+def _cuda():
+    from outrider.ops.fused_linear import cuda
+
+    return cuda
