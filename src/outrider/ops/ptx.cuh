@@ -17,6 +17,14 @@ __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"
 template <int pending>
 __device__ __forceinline__ void wait_group() { asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory"); }
 
+// Loads 16 bytes that no kernel writes and that are read once: past L1, and the 256 bytes around them into L2.
+__device__ __forceinline__ uint4 load_once(const void* p) {
+  uint4 x;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
+  return x;
+}
+
 // Four 8x8 matrices of 16-bit elements; lane i holds the address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -120,5 +128,11 @@ template <int count>
 __device__ __forceinline__ void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count)); }
 template <int count>
 __device__ __forceinline__ void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count)); }
+
+// Of a launch that may begin before the kernel ahead of it in the stream is done: waits until it is, and what it has written can be
+// read. What is read before must be older than both.
+__device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// The kernel behind may begin, if it was launched so, as soon as all blocks have come here; it waits in turn for their end.
+__device__ __forceinline__ void let_successor_start() { asm volatile("griddepcontrol.launch_dependents;"); }
 
 }  // namespace ptx

@@ -32,6 +32,12 @@ inline void cp_async_wait_all() {
   cp_async_wait_group(0);
 }
 
+inline void ld_global_nc_L1_no_allocate_L2_256B_v4_u32(uint32_t& x, uint32_t& y, uint32_t& z, uint32_t& w, const void* source) {
+  if ((uintptr_t)source % 16) emulation::fail("ld.v4 of an address that is not aligned");
+  const uint4 got = *(const uint4*)source;
+  x = got.x, y = got.y, z = got.z, w = got.w;
+}
+
 // 8x8 matrices of 16-bit elements: lane l holds the elements 2 * (l % 4) and the next of row l / 4, or of that column if transposed.
 template <class... Registers>
 void load_matrices(const char* name, bool transposed, uint32_t shared, Registers&... registers) {
@@ -196,6 +202,10 @@ inline void setmaxnreg_inc_sync_aligned_u32(int count) {
 }
 inline void setmaxnreg_dec_sync_aligned_u32(int count) { setmaxnreg_inc_sync_aligned_u32(count); }
 inline void fence_mbarrier_init_release_cluster() {}
+
+// Launches follow one another: the one before has always ended.
+inline void griddepcontrol_wait() {}
+inline void griddepcontrol_launch_dependents() {}
 
 inline void barrier_cluster_arrive_aligned() { cooperative_groups::cluster_group::barrier_arrive(); }
 inline void barrier_cluster_wait_aligned() { cooperative_groups::cluster_group::barrier_wait(); }

@@ -55,7 +55,7 @@ def fused_linear(
     sizes["M"] = sizes["N"] // 2 if swiglu else sizes["N"]
     if residual is not None:
         check("residual", residual, shape="R M")
-    chosen = choose(backend, x.device, {"cuda": lambda: _cuda().obstacle(x, weight, swiglu)})
+    chosen = choose(backend, x.device, {"cuda": lambda: _cuda().obstacle(x, weight, norm)})
     run = {"cuda": _cuda, "reference": lambda: reference}[chosen]().fused_linear
     return run(x, weight, bias, norm=norm, eps=eps, swiglu=swiglu, residual=residual)
 
