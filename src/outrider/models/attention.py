@@ -6,6 +6,7 @@ forward travels as the forward argument `outrider` (a `Forward`), never through 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,8 @@ class Forward:
     queries: list[Tensor] | None = None  # when a list: receives [B, T, Hq, D] of every layer
     backend: str = "auto"
     probe: dict[int, LayerShape] | None = None  # when a dict: layers only report their shape here
+    # layers that run in other launches than transformers' own (see `fused_layer`): of hidden states, (cos, sin) and this
+    fused: Mapping[int, Callable[[Tensor, tuple[Tensor, Tensor], Forward], Tensor]] = field(default_factory=dict)
     masks: dict[int | None, Tensor] = field(default_factory=dict)  # by window: made once, used by every layer
 
 
