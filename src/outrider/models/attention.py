@@ -6,6 +6,7 @@ forward travels as the forward argument `outrider` (a `Forward`), never through 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,8 @@ class Forward:
     queries: list[Tensor] | None = None  # when a list: receives [B, T, Hq, D] of every layer
     backend: str = "auto"
     probe: dict[int, LayerShape] | None = None  # when a dict: layers only report their shape here
+    # layers that run in other launches than transformers' own (see `fused_layer`): of hidden states, (cos, sin) and this
+    fused: Mapping[int, Callable[[Tensor, tuple[Tensor, Tensor], Forward], Tensor]] = field(default_factory=dict)
     masks: dict[int | None, Tensor] = field(default_factory=dict)  # by window: made once, used by every layer
 
 
@@ -87,26 +90,33 @@ def attend(
         return torch.zeros_like(query).transpose(1, 2), None
     append_backend = "auto" if outrider.backend == "cuda" else outrider.backend  # it has no kernel in CUDA C++
     outrider.cache.append(layer, key.transpose(1, 2), value.transpose(1, 2), append_backend)
-    if outrider.queries is not None:
-        outrider.queries.append(query.transpose(1, 2))
-    selection = outrider.selection
-    if query.shape[2] > ROUND:
-        return _prefill_attention(query, outrider, layer, scale, sliding_window), None
+    return attend_cached(query.transpose(1, 2), outrider, layer, scale, sliding_window), None
+
+
+def attend_cached(queries: Tensor, forward: Forward, layer: int, scale: float, window: int | None) -> Tensor:
+    """Attention of queries [B, T, Hq, D] whose own keys and values are in the cache already -> [B, T, Hq, D].
+
+    Records the queries where the forward asks for them. Rounds read the layer's lists, its window or the whole cache.
+    """
+    if forward.queries is not None:
+        forward.queries.append(queries)
+    if queries.shape[1] > ROUND:
+        return _prefill_attention(queries.transpose(1, 2), forward, layer, scale, window)
+    cache, selection = forward.cache, forward.selection
     indices, counts = selection.of(layer) if selection is not None else (None, None)
-    output = sparse_attention(
-        query.transpose(1, 2),
-        outrider.cache.keys(layer),
-        outrider.cache.values(layer),
+    return sparse_attention(
+        queries,
+        cache.keys(layer),
+        cache.values(layer),
         indices,
         counts,
-        outrider.cache.lengths,
+        cache.lengths,
         scale=scale,
-        key_scale=outrider.cache.key_scales[layer],
-        value_scale=outrider.cache.value_scales[layer],
-        window=sliding_window if indices is None else None,
-        backend=outrider.backend,
+        key_scale=cache.key_scales[layer],
+        value_scale=cache.value_scales[layer],
+        window=window if indices is None else None,
+        backend=forward.backend,
     )
-    return output, None
 
 
 def _prefill_attention(query: Tensor, forward: Forward, layer: int, scale: float, window: int | None) -> Tensor:

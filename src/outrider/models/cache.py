@@ -88,9 +88,7 @@ class KVCache:
 
         Raises OptionError when a row does not fit (on a CPU); nothing is written then.
         """
-        if not self.lengths.is_cuda and int(self.lengths.max()) + keys.shape[1] > self.capacity:
-            needed = int(self.lengths.max()) + keys.shape[1]
-            raise OptionError("cache capacity", self.capacity, f"at least {needed} tokens")
+        self.check_room(keys.shape[1])
         kv_append(
             keys,
             values,
@@ -101,6 +99,11 @@ class KVCache:
             value_scale=self.value_scales[layer],
             backend=backend,
         )
+
+    def check_room(self, tokens: int) -> None:
+        """Raise OptionError when `tokens` more rows of every sequence do not fit (on a CPU)."""
+        if not self.lengths.is_cuda and (needed := int(self.lengths.max()) + tokens) > self.capacity:
+            raise OptionError("cache capacity", self.capacity, f"at least {needed} tokens")
 
     def advance(self, count: Tensor | int) -> None:
         """Commit `count` appended tokens of every sequence ([B] int64, or one number for all)."""

@@ -35,10 +35,14 @@ def has_compiled_layers(module: Any) -> bool:
     return any(part._compiled_call_impl is not None for part in _parts(module))
 
 
-def _parts(module: Any) -> Iterator[nn.Module]:
-    """What a decoder is made of, whatever the family calls it: its layers, one by one, and all else but the embedding."""
+def decoder_layers(module: Any) -> Iterator[nn.Module]:
+    """The layers of a decoder, whatever the family calls their list."""
     for child in module.get_decoder().children():
         if isinstance(child, nn.ModuleList):
             yield from child
-        elif not isinstance(child, nn.Embedding):
-            yield child
+
+
+def _parts(module: Any) -> Iterator[nn.Module]:
+    """What a decoder is made of: its layers, one by one, and all else but the embedding."""
+    yield from decoder_layers(module)
+    yield from (child for child in module.get_decoder().children() if not isinstance(child, nn.ModuleList | nn.Embedding))

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from outrider.config import BACKENDS, check
 from outrider.errors import OptionError
+from outrider.models.agreement import CACHED, CAPACITY, fused_layers
 from outrider.models.attention import ROUND, Forward
 from outrider.models.cache import KVCache, LayerShape
 from outrider.models.compilation import compile_layers, has_compiled_layers
+from outrider.models.fused_head import FusedHead, fused_head
+from outrider.models.fused_layer import ROWS, FusedLayer
 from outrider.models.fusion import fuse_projections
 from outrider.models.quantization import FP8, CacheScales, check_kv_dtype, probe, scale_of
 from outrider.ops.backends import device_obstacle
@@ -83,6 +86,8 @@ class LanguageModel:
         # a mask of 4 dimensions is taken as it is, and our attention needs none: without it transformers would look for packed
         # sequences in the positions, a dozen launches a forward
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=spec.dtype, device=spec.device)
+        self._fused_layers: dict[int, FusedLayer] = {}  # by index; for rounds of few tokens
+        self._fused_head: FusedHead | None = None
         self._measured: list[CacheScales] = []  # at most one; it belongs to the weights, so all copies share it
 
     def with_backend(self, backend: str) -> LanguageModel:
@@ -92,6 +97,7 @@ class LanguageModel:
         check_backend(backend, self.spec.device)
         made = copy(self)
         made.backend = backend
+        made._fused_layers, made._fused_head = {}, None  # they were made for the other backend
         return made
 
     def with_kv_dtype(self, kv_dtype: str) -> LanguageModel:
@@ -104,13 +110,30 @@ class LanguageModel:
         return made
 
     def compile(self) -> LanguageModel:
-        """The same weights, projections fused and layers compiled for rounds of few tokens. This one goes on uncompiled."""
+        """The same weights, made ready for rounds of few tokens. This one goes on as it is.
+
+        Projections are fused, and layers compiled. Where `fused_linear` and `rotary_append` have kernels for the device and the
+        model (backends "auto" and "cuda"; "reference" runs everywhere), layers and output layer that agree with their fused
+        form take it instead, up to `ROWS` tokens in all.
+        """
         self._scales()  # before fused products round otherwise: compiled or not, factors are the same
         fuse_projections(self.module)
         compile_layers(self.module)
         made = copy(self)
         made.compiled = True
+        backend = "cuda" if self.backend == "auto" else self.backend  # by name: it runs, or the layer is left alone
+        if backend != "triton" and device_obstacle(backend, self.spec.device) is None:
+            made._fuse(backend)
         return made
+
+    def _fuse(self, backend: str) -> None:
+        """Find the fused form, under this backend of its ops, of layers and output layer."""
+        plain = copy(self)
+        plain.compiled = False
+        token = torch.zeros(1, 1, dtype=torch.int64)
+        self._fused_head = fused_head(self.module, lambda: plain.forward(token, plain.new_cache(1, 1)).logits, backend)
+        caches = self.new_cache(len(CACHED), CAPACITY), self.new_cache(len(CACHED), CAPACITY)
+        self._fused_layers = fused_layers(self.module, caches, self.spec.context, backend)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` sequences of up to `capacity` tokens."""
@@ -152,6 +175,7 @@ class LanguageModel:
         tokens = tokens.to(self.spec.device)
         if stop is None:
             stop = int(cache.lengths.max()) + tokens.shape[1] if tokens.shape[1] > ROUND else cache.capacity
+        few = self.compiled and tokens.shape[1] <= ROUND and tokens.numel() <= ROWS
         positions = cache.lengths[:, None] + torch.arange(tokens.shape[1], device=self.spec.device)
         forward = Forward(
             cache=cache,
@@ -159,8 +183,10 @@ class LanguageModel:
             selection=selection,
             queries=[] if record_queries else None,
             backend=self.backend,
+            fused=self._fused_layers if few else {},
         )
-        model = self.module if logits else self.module.get_decoder()
+        head = self._fused_head if few and logits else None
+        model = self.module if logits and head is None else self.module.get_decoder()
         # a prefill is bound by arithmetic, and would be compiled for every length
         eagerly = has_compiled_layers(self.module) and not (self.compiled and tokens.shape[1] <= ROUND)
         with torch.compiler.set_stance("force_eager") if eagerly else nullcontext():
@@ -171,5 +197,10 @@ class LanguageModel:
                 use_cache=False,
                 outrider=forward,
             )
-        none = torch.empty(tokens.shape[0], 0, self.spec.vocabulary, dtype=self.spec.dtype, device=self.spec.device)
-        return Output(logits=output.logits if logits else none, queries=tuple(forward.queries or ()))
+        if head is not None:
+            result = head(output.last_hidden_state)
+        elif logits:
+            result = output.logits
+        else:
+            result = torch.empty(tokens.shape[0], 0, self.spec.vocabulary, dtype=self.spec.dtype, device=self.spec.device)
+        return Output(logits=result, queries=tuple(forward.queries or ()))
