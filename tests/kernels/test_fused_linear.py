@@ -134,10 +134,7 @@ def test_a_chain_in_a_graph_gives_what_it_gives_alone(device):
     K, inner, depth = 2048, 8192, 12
     generator = torch.Generator().manual_seed(0)
     layers = [
-        [
-            torch.randn(shape, generator=generator).mul(shape[1] ** -0.5).to(device, BF16)
-            for shape in ((2 * inner, K), (K, inner))
-        ]
+        [torch.randn(n, k, generator=generator).mul(k**-0.5).to(device, BF16) for n, k in ((2 * inner, K), (K, inner))]
         for _ in range(depth)
     ]
     gain = torch.ones(K, dtype=BF16, device=device)

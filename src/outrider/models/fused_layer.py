@@ -24,7 +24,6 @@ from outrider.models.attention import Forward, attend_cached
 from outrider.models.fusion import SIBLINGS, Part
 from outrider.ops import fused_linear, rotary_append
 
-ROWS = 64  # tokens of all sequences that the kernels take
 QKV, GATE_UP = SIBLINGS
 NORMS = ("input_layernorm", "post_attention_layernorm")
 HEAD_NORMS = ("q_norm", "k_norm")  # an attention layer has both or none

@@ -17,10 +17,11 @@ from outrider.models.attention import ROUND, Forward
 from outrider.models.cache import KVCache, LayerShape
 from outrider.models.compilation import compile_layers, has_compiled_layers
 from outrider.models.fused_head import FusedHead, fused_head
-from outrider.models.fused_layer import ROWS, FusedLayer
+from outrider.models.fused_layer import FusedLayer
 from outrider.models.fusion import fuse_projections
 from outrider.models.quantization import FP8, CacheScales, check_kv_dtype, probe, scale_of
 from outrider.ops.backends import device_obstacle
+from outrider.ops.fused_linear import MAX_ROWS
 from outrider.types import Selection
 
 
@@ -114,7 +115,7 @@ class LanguageModel:
 
         Projections are fused, and layers compiled. Where `fused_linear` and `rotary_append` have kernels for the device and the
         model (backends "auto" and "cuda"; "reference" runs everywhere), layers and output layer that agree with their fused
-        form take it instead, up to `ROWS` tokens in all.
+        form take it instead, up to `MAX_ROWS` tokens in all.
         """
         self._scales()  # before fused products round otherwise: compiled or not, factors are the same
         fuse_projections(self.module)
@@ -175,7 +176,7 @@ class LanguageModel:
         tokens = tokens.to(self.spec.device)
         if stop is None:
             stop = int(cache.lengths.max()) + tokens.shape[1] if tokens.shape[1] > ROUND else cache.capacity
-        few = self.compiled and tokens.shape[1] <= ROUND and tokens.numel() <= ROWS
+        few = self.compiled and tokens.shape[1] <= ROUND and tokens.numel() <= MAX_ROWS
         positions = cache.lengths[:, None] + torch.arange(tokens.shape[1], device=self.spec.device)
         forward = Forward(
             cache=cache,

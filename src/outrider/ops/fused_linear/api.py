@@ -10,6 +10,8 @@ from outrider.ops.backends import choose
 from outrider.ops.checks import FLOATS, check_tensor
 from outrider.ops.fused_linear import reference
 
+MAX_ROWS = 8  # of x, that a kernel takes
+
 
 def fused_linear(
     x: Tensor,
@@ -35,8 +37,8 @@ def fused_linear(
         backend: "auto" (see `ops/README.md`), "reference" or "cuda". No silent fall-back.
 
     Returns:
-        `[R, N]`, or `[R, N / 2]` with `swiglu`, contiguous, dtype of `x`. A row does not depend on the others: backend "cuda" gives
-        the same bits whatever R is and wherever the row stands.
+        `[R, N]`, or `[R, N / 2]` with `swiglu`, contiguous, dtype of `x`. A row does not depend on the others: backend "cuda"
+        gives the same bits whatever R is and wherever the row stands.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.

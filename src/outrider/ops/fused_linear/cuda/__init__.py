@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from outrider.ops import compiler
+from outrider.ops.fused_linear.api import MAX_ROWS
 
 SOURCE = Path(__file__).with_name("kernel.cu")
 ELEMENTS = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
-MAX_ROWS = 8
 MAX_NORMED = 200 << 10  # bytes of x that fit into shared memory
 VARIANTS = [(f"ELEMENT={element}",) for element in ELEMENTS.values()]  # compiled by the tests
 
