@@ -71,6 +71,13 @@ __device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
   return r;
 }
 
+// Two floats as two e4m3 floats of 8 bits, `low` in the lower half; what lies beyond their range becomes the last in it.
+__device__ __forceinline__ uint16_t pack_e4m3(float low, float high) {
+  uint16_t r;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
+  return r;
+}
+
 // The larger of 0 and each of two bf16; 0 for NaN.
 __device__ __forceinline__ uint32_t not_negative(uint32_t pair) {
   uint32_t r;
@@ -120,5 +127,11 @@ template <int count>
 __device__ __forceinline__ void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count)); }
 template <int count>
 __device__ __forceinline__ void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count)); }
+
+// Of a launch that may begin before the kernel ahead of it in the stream is done: waits until it is, and what it has written can be
+// read. What is read before must be older than both.
+__device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// The kernel behind may begin, if it was launched so, as soon as all blocks have come here; it waits in turn for their end.
+__device__ __forceinline__ void let_successor_start() { asm volatile("griddepcontrol.launch_dependents;"); }
 
 }  // namespace ptx

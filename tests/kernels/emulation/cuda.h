@@ -82,6 +82,7 @@ inline __half __float2half_rn(float x) {
 inline float __fdividef(float x, float y) { return x / y; }
 inline float __fdiv_rn(float x, float y) { return x / y; }
 inline float __frcp_rn(float x) { return 1 / x; }
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fadd_rn(float x, float y) { return x + y; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
