@@ -79,6 +79,13 @@ __device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
   return r;
 }
 
+// Two floats as two e4m3 floats of 8 bits, `low` in the lower half; what lies beyond their range becomes the last in it.
+__device__ __forceinline__ uint16_t pack_e4m3(float low, float high) {
+  uint16_t r;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
+  return r;
+}
+
 // The larger of 0 and each of two bf16; 0 for NaN.
 __device__ __forceinline__ uint32_t not_negative(uint32_t pair) {
   uint32_t r;

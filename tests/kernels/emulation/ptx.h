@@ -127,6 +127,16 @@ inline void cvt_rn_bf16x2_f32(uint32_t& result, float high, float low) {
 inline void cvt_rn_f16x2_f32(uint32_t& result, float high, float low) {
   result = (uint32_t)__float2half_rn(high).bits << 16 | __float2half_rn(low).bits;
 }
+inline uint8_t e4m3(float x) {
+  const uint8_t sign = std::signbit(x) ? 0x80 : 0;
+  const float size = std::fabs(x);
+  if (x != x) return 0x7f;
+  if (size >= 448) return sign | 0x7e;
+  int exponent = -5;  // below 2^-6, the same spacing as at the smallest normal number
+  if (size >= 0x1p-6f) std::frexp(size, &exponent);
+  return sign | (((exponent + 5) << 3) + (int)std::nearbyint(std::ldexp(size, 4 - exponent)));
+}
+inline void cvt_rn_satfinite_e4m3x2_f32(uint16_t& result, float high, float low) { result = e4m3(high) << 8 | e4m3(low); }
 inline void max_bf16x2(uint32_t& result, uint32_t x, uint32_t y) {
   const auto larger = [=](int shift) { return __float_as_uint(std::fmax(__uint_as_float(x >> shift << 16), __uint_as_float(y >> shift << 16))) >> 16; };
   result = larger(16) << 16 | larger(0);
