@@ -11,11 +11,12 @@ import torch
 from outrider import ops
 from outrider.ops.attention_mass import cuda as mass
 from outrider.ops.compiler import Mailboxes, check, obstacle
+from outrider.ops.fused_linear import cuda as linear
 from outrider.ops.rotary_append import cuda as rotation
 from outrider.ops.sparse_attention import cuda as attention
 from outrider.ops.token_select import cuda as selection
 
-MODULES = [mass, attention, selection, rotation]
+MODULES = [mass, attention, selection, rotation, linear]
 C_TYPES = {"c_int": "int", "c_uint": "unsigned", "c_float": "float", "c_double": "double"}
 
 
@@ -92,6 +93,7 @@ def test_sources_are_part_of_the_package():
     folder = Path(ops.__file__).parent
     assert {path.parent.parent.name for path in folder.glob("*/cuda/kernel.cu")} == {
         "attention_mass",
+        "fused_linear",
         "rotary_append",
         "sparse_attention",
         "token_select",
