@@ -92,7 +92,9 @@ def _drafted(pair: tuple[LanguageModel, LanguageModel], cache, following: Tensor
     for part in following.split(k + 1, dim=1):
         before, queries = cache.lengths.clone(), []
         for step in range(part.shape[1]):
-            output = draft.forward(part[:, step : step + 1], cache, selection=lists.at(cache.lengths), record_queries=True)
+            output = draft.forward(
+                part[:, step : step + 1], cache, selection=lists.steps(cache.lengths, 1)[0], record_queries=True
+            )
             cache.advance(1)
             queries.append(output.queries)
             found.append(output.logits[0, :, : target.spec.vocabulary].argmax(-1))

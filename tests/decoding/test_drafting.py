@@ -32,7 +32,7 @@ TOKENS = SamplingParams(max_new_tokens=24)
 
 
 def entries(lists, lengths, layer, row, head):
-    selection = lists.at(torch.tensor(lengths))
+    selection = lists.steps(torch.tensor(lengths), 1)[0]
     indices, counts = selection.of(layer)
     return indices[row, head, : counts[row, head]].tolist()
 
@@ -64,7 +64,7 @@ def test_lists_grow_by_what_comes_after(lengths, more, data):
         for row, n in enumerate(lengths):
             for head in range(2):
                 assert entries(lists, now, layer, row, head) == by_row[number][row][head] + list(range(n, now[row]))
-    assert lists.at(torch.tensor(now)).of(1) == (None, None), "a window layer has no lists"
+    assert lists.steps(torch.tensor(now), 1)[0].of(1) == (None, None), "a window layer has no lists"
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=3), st.integers(0, 3), st.integers(0, 12))

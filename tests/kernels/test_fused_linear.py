@@ -51,6 +51,7 @@ if GPU:
                 Case(BF16, R, heads - 1024, hidden, residual=True),
                 Case(BF16, R, hidden, 2 * intermediate, norm=True, swiglu=True),
                 Case(FP16, R, intermediate, hidden, residual=True),
+                Case(FP16, R, hidden, heads, norm=True),  # both dtypes are loaded, each with its own share of shared memory
             ]
 
 

@@ -219,6 +219,25 @@ def test_only_few_tokens_of_a_compiled_model(make_module, fuse, launches):
         assert not launches
 
 
+def test_fused_before_compiled(make_module, monkeypatch, launches):
+    """As when one engine runs eagerly and the next does not: routes stay, in front of what is compiled since."""
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    torch._dynamo.reset()
+    plain = wrap(make_module("llama"), None, name="plain", backend="reference")
+    fused = plain.fuse()
+    assert not compilation.has_compiled_layers(plain.module)
+    both = fused.compile()
+    assert compilation.has_compiled_layers(plain.module)
+    assert both.compiled and not fused.compiled
+    for model, t, few in ((both, 2, True), (both, 12, False), (fused, 2, True), (fused, 12, False), (plain, 2, False)):
+        launches.clear()
+        tokens = torch.arange(t)[None]
+        found = model.forward(tokens, model.new_cache(1, t)).logits
+        assert bool(launches) is few
+        torch.testing.assert_close(found, plain.forward(tokens, plain.new_cache(1, t)).logits, **TIGHT)
+    torch._dynamo.reset()
+
+
 def test_layers_compiled_again(make_module, fuse, tokens, launches):
     """As when two engines, or target and draft, share a module: nothing is routed twice."""
     fused, plain = fuse(make_module("llama"))
@@ -255,8 +274,8 @@ def test_backends_without_kernels(backend, make_module, fuse, monkeypatch):
 
 def test_no_room_in_the_cache(make_module, fuse, tokens):
     for model in fuse(make_module("llama")):
-        with pytest.raises(OptionError, match="cache capacity: got 3; allowed: at least 4 tokens"):
-            model.forward(tokens, model.new_cache(3, 3))
+        with pytest.raises(OptionError, match="cache capacity: got 1; allowed: at least 2 tokens"):
+            model.forward(tokens, model.new_cache(3, 1))
 
 
 def test_compiled_and_fused(make_module, monkeypatch):

@@ -13,6 +13,7 @@ from outrider.bench.floors import Weights
 from outrider.bench.prompts import random_prompts
 from outrider.bench.workload import DTYPES, Workload
 from outrider.decoding.rounds import Inputs
+from outrider.decoding.sampling import greedy
 from outrider.models import KVCache, LanguageModel, ModelSpec
 from outrider.models.dummy import dummy_model
 from outrider.ops.token_verify import Verified
@@ -41,7 +42,7 @@ class ScriptedJudge:
         numbers = (self.judged + rows + 0.5) * GOLDEN % 1  # one decides for all positions of a row
         self.judged.add_(len(rows))
         accepted = (numbers[:, None] < self.rates[:k]).sum(-1)
-        return Verified(accepted, logits[rows, accepted].argmax(-1))
+        return Verified(accepted, greedy(logits).gather(1, accepted[:, None])[:, 0])
 
 
 def read_noise(model: LanguageModel, cache: KVCache, tokens: Tensor, stop: int) -> None:

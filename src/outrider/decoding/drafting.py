@@ -29,17 +29,19 @@ def propose(
     one proposes nothing, but leaves the key of the last drafted token in the cache and its query in the trace. Advances `cache`
     by K + 1. With `lists` of the same rows the draft attends to these, without to its whole cache.
     """
-    k = uniforms.shape[1]
+    k, own = uniforms.shape[1], draft.spec.vocabulary
     token, tokens, probs, queries = pending, [], [], []
-    for step in range(k + 1):
-        known = token.clamp(max=draft.spec.vocabulary - 1)  # the target may emit padding that a narrower draft does not have
-        selection = lists.at(cache.lengths) if lists is not None else None
-        output = draft.forward(known[:, None], cache, selection=selection, record_queries=True, logits=step < k)
+    selections = lists.steps(cache.lengths, k + 1) if lists is not None else [None] * (k + 1)
+    for step, selection in enumerate(selections):
+        if own < vocabulary:  # the target may emit padding that a narrower draft does not have
+            token = token.clamp(max=own - 1)
+        output = draft.forward(token[:, None], cache, selection=selection, record_queries=True, logits=step < k)
         cache.advance(1)
         queries.append(output.queries)
         if step < k:
             logits = output.logits[..., :vocabulary]
-            logits = pad(logits, (0, vocabulary - logits.shape[-1]), value=float("-inf"))
+            if own < vocabulary:
+                logits = pad(logits, (0, vocabulary - own), value=float("-inf"))
             if sampling.greedy:
                 token = greedy(logits)[:, 0]
             else:
@@ -92,14 +94,18 @@ class DraftLists:
         part.lengths = self.lengths[start:stop]
         return part
 
-    def at(self, lengths: Tensor) -> Selection:
-        """The lists of a step of one token behind `lengths` [B] cached ones.
+    def steps(self, lengths: Tensor, steps: int) -> list[Selection]:
+        """The lists of so many steps of one token, the first of them behind `lengths` [B] cached ones.
 
         Idle rows, whose lists are of a sequence that has left, get empty ones.
         """
-        grown = (lengths - self.lengths).to(torch.int32)[:, None]
-        counts = torch.where((grown >= 0) & (grown <= self._room), self.counts + grown, 0)
-        return Selection(layers=self.layers, indices=self.indices, counts=counts, lengths=lengths)
+        before = lengths + torch.arange(steps, device=lengths.device)[:, None]  # [steps, B]
+        grown = (before - self.lengths).to(torch.int32)[:, None, :, None]
+        counts = torch.where((grown >= 0) & (grown <= self._room), self.counts + grown, 0)  # [steps, L, B, H]
+        return [
+            Selection(layers=self.layers, indices=self.indices, counts=own, lengths=cached)
+            for own, cached in zip(counts, before, strict=True)
+        ]
 
     def replace(self, selection: Selection) -> None:
         """Lists newly chosen; `selection.lengths` is what was cached when their queries began to run."""

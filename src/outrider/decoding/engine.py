@@ -51,6 +51,8 @@ class Engine:
         self.captures = target.spec.device.type == "cuda" and not config.eager and not waits
         if self.captures:
             self.target, self.draft = self.target.compile(), self.draft.compile()
+        elif config.backend != "reference":
+            self.target, self.draft = self.target.fuse(), self.draft.fuse()
         self.broken: str | None = None  # what made it unusable
         self._idle: Runner | None = None  # of the last run, with all that it has captured
 

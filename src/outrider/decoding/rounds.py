@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from outrider.decoding.sampling import Sampling, all_greedy, any_filtered, distributions, greedy
+from outrider.decoding.sampling import Sampling, all_greedy, any_filtered, distributions, greedy, in_parts
 from outrider.decoding.sequence import Sequence
 from outrider.decoding.statistics import Listed
 from outrider.models import KVCache, LanguageModel, ModelSpec
@@ -155,7 +155,7 @@ def accept(
 ) -> Outcome:
     """Judge the drafted tokens by the target's logits [B, K + 1, V]; bring the caches, the target's first, to what passed."""
     verified = judge(trace, logits, inputs)
-    finite = logits.amax(-1).isfinite().all(-1)
+    finite = in_parts(logits).amax(-1).amax(-1).isfinite().all(-1)
     if selection is None:
         listed = torch.zeros(2, *finite.shape, dtype=torch.float64, device=finite.device).unbind()
     else:

@@ -41,15 +41,16 @@ def any_filtered(params: Rows[SamplingParams]) -> bool:
 
 
 def greedy(logits: Tensor) -> Tensor:
-    """The most probable token: logits [B, T, V] -> [B, T] int64.
-
-    In two steps, for a row alone would keep one multiprocessor busy and leave the others idle.
-    """
-    width = logits.shape[-1]
-    parts = next((parts for parts in (64, 32, 16) if width % parts == 0 and width >= 1024), 1)
-    best, place = logits.unflatten(-1, (parts, -1)).max(-1)
+    """The most probable token: logits [B, T, V] -> [B, T] int64."""
+    best, place = in_parts(logits).max(-1)
     part = best.argmax(-1, keepdim=True)
-    return (part * (width // parts) + place.gather(-1, part))[..., 0]
+    return (part * (logits.shape[-1] // best.shape[-1]) + place.gather(-1, part))[..., 0]
+
+
+def in_parts(logits: Tensor) -> Tensor:
+    """[..., V] as [..., parts, width], to be reduced in two steps: a long row alone would keep few multiprocessors busy."""
+    width = next((width for width in (256, 128, 64, 32, 16) if logits.shape[-1] % width == 0), logits.shape[-1])
+    return logits.unflatten(-1, (-1, width))
 
 
 def distributions(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -8,6 +8,7 @@ around the layers, position encoding and last norm, which are a dozen launches o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,12 +28,20 @@ def compile_layers(module: Any) -> None:
     config.combo_kernels = True  # kernels that do not depend on each other, such as the rotations of queries and keys, as one
     AttentionInterface.register(NAME, torch.compiler.disable(attend))
     for part in _parts(module):
-        if part._compiled_call_impl is None:
+        if not _is_compiled(part):
+            route: Any = part._compiled_call_impl  # None, or to a fused layer: it stays, in front of what is compiled
             part.compile(backend=BACKEND)
+            if route is not None:
+                part._compiled_call_impl = replace(route, own=part._compiled_call_impl)
 
 
 def has_compiled_layers(module: Any) -> bool:
-    return any(part._compiled_call_impl is not None for part in _parts(module))
+    return any(_is_compiled(part) for part in _parts(module))
+
+
+def _is_compiled(part: nn.Module) -> bool:
+    call = part._compiled_call_impl
+    return getattr(call, "own", call) not in (None, part._call_impl)
 
 
 def decoder_layers(module: Any) -> Iterator[nn.Module]:

@@ -111,30 +111,35 @@ class LanguageModel:
         return made
 
     def compile(self) -> LanguageModel:
-        """The same weights, made ready for rounds of few tokens. This one goes on as it is.
+        """The same weights for rounds of few tokens: projections fused, layers compiled, and what can be as `fuse` makes it.
 
-        Projections are fused, and layers compiled. Where `fused_linear` and `rotary_append` have kernels for the device and the
-        model (backends "auto" and "cuda"; "reference" runs everywhere), layers and output layer that agree with their fused
-        form take it instead, up to `MAX_ROWS` tokens in all.
+        This one goes on as it is.
         """
         self._scales()  # before fused products round otherwise: compiled or not, factors are the same
         fuse_projections(self.module)
         compile_layers(self.module)
-        made = copy(self)
+        made = copy(self.fuse())
         made.compiled = True
-        backend = "cuda" if self.backend == "auto" else self.backend  # by name: it runs, or the layer is left alone
-        if backend != "triton" and device_obstacle(backend, self.spec.device) is None:
-            made._fuse(backend)
         return made
 
-    def _fuse(self, backend: str) -> None:
-        """Find the fused form, under this backend of its ops, of layers and output layer."""
-        plain = copy(self)
-        plain.compiled = False
+    def fuse(self) -> LanguageModel:
+        """The same weights, with another path for forwards of up to `MAX_ROWS` tokens in all. This one goes on as it is.
+
+        Where `fused_linear` and `rotary_append` have kernels for the device and the model (backends "auto" and "cuda";
+        "reference" runs everywhere), layers and output layer that agree with their fused form take it. Else it is this one.
+        """
+        backend = "cuda" if self.backend == "auto" else self.backend  # by name: it runs, or the layer is left alone
+        if backend == "triton" or device_obstacle(backend, self.spec.device) is not None:
+            return self
+        made, plain = copy(self), copy(self)
+        plain.compiled, plain._fused_layers, plain._fused_head = False, {}, None
+        self._scales()
+        fuse_projections(self.module)
         token = torch.zeros(1, 1, dtype=torch.int64)
-        self._fused_head = fused_head(self.module, lambda: plain.forward(token, plain.new_cache(1, 1)).logits, backend)
+        made._fused_head = fused_head(self.module, lambda: plain.forward(token, plain.new_cache(1, 1)).logits, backend)
         caches = self.new_cache(len(CACHED), CAPACITY), self.new_cache(len(CACHED), CAPACITY)
-        self._fused_layers = fused_layers(self.module, caches, self.spec.context, backend)
+        made._fused_layers = fused_layers(self.module, caches, self.spec.context, backend)
+        return made
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` sequences of up to `capacity` tokens."""
@@ -176,8 +181,10 @@ class LanguageModel:
         tokens = tokens.to(self.spec.device)
         if stop is None:
             stop = int(cache.lengths.max()) + tokens.shape[1] if tokens.shape[1] > ROUND else cache.capacity
-        few = self.compiled and tokens.shape[1] <= ROUND and tokens.numel() <= MAX_ROWS
-        positions = cache.lengths[:, None] + torch.arange(tokens.shape[1], device=self.spec.device)
+        few = tokens.numel() <= MAX_ROWS
+        positions = cache.lengths[:, None]
+        if tokens.shape[1] > 1:
+            positions = positions + torch.arange(tokens.shape[1], device=self.spec.device)
         forward = Forward(
             cache=cache,
             stop=stop,

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 ARCHITECTURE = "-gencode=arch=compute_90a,code=sm_90a"
+# a template's static variables belong to one library, or the first one loaded would lend them to those built for other shapes
+OWN_VARIABLES = "-Xcompiler=-fno-gnu-unique"
 INCLUDE = f"-I{Path(__file__).parent}"
 
 
@@ -88,7 +90,7 @@ def build(source: Path, *defines: str) -> ctypes.CDLL:
     path = load(
         name=f"outrider_{source.parents[1].name}_{variant}".rstrip("_"),
         sources=[str(source)],
-        extra_cuda_cflags=["-O3", "-std=c++17", ARCHITECTURE, INCLUDE, *(f"-D{define}" for define in defines)],
+        extra_cuda_cflags=["-O3", "-std=c++17", ARCHITECTURE, OWN_VARIABLES, INCLUDE, *(f"-D{define}" for define in defines)],
         is_python_module=False,
     )
     library = ctypes.CDLL(path)
