@@ -238,6 +238,27 @@ def test_fused_before_compiled(make_module, monkeypatch, launches):
     torch._dynamo.reset()
 
 
+def test_the_last_layer_stops_at_the_cache(make_module, fuse, tokens, launches):
+    """Where no logits are asked for, nobody reads what it adds: keys, values and queries are there all the same."""
+    fused, plain = fuse(make_module("qwen3"))
+    caches, outputs = [], []
+    launches.clear()
+    for model in (fused, plain):
+        cache = model.new_cache(3, T)
+        outputs.append(model.forward(tokens, cache, record_queries=True, logits=False))
+        caches.append(cache)
+        launches.append("|")
+    layers = len(plain.spec.layers)
+    assert launches[-2:] == ["|", "|"] and launches.count("rotary_append") == layers
+    assert launches.count("fused_linear") == 4 * layers - 3
+    assert outputs[0].logits.shape[1] == 0 and len(outputs[0].queries) == layers
+    for one, other in zip(outputs[0].queries, outputs[1].queries, strict=True):
+        torch.testing.assert_close(one, other, **TIGHT)
+    for layer in range(layers):
+        torch.testing.assert_close(caches[0].keys(layer), caches[1].keys(layer), **TIGHT)
+        torch.testing.assert_close(caches[0].values(layer), caches[1].values(layer), **TIGHT)
+
+
 def test_layers_compiled_again(make_module, fuse, tokens, launches):
     """As when two engines, or target and draft, share a module: nothing is routed twice."""
     fused, plain = fuse(make_module("llama"))

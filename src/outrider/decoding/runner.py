@@ -145,9 +145,12 @@ class Runner:
         lists = self.drafting.rows(0, kind.rows) if self.drafting is not None and kind.sparse else None
         self.stages.begin(kind)
 
-        def proposed(draft: LanguageModel) -> DraftTrace:
+        def proposed() -> tuple[Inputs, DraftTrace]:
+            inputs = self.inputs.unpack(kind)
+            if self.draft is None:
+                return inputs, propose_nothing(inputs, spec.vocabulary)
             drafting = inputs.pending, inputs.sampling, inputs.draft_uniforms
-            return propose(draft, caches[1], *drafting, spec.vocabulary, lists)
+            return inputs, propose(self.draft, caches[1], *drafting, spec.vocabulary, lists)
 
         def scored(draft: LanguageModel, guidance: Guidance) -> DraftScores:
             layers, per_query = guidance.layers, guidance.per_query
@@ -163,12 +166,8 @@ class Runner:
 
         selection = None
         with clock.stage("propose"):
-            inputs: Inputs = run("inputs", lambda: self.inputs.unpack(kind))
-            if (draft := self.draft) is not None:
-                trace = run("propose", lambda: proposed(draft))
-            else:
-                trace = propose_nothing(inputs, spec.vocabulary)
-        if guidance is not None and draft is not None:
+            inputs, trace = run("propose", proposed)
+        if guidance is not None and (draft := self.draft) is not None:
             with clock.stage("score"):
                 scores = run("score", lambda: scored(draft, guidance))
             with clock.stage("select"):

@@ -34,6 +34,7 @@ class Forward:
     selection: Selection | None = None  # None: every layer reads its whole cache (or window)
     queries: list[Tensor] | None = None  # when a list: receives [B, T, Hq, D] of every layer
     backend: str = "auto"
+    ends: int | None = None  # nobody reads what this layer adds to the hidden states: a fused one stops at the cache
     probe: dict[int, LayerShape] | None = None  # when a dict: layers only report their shape here
     # layers that run in other launches than transformers' own (see `fused_layer`): of hidden states, (cos, sin) and this
     fused: Mapping[int, Callable[[Tensor, tuple[Tensor, Tensor], Forward], Tensor]] = field(default_factory=dict)
@@ -93,13 +94,18 @@ def attend(
     return attend_cached(query.transpose(1, 2), outrider, layer, scale, sliding_window), None
 
 
+def record(queries: Tensor, forward: Forward) -> None:
+    """Keep a layer's queries [B, T, Hq, D] where the forward asks for them."""
+    if forward.queries is not None:
+        forward.queries.append(queries)
+
+
 def attend_cached(queries: Tensor, forward: Forward, layer: int, scale: float, window: int | None) -> Tensor:
     """Attention of queries [B, T, Hq, D] whose own keys and values are in the cache already -> [B, T, Hq, D].
 
-    Records the queries where the forward asks for them. Rounds read the layer's lists, its window or the whole cache.
+    Records the queries. Rounds read the layer's lists, its window or the whole cache.
     """
-    if forward.queries is not None:
-        forward.queries.append(queries)
+    record(queries, forward)
     if queries.shape[1] > ROUND:
         return _prefill_attention(queries.transpose(1, 2), forward, layer, scale, window)
     cache, selection = forward.cache, forward.selection

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from outrider.models.attention import Forward, attend_cached
+from outrider.models.attention import Forward, attend_cached, record
 from outrider.models.fusion import SIBLINGS, Part
 from outrider.ops import fused_linear, rotary_append
 
@@ -61,6 +61,9 @@ class FusedLayer:
             value_scale=cache.value_scales[self.index],
             backend=self.backend,
         )
+        if forward.ends == self.index:
+            record(queries, forward)
+            return hidden
         mixed = attend_cached(queries, forward, self.index, shape.scale, shape.window)
         rows = self._linear(mixed.reshape(B * T, -1), attention.o_proj, residual=rows)
         gated = self._linear(rows, mlp.gate_proj.product, norm=self.layer.post_attention_layernorm, swiglu=True)

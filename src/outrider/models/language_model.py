@@ -191,6 +191,7 @@ class LanguageModel:
             selection=selection,
             queries=[] if record_queries else None,
             backend=self.backend,
+            ends=None if logits else len(self.spec.layers) - 1,
             fused=self._fused_layers if few else {},
         )
         head = self._fused_head if few and logits else None

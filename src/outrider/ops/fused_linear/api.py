@@ -28,7 +28,8 @@ def fused_linear(
 
     Args:
         x: `[R, K]`, bfloat16, float16, float32 or float64; rows are tokens.
-        weight: `[N, K]`, dtype of `x`. With `swiglu` its first N / 2 rows are the gate, the others what it gates.
+        weight: `[N, K]`, dtype of `x`. With `swiglu` its first N / 2 rows are the gate, the others what it gates. A constant:
+            backend "cuda" reads it while kernels ahead of it may still run.
         bias: `[N]`, added to the product.
         norm: `[K]`, the gain of an RMS norm over the rows of `x` before the product; None for no norm.
         eps: of the norm, added to the mean of squares.

@@ -12,7 +12,8 @@
 // as weights and x agree. The norm's factor, one to a row, commutes with the product and is applied to the result. At the end of a tile
 // the warps' sums are added in order of warps. So a row of the result depends on no other row, to the bit.
 //
-// Weights do not depend on the kernel before, so a block loads its first while that one still runs.
+// Weights do not depend on the kernel before, so a block loads its first while that one still runs. The kernel behind may begin when
+// that one has ended: earlier, several would wait on the chip and take room from those at work.
 #include <type_traits>
 #include "host.cuh"
 #include "ptx.cuh"
@@ -85,11 +86,11 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS_AT_ONCE / WARPS) fused_linea
     }
   };
   Group ahead[2];
-  ptx::let_successor_start();
   enter_tile();
   load(ahead[0]);
   load(ahead[1]);
   ptx::wait_for_predecessor();  // what it wrote is read past L1, which may hold what was there before
+  ptx::let_successor_start();
 
   if (NORM) {
     float square[ROWS] = {};

@@ -49,7 +49,6 @@ __device__ __forceinline__ void store(uint8_t* to, const float (&x)[VECTOR], flo
 }
 
 __global__ void __launch_bounds__(THREADS) rotary_append(const __grid_constant__ Arguments a) {
-  ptx::let_successor_start();
   const int lanes = 1 << a.lane_bits;
   const unsigned row = blockIdx.x * (THREADS >> a.lane_bits) + (threadIdx.x >> a.lane_bits);
   const unsigned token = row / a.heads, b = token / a.T, t = token - b * a.T;
