@@ -28,7 +28,8 @@ def test_soak(mode, gpu_pair, make_engine, random_prompts):
     """No leak, no failure; what is cancelled stops and disturbs nobody; greedy results equal their single-run twins.
 
     In mode dense all of them. Lists that a batch selects may differ from a single row's in a token whose score is on the
-    border, as products of other sizes round otherwise; in mode sparse a text may part there.
+    border, as products of other sizes round otherwise; in mode sparse a text of these undecided models may part there, at less
+    than one token of a hundred.
     """
     rng = random.Random(0)
     prompts = random_prompts([rng.choice([5, 30, 90, 200, 400]) + rng.randrange(40) for _ in range(PROMPTS)])
@@ -51,12 +52,25 @@ def test_soak(mode, gpu_pair, make_engine, random_prompts):
     assert {result.finish_reason for i, result in results.items() if i not in cancelled} == {"length"}
     assert all(len(results[i].token_ids) == params[i].max_new_tokens for i in range(PROMPTS) if i not in cancelled)
 
-    compared = parted = 0
+    compared = parted = tokens = 0
     for i in [i for i in range(PROMPTS) if params[i].temperature == 0]:
         [alone] = engine.generate([prompts[i]], params[i])
         emitted = results[i].token_ids
         compared += len(emitted) > 0
-        parted += emitted != alone.token_ids[: len(emitted)]
+        same = [one == other for one, other in zip(emitted, alone.token_ids, strict=False)]
+        parted += not all(same)
+        tokens += len(same) if all(same) else same.index(False) + 1  # behind the first difference nothing can be compared
     assert compared > 50
-    assert parted <= (0 if mode == "dense" else 0.1 * compared)
+    assert parted <= (0 if mode == "dense" else 0.01 * tokens)
     assert torch.cuda.memory_allocated() <= max(memory) + SLACK, "single runs use what is there"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_batch_repeats_itself(dtype, gpu_pair, make_engine, random_prompts):
+    """The same prompts in the same slots: the same tokens, greedy or drawn. A race between kernels would show."""
+    prompts = random_prompts([5 + 37 * i % 400 for i in range(40)])
+    params = [SamplingParams(max_new_tokens=20 + i % 30, seed=i, **SETTINGS[i % len(SETTINGS)]) for i in range(len(prompts))]
+    options = {"mode": "sparse", "keep": 0.2, "drafting": "sparse", "draft_keep": 0.2, "draft_recent": 16, "min_context": 64}
+    engine = make_engine(gpu_pair(dtype), batch_size=SLOTS, prefill_chunk=128, **options)
+    first, *others = ([result.token_ids for result in engine.generate(prompts, params)] for _ in range(3))
+    assert all(other == first for other in others)

@@ -90,7 +90,6 @@ def test_layers_that_are_fused(family, make_module, fuse, tokens, launches):
     fused, plain = fuse(make_module(family))
     layers = len(plain.spec.layers) if family in FUSED else 0
     assert sorted(fused._fused_layers) == list(range(layers))
-    assert fused._fused_head is not None
     launches.clear()
     assert_same_round(fused, plain, tokens)
     linear, rotary, _, *behind = ["fused_linear", "rotary_append", "attention", *["fused_linear"] * 3]
@@ -189,15 +188,6 @@ def test_other_projections_than_plain_ones(name, make_module, fuse):
     assert sorted(fuse(module)[0]._fused_layers) == [0, 2]
 
 
-def test_a_head_is_fused_where_it_has_the_last_word(make_module, fuse):
-    assert fuse(make_module("GraniteConfig", logits_scaling=1.0))[0]._fused_head is not None
-    assert fuse(make_module("GraniteConfig", logits_scaling=4.0))[0]._fused_head is None
-    assert fuse(make_module("CohereConfig"))[0]._fused_head is None
-    module = make_module("llama")
-    module.lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 2,))
-    assert fuse(module)[0]._fused_head is None
-
-
 def test_only_few_tokens_of_a_compiled_model(make_module, fuse, launches):
     module = make_module("llama")
     unfused = wrap(copy.deepcopy(module), None, name="unfused")
@@ -290,7 +280,6 @@ def test_backends_without_kernels(backend, make_module, fuse, monkeypatch):
     for model in (plain.with_backend(backend).compile(), fused.with_backend(backend)):
         assert model.compiled
         assert not model._fused_layers
-        assert model._fused_head is None
 
 
 def test_no_room_in_the_cache(make_module, fuse, tokens):

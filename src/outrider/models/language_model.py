@@ -16,7 +16,6 @@ from outrider.models.agreement import CACHED, CAPACITY, fused_layers
 from outrider.models.attention import ROUND, Forward
 from outrider.models.cache import KVCache, LayerShape
 from outrider.models.compilation import compile_layers, has_compiled_layers
-from outrider.models.fused_head import FusedHead, fused_head
 from outrider.models.fused_layer import FusedLayer
 from outrider.models.fusion import fuse_projections
 from outrider.models.quantization import FP8, CacheScales, check_kv_dtype, probe, scale_of
@@ -88,7 +87,6 @@ class LanguageModel:
         # sequences in the positions, a dozen launches a forward
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=spec.dtype, device=spec.device)
         self._fused_layers: dict[int, FusedLayer] = {}  # by index; for rounds of few tokens
-        self._fused_head: FusedHead | None = None
         self._measured: list[CacheScales] = []  # at most one; it belongs to the weights, so all copies share it
 
     def with_backend(self, backend: str) -> LanguageModel:
@@ -98,7 +96,7 @@ class LanguageModel:
         check_backend(backend, self.spec.device)
         made = copy(self)
         made.backend = backend
-        made._fused_layers, made._fused_head = {}, None  # they were made for the other backend
+        made._fused_layers = {}  # they were made for the other backend
         return made
 
     def with_kv_dtype(self, kv_dtype: str) -> LanguageModel:
@@ -126,17 +124,14 @@ class LanguageModel:
         """The same weights, with another path for forwards of up to `MAX_ROWS` tokens in all. This one goes on as it is.
 
         Where `fused_linear` and `rotary_append` have kernels for the device and the model (backends "auto" and "cuda";
-        "reference" runs everywhere), layers and output layer that agree with their fused form take it. Else it is this one.
+        "reference" runs everywhere), layers that agree with their fused form take it. Else it is this one.
         """
         backend = "cuda" if self.backend == "auto" else self.backend  # by name: it runs, or the layer is left alone
         if backend == "triton" or device_obstacle(backend, self.spec.device) is not None:
             return self
-        made, plain = copy(self), copy(self)
-        plain.compiled, plain._fused_layers, plain._fused_head = False, {}, None
+        made = copy(self)
         self._scales()
         fuse_projections(self.module)
-        token = torch.zeros(1, 1, dtype=torch.int64)
-        made._fused_head = fused_head(self.module, lambda: plain.forward(token, plain.new_cache(1, 1)).logits, backend)
         caches = self.new_cache(len(CACHED), CAPACITY), self.new_cache(len(CACHED), CAPACITY)
         made._fused_layers = fused_layers(self.module, caches, self.spec.context, backend)
         return made
@@ -194,8 +189,7 @@ class LanguageModel:
             ends=None if logits else len(self.spec.layers) - 1,
             fused=self._fused_layers if few else {},
         )
-        head = self._fused_head if few and logits else None
-        model = self.module if logits and head is None else self.module.get_decoder()
+        model = self.module if logits else self.module.get_decoder()
         # a prefill is bound by arithmetic, and would be compiled for every length
         eagerly = has_compiled_layers(self.module) and not (self.compiled and tokens.shape[1] <= ROUND)
         with torch.compiler.set_stance("force_eager") if eagerly else nullcontext():
@@ -206,10 +200,5 @@ class LanguageModel:
                 use_cache=False,
                 outrider=forward,
             )
-        if head is not None:
-            result = head(output.last_hidden_state)
-        elif logits:
-            result = output.logits
-        else:
-            result = torch.empty(tokens.shape[0], 0, self.spec.vocabulary, dtype=self.spec.dtype, device=self.spec.device)
-        return Output(logits=result, queries=tuple(forward.queries or ()))
+        none = torch.empty(tokens.shape[0], 0, self.spec.vocabulary, dtype=self.spec.dtype, device=self.spec.device)
+        return Output(logits=output.logits if logits else none, queries=tuple(forward.queries or ()))
