@@ -135,17 +135,18 @@ STAGES = ("propose", "score", "select", "verify", "accept")
 
 
 def decode_table(name: str) -> str:
-    """Name "decode": tokens a second of every case, beside vLLM's plain decoding and the same engine's dense speculation."""
+    """Name "decode": tokens a second of every case, beside vLLM's plain and speculative decoding and our dense speculation."""
     found = lines_if_any("decode")
     by_key = {(row["case"], row["engine"], row["mode"], row["drafting"]): row for row in found}
     rows = []
     for row in found:
         speed = row["tokens_per_second"]
-        beside = [by_key.get((row["case"], *peer)) for peer in (("vllm", "plain", None), ("outrider", "dense", "dense"))]
+        peers = ("vllm", "plain", None), ("vllm", "dense", "dense"), ("outrider", "dense", "dense")
+        beside = [by_key.get((row["case"], *peer)) for peer in peers]
         ratios = ["" if other is None else f"{speed / other['tokens_per_second']:.2f}x" for other in beside]
         emitted = f"{row['acceptance']['tokens_per_round']:.2f}" if row["drafting"] else ""
         rows.append([row["case"], row["engine"], row["mode"], row["drafting"] or "", f"{speed:.0f}", *ratios, emitted])
-    header = ["case", "engine", "mode", "drafting", "tokens/s", "of plain vLLM", "of our dense", "tokens a round"]
+    header = ["case", "engine", "mode", "drafting", "tokens/s", "of vLLM plain", "of vLLM dense", "of our dense", "tokens a round"]
     return markdown(header, rows) if rows else NOT_MEASURED
 
 

@@ -12,7 +12,7 @@ import torch
 from outrider.bench.cases import TINY, TINY_CASE
 from outrider.bench.options import DecodeOptions, Run
 from outrider.bench.peers import transformers as peer
-from outrider.bench.peers.job import MARKER, Job, decode_seconds, read_results, serve
+from outrider.bench.peers.job import MARKER, REPEATS, Job, decoding, read_results, serve
 from outrider.bench.peers.launch import peer_rows
 from outrider.models.dummy import dummy_module
 
@@ -52,8 +52,8 @@ def test_vllm_is_asked_for_what_the_job_says(vllm, short):
     }
     assert asked["hidden"] == [TINY.target["hidden_size"], TINY.draft["hidden_size"]] and asked["sampler"] == "0"
     assert [(call["rows"], call["length"], call["params"]["max_tokens"]) for call in calls] == [
-        *((2, 160, count) for count in (1, 17, 1, 17)),
-        *((3, 300, count) for count in (1, 17, 1, 17)),
+        *((2, 160, count) for count in (1, 17) * (1 + REPEATS)),
+        *((3, 300, count) for count in (1, 17) * (1 + REPEATS)),
     ]
     assert all(call["distinct"] for call in calls)
     sampling = {name: value for name, value in calls[0]["params"].items() if name != "max_tokens"}
@@ -125,13 +125,15 @@ def test_a_primed_cache_spares_the_prompt_and_is_brought_back():
 def test_decoding_is_the_difference_of_two_calls(monkeypatch):
     clock, asked = [0.0], []
 
-    def generate(count: int) -> None:
-        clock[0] += (0 if len(asked) > 1 else 100) + 3 + 0.5 * count  # the first one reads the prompt, the second compiles
+    def generate(count: int) -> int:
+        # the first one reads the prompt, the second compiles, something else comes between in the fifth
+        clock[0] += {0: 100, 1: 50, 5: 7}.get(len(asked), 0) + 3 + 0.5 * count
         asked.append(count)
+        return count // 2
 
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    assert decode_seconds(generate, 20) == pytest.approx(10.0)
-    assert asked == [1, 21, 1, 21]
+    assert decoding(generate, 20) == (pytest.approx(10.0), 10)
+    assert asked == [1, 21] * (1 + REPEATS)
 
 
 def test_results_are_found_among_other_output(capsys):

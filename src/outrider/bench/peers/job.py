@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 MARKER = "outrider-bench: "  # peers print other things, too
+REPEATS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,17 +48,19 @@ def read_results(lines: Iterable[str]) -> dict[str, dict[str, Any]]:
     return {result.pop("case"): result for result in marked}
 
 
-def decode_seconds(generate: Callable[[int], Any], tokens: int) -> float:
-    """Seconds of decoding `tokens` tokens; `generate(n)` makes n and returns when they are there.
+def decoding(generate: Callable[[int], int], tokens: int) -> tuple[float, int]:
+    """Seconds and steps of decoding `tokens` tokens; `generate(n)` makes n and says, when they are there, in how many steps.
 
-    The first two calls pay for the prompt and for what is compiled when it is first needed, and are not timed. Two more, of 1
-    and of `tokens` + 1 tokens, have all that: their difference is decoding alone.
+    The first two calls pay for the prompt and for what is compiled when it is first needed, and are not timed. Behind them the
+    difference between a call of 1 and one of `tokens` + 1 tokens is decoding alone: the median of `REPEATS` such pairs.
     """
     generate(1)
     generate(tokens + 1)
-    seconds = []
-    for count in (1, tokens + 1):
-        began = time.perf_counter()
-        generate(count)
-        seconds.append(time.perf_counter() - began)
-    return seconds[1] - seconds[0]
+    pairs = []
+    for _ in range(REPEATS):
+        stamps, steps = [time.perf_counter()], []
+        for count in (1, tokens + 1):
+            steps.append(generate(count))
+            stamps.append(time.perf_counter())
+        pairs.append((stamps[2] - 2 * stamps[1] + stamps[0], steps[1] - steps[0]))
+    return sorted(pairs)[REPEATS // 2]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outrider.bench.peers.job import Job, decode_seconds, read_job, serve
+from outrider.bench.peers.job import Job, decoding, read_job, serve
 from outrider.bench.prompts import random_prompts
 from outrider.bench.workload import DTYPES
 from outrider.models.dummy import dummy_module
@@ -60,7 +60,7 @@ def measure(module: Any, job: Job, case: dict[str, Any]) -> dict[str, Any]:
     rows = random_prompts(case["context"], case["batch"], job.target["vocab_size"])
     prompts = torch.tensor(rows, device=job.device)
     cache = noise_cache(module, case["batch"], case["context"] - 1)
-    seconds = decode_seconds(lambda count: generated(module, prompts, cache, count), job.tokens)
+    seconds, _ = decoding(lambda count: generated(module, prompts, cache, count).shape[1], job.tokens)
     return {
         "tokens_per_second": case["batch"] * job.tokens / seconds,
         "tokens_per_round": 1.0,

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from outrider.bench.peers.job import Job, decode_seconds, read_job, serve
+from outrider.bench.peers.job import Job, decoding, read_job, serve
 from outrider.bench.prompts import random_prompts
 
 ENVIRONMENT = {
@@ -67,16 +67,14 @@ def measure(llm: Any, steps: Steps, job: Job, case: dict[str, Any]) -> dict[str,
 
     rows = random_prompts(case["context"], case["batch"], job.target["vocab_size"])
     prompts = [{"prompt_token_ids": row} for row in rows]
-    counts = []
 
-    def generate(count: int) -> None:
+    def generate(count: int) -> int:
         params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)
         before = steps.taken
         llm.generate(prompts, params, use_tqdm=False)
-        counts.append(steps.taken - before)
+        return steps.taken - before
 
-    seconds = decode_seconds(generate, job.tokens)
-    rounds = counts[-1] - counts[-2]  # of the sequence that was done last
+    seconds, rounds = decoding(generate, job.tokens)  # rounds of the sequence that was done last
     return {
         "tokens_per_second": case["batch"] * job.tokens / seconds,
         "tokens_per_round": job.tokens / rounds if rounds > 0 else None,
