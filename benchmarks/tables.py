@@ -146,7 +146,17 @@ def decode_table(name: str) -> str:
         ratios = ["" if other is None else f"{speed / other['tokens_per_second']:.2f}x" for other in beside]
         emitted = f"{row['acceptance']['tokens_per_round']:.2f}" if row["drafting"] else ""
         rows.append([row["case"], row["engine"], row["mode"], row["drafting"] or "", f"{speed:.0f}", *ratios, emitted])
-    header = ["case", "engine", "mode", "drafting", "tokens/s", "of vLLM plain", "of vLLM dense", "of our dense", "tokens a round"]
+    header = [
+        "case",
+        "engine",
+        "mode",
+        "drafting",
+        "tokens/s",
+        "of vLLM plain",
+        "of vLLM dense",
+        "of our dense",
+        "tokens a round",
+    ]
     return markdown(header, rows) if rows else NOT_MEASURED
 
 

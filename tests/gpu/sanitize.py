@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from outrider.ops import attention_mass, sparse_attention, token_select
+from outrider.ops import attention_mass, fused_linear, kv_append, rotary_append, sparse_attention, token_select
 
-BACKENDS = ("triton", "cuda")
+FP8 = torch.float8_e4m3fn
 
 
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -52,9 +52,35 @@ def attentions(backend: str) -> Iterator[Tensor]:
     yield sparse_attention(queries, keys, values, None, None, lengths, scale=0.1, page_table=pages, window=100, backend=backend)
 
 
+def appended(backend: str) -> Iterator[Tensor]:
+    """Into caches of 16 and of 8 bits, by whichever op the backend has for it."""
+    projected, lengths, scale = random(2, 3, 12, 64), torch.tensor([5, 0], device="cuda"), torch.ones(2, device="cuda")
+    angles = random(2, 3, 64)
+    for dtype in (torch.bfloat16, FP8):
+        caches = [torch.zeros(2, 9, 2, 64, device="cuda").to(dtype) for _ in range(2)]
+        scales = {"key_scale": scale, "value_scale": scale} if dtype == FP8 else {}
+        if backend == "triton":
+            kv_append(*projected.split([8, 2, 2], 2)[1:], *caches, lengths, **scales, backend=backend)
+        else:
+            yield rotary_append(projected, angles, angles, *caches, lengths, query_norm=angles[0, 0], **scales, backend=backend)
+        yield from (cache.float() for cache in caches)
+
+
+def products(backend: str) -> Iterator[Tensor]:
+    """The last group of columns and the last tile of rows cut short; then SwiGLU behind a norm, several tiles a block."""
+    x, weight = random(5, 4120), random(70, 4120)
+    yield fused_linear(x, weight, residual=random(5, 70), backend=backend)
+    yield fused_linear(x[:, :520], random(12_000, 520), norm=x[0, :520].contiguous(), swiglu=True, backend=backend)
+
+
+BACKENDS = {
+    "triton": (attention_masses, selections, attentions, appended),
+    "cuda": (attention_masses, selections, attentions, appended, products),
+}
+
 if __name__ == "__main__":
-    for backend in BACKENDS:
-        for op in (attention_masses, selections, attentions):
+    for backend, ops in BACKENDS.items():
+        for op in ops:
             for result in op(backend):
                 assert result.isfinite().all()
             torch.cuda.synchronize()

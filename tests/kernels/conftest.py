@@ -120,7 +120,7 @@ class Summary:
         if report.when != "call" and report.outcome == "passed":
             return
         op = Path(report.location[0]).stem.removeprefix("test_")
-        if op not in ("attention_mass", "token_select", "sparse_attention", "kv_append", "rotary_append"):
+        if op not in ("attention_mass", "token_select", "sparse_attention", "kv_append", "rotary_append", "fused_linear"):
             return
         parameters = report.nodeid.split("[")[-1].rstrip("]").split("-")
         if "reference" in parameters:
