@@ -22,25 +22,26 @@ def spec(*windows: int | None, query_heads: int, kv_heads: int, head_dim: int, v
 
 TARGET = spec(None, None, 9, query_heads=8, kv_heads=2, head_dim=16)  # the third layer looks at a window
 DRAFT = spec(None, None, query_heads=4, kv_heads=1, head_dim=8)
-WEIGHTS = Weights(body=1000, output=70), Weights(body=100, output=30)
+WEIGHTS = Weights(body=1000, output=70, end=200), Weights(body=100, output=30, end=20)
+DRAFT_WEIGHTS = 5 * 100 + 4 * 30 - 20  # of five steps; the last one ends early
 TARGET_ROW, DRAFT_ROW = 2 * 2 * 16 * 2, 2 * 1 * 8 * 2  # bytes of a cached token in one layer: K and V, heads, width, bf16
 
 
 def test_everything_dense():
     counted = stage_bytes(TARGET, DRAFT, WEIGHTS, Round(batch=3, cached=1000.0, draft_tokens=4))
     assert counted == {
-        "propose": 5 * 100 + 4 * 30 + 5 * 3 * 1000 * 2 * DRAFT_ROW,
+        "propose": DRAFT_WEIGHTS + (5 * 2 - 1) * 3 * 1000 * DRAFT_ROW,
         "score": 0,
         "select": 0,
         "verify": 1070 + 3 * (1000 * 2 + 8) * TARGET_ROW,
-        "accept": 3 * 5 * 50 * 4,
+        "accept": 3 * 5 * 50 * 2,
     }
 
 
 def test_sparse_verification():
     round_ = Round(batch=3, cached=1000.0, draft_tokens=4, kept=0.1, scored_layers=(1,), mass_bytes=2)
     counted = stage_bytes(TARGET, DRAFT, WEIGHTS, round_)
-    assert counted["propose"] == 5 * 100 + 4 * 30 + 5 * 3 * 1000 * 2 * DRAFT_ROW
+    assert counted["propose"] == DRAFT_WEIGHTS + (5 * 2 - 1) * 3 * 1000 * DRAFT_ROW
     assert counted["score"] == 3 * 1000 * DRAFT_ROW // 2
     assert counted["select"] == 3 * (1000 * 4 * 2 + 100 * 4 * 2 * 2)  # 4 query heads; lists of 2 KV heads in 2 full layers
     assert counted["verify"] == 1070 + 3 * (100 * 2 + 8) * TARGET_ROW
@@ -49,17 +50,17 @@ def test_sparse_verification():
 def test_sparse_drafting():
     round_ = Round(batch=1, cached=1000.0, draft_tokens=4, draft_listed=50.0, scored_layers=(0, 1), mass_bytes=4)
     counted = stage_bytes(TARGET, DRAFT, WEIGHTS, round_)
-    assert counted["propose"] == 5 * 100 + 4 * 30 + 5 * 50 * 2 * DRAFT_ROW
+    assert counted["propose"] == DRAFT_WEIGHTS + (5 * 2 - 1) * 50 * DRAFT_ROW
     assert counted["select"] == 1000 * 4 * 8 + 50 * 4 * 1 * 2
     assert counted["verify"] == 1070 + (1000 * 2 + 8) * TARGET_ROW
     short = stage_bytes(TARGET, DRAFT, WEIGHTS, Round(batch=1, cached=20.0, draft_tokens=4, draft_listed=50.0))
-    assert short["propose"] == 5 * 100 + 4 * 30 + 5 * 20 * 2 * DRAFT_ROW
+    assert short["propose"] == DRAFT_WEIGHTS + (5 * 2 - 1) * 20 * DRAFT_ROW
 
 
 def test_the_target_alone():
     counted = stage_bytes(TARGET, DRAFT, WEIGHTS, Round(batch=2, cached=1000.0, draft_tokens=0))
     read = 1070 + 2 * (1000 * 2 + 8) * TARGET_ROW
-    assert counted == {"propose": 0, "score": 0, "select": 0, "verify": read, "accept": 2 * 50 * 4}
+    assert counted == {"propose": 0, "score": 0, "select": 0, "verify": read, "accept": 2 * 50 * 2}
 
 
 def test_floors_are_times_at_the_streaming_rate():
@@ -70,7 +71,10 @@ def test_floors_are_times_at_the_streaming_rate():
 def test_weights_are_counted_once(work):
     hidden, inner, vocabulary, heads, kv_heads, width = 64, 96, 512, 4, 2, 16
     layer = hidden * width * (2 * heads + 2 * kv_heads) + 3 * hidden * inner + 2 * hidden
-    assert work.weights[0] == Weights(body=4 * (3 * layer + hidden), output=4 * vocabulary * hidden)
+    end = hidden * width * heads + 3 * hidden * inner + hidden  # output projection, the three of the MLP, the norm before it
+    assert work.weights[0] == Weights(body=4 * (3 * layer + hidden), output=4 * vocabulary * hidden, end=4 * end)
     hidden, inner, heads = 32, 48, 2
     layer = hidden * width * (2 * heads + 2 * kv_heads) + 3 * hidden * inner + 2 * hidden
-    assert work.weights[1] == Weights(body=4 * (2 * layer + hidden), output=4 * vocabulary * hidden)  # tied: the table
+    end = hidden * width * heads + 3 * hidden * inner + hidden
+    tied = 4 * vocabulary * hidden
+    assert work.weights[1] == Weights(body=4 * (2 * layer + hidden), output=tied, end=4 * end)

@@ -1,6 +1,7 @@
 """The least that a stage must read, and the time that takes when memory streams at its full rate.
 
-    propose   K + 1 steps: the draft's weights (the output layer K times) and its keys and values, all or the kept share
+    propose   K + 1 steps: the draft's weights (the output layer K times) and its keys and values, all or the kept share; the
+              last step is for keys, values and queries, and ends where the last layer has them
     score     the keys of the scored draft layers, once
     select    the scores, once, and the lists that are written
     verify    the target's weights, its output layer, and keys and values: the listed ones, or all
@@ -14,8 +15,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from outrider.models import LanguageModel, LayerShape, ModelSpec
+from outrider.models.compilation import decoder_layers
 
-INDEX, LOGIT = 4, 4  # bytes of a listed position (int32) and of a logit (fp32)
+INDEX = 4  # bytes of a listed position (int32)
+UP_TO_CACHE = ("input_layernorm", "q_proj", "k_proj", "v_proj", "qkv_proj", "q_norm", "k_norm")  # of a layer: before attention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,12 +27,18 @@ class Weights:
 
     body: int  # all but the two ends: embedding table and output layer
     output: int
+    end: int  # of the body what comes behind the last layer's keys, values and queries
 
     @classmethod
     def of(cls, model: LanguageModel) -> Weights:
         ends = [model.module.get_input_embeddings().weight, model.module.get_output_embeddings().weight]
-        body = sum(p.numel() * p.element_size() for p in model.module.parameters() if all(p is not end for end in ends))
-        return cls(body=body, output=ends[1].numel() * ends[1].element_size())
+        *_, last = decoder_layers(model.module)
+        behind = (p for name, p in last.named_parameters() if not any(part in UP_TO_CACHE for part in name.split(".")))
+        return cls(
+            body=sum(p.nbytes for p in model.module.parameters() if all(p is not end for end in ends)),
+            output=ends[1].nbytes,
+            end=sum(p.nbytes for p in behind),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,12 +64,13 @@ def stage_bytes(target: ModelSpec, draft: ModelSpec, weights: tuple[Weights, Wei
     scored = [draft.layers[layer] for layer in round_.scored_layers]
     scores = b * s * round_.mass_bytes * sum(layer.query_heads for layer in scored)
     lists = _list_bytes(target, listed) + _list_bytes(draft, round_.draft_listed)
+    cached = [b * x for x in _kv_bytes(draft, s, round_.draft_listed)]  # by layer
     counted = {
-        "propose": steps * (of_draft.body + b * _kv_bytes(draft, s, round_.draft_listed)) + k * of_draft.output,
+        "propose": steps * (of_draft.body + sum(cached)) + k * of_draft.output - bool(k) * (of_draft.end + cached[-1]),
         "score": b * s * sum(layer.kv_heads * layer.head_dim for layer in scored) * draft.dtype.itemsize,
         "select": scores + b * lists,
-        "verify": of_target.body + of_target.output + b * _kv_bytes(target, s, listed),
-        "accept": b * (k + 1) * target.vocabulary * LOGIT,
+        "verify": of_target.body + of_target.output + b * sum(_kv_bytes(target, s, listed)),
+        "accept": b * (k + 1) * target.vocabulary * target.dtype.itemsize,
     }
     return {stage: round(count) for stage, count in counted.items()}
 
@@ -71,14 +81,14 @@ def against_floor(count: int, ms: float, stream_gb_s: float | None) -> dict[str,
     return {"bytes": count, "ms": floor, "percent": None if floor is None or ms == 0 else 100 * floor / ms}
 
 
-def _kv_bytes(model: ModelSpec, cached: float, listed: float | None) -> float:
-    """Of the keys and values that a step reads: full layers read what is listed, or all; the others their window."""
+def _kv_bytes(model: ModelSpec, cached: float, listed: float | None) -> list[float]:
+    """By layer, of the keys and values that a step reads: full layers read what is listed, or all; the others their window."""
     full = cached if listed is None else min(cached, listed)
 
     def rows(layer: LayerShape) -> float:
         return full if layer.window is None else min(cached, layer.window - 1)
 
-    return sum(rows(layer) * 2 * layer.kv_heads * layer.head_dim for layer in model.layers) * model.dtype.itemsize
+    return [rows(layer) * 2 * layer.kv_heads * layer.head_dim * model.dtype.itemsize for layer in model.layers]
 
 
 def _list_bytes(model: ModelSpec, listed: float | None) -> float:
