@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from outrider.config import SamplingParams
+from outrider.decoding.prefill import Prefill
 from outrider.errors import EngineError, PromptError
 
 TOKENS = SamplingParams(max_new_tokens=20)
@@ -127,6 +128,34 @@ def test_cancel(mode, make_pair, make_engine, random_prompts):
     assert [results[i].token_ids for i in (0, 2, 3)] == [whole[i] for i in (0, 2, 3)]
     assert results[1].token_ids == whole[1][: len(results[1].token_ids)] and 0 < len(results[1].token_ids) < 20
     assert (results[4].token_ids, results[4].text, results[4].error) == ([], "", None)
+
+
+def test_cancel_a_prompt_half_read(make_pair, make_engine, random_prompts, monkeypatch):
+    """Its row is empty again, and the one that runs beside it does not notice."""
+    emptied = []
+    empty = Prefill.empty
+
+    def spy(prefill):
+        before = int(prefill._rows[0][1].lengths[0])
+        empty(prefill)
+        emptied.append((before, prefill.total, [int(cache.lengths[0]) for _, cache in prefill._rows]))
+
+    engine = make_engine(make_pair("llama"), batch_size=2, prefill_chunk=16)
+    prompts = random_prompts([20, 9, 200])
+    params = [SamplingParams(max_new_tokens=n) for n in (60, 2, 5)]
+    [alone] = engine.generate(prompts[:1], params[0])
+    monkeypatch.setattr(Prefill, "empty", spy)
+    stream, results, ended = engine.stream(prompts, params), {}, None
+    for number, chunk in enumerate(stream):
+        if chunk.result is not None:
+            results[chunk.index] = chunk.result
+            ended = number if chunk.index == 1 else ended
+        if ended is not None and number == ended + 3:
+            stream.cancel(2)
+    assert [results[i].finish_reason for i in range(3)] == ["length", "length", "cancelled"]
+    assert results[0].token_ids == alone.token_ids
+    before, total, after = emptied[-1]
+    assert 0 < before < total == 199 and after == [0, 0]
 
 
 def test_waiting_prompts_are_read_between_rounds(make_pair, make_engine, random_prompts, monkeypatch):

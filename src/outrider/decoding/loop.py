@@ -83,6 +83,7 @@ class Loop:
                 if not filling.finished:
                     room -= filling.step()
             except torch.OutOfMemoryError as error:
+                filling.empty()
                 self.filling = None
                 self.scheduler.drop(filling.sequence)
                 yield from self._end(filling.sequence, "error", f"no memory for its prompt: {_first_line(error)}")
@@ -181,7 +182,8 @@ class Loop:
     def _drop_cancelled(self) -> Iterator[Event]:
         scheduler = self.scheduler
         for sequence in [s for s in (*scheduler.waiting, scheduler.filling) if s is not None and s.cancelled]:
-            if sequence is scheduler.filling:
+            if self.filling is not None and sequence is scheduler.filling:
+                self.filling.empty()
                 self.filling = None
             scheduler.drop(sequence)
             yield from self._end(sequence, "cancelled")

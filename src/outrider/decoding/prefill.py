@@ -48,12 +48,16 @@ class Prefill:
         self._tokens = torch.tensor([sequence.prompt[:-1]], dtype=torch.int64)
         self._rows, self._chunk, self._read, self._progress = rows, chunk, read, progress
         self._clock = StageClock(rows[0][0].spec.device)
-        for _, cache in rows:
-            cache.truncate(0)
+        self.empty()
 
     @property
     def finished(self) -> bool:
         return self.done == self.total
+
+    def empty(self) -> None:
+        """Nothing is in the rows: rounds that take them along read nothing there."""
+        for _, cache in self._rows:
+            cache.truncate(0)
 
     def step(self) -> int:
         """The next chunk, through every model; returns its tokens."""
