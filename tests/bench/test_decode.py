@@ -89,6 +89,7 @@ def test_the_command_writes_rows_and_shows_tables(decode, tmp_path):
     assert [(line["mode"], line["drafting"]) for line in lines] == [("plain", None), ("sparse", "dense")]
     wanted = {"device", "driver", "torch", "triton", "cuda", "transformers", "commit", "ops", "date", "command", "stream_gb_s"}
     assert wanted <= lines[0]["conditions"].keys()
+    assert lines[0]["conditions"]["fused_layers"] == [0, 0], "a CPU has no kernels for them"
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     assert decode(*arguments, "--mode", "plain").code == 0
     assert (tmp_path / "benchmarks" / "results" / "decode.jsonl").exists()

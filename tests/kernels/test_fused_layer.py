@@ -47,7 +47,7 @@ def test_all_layers_are_fused_and_as_near_as_before(family, dtype, make_module, 
     exact.module.load_state_dict(module.state_dict())  # rounded weights
     plain = wrap(module, None, name="plain")
     fused = plain.fuse()
-    assert sorted(fused._fused_layers) == list(range(len(plain.spec.layers)))
+    assert sorted(fused.fused_layers) == list(range(len(plain.spec.layers)))
     tokens = torch.tensor([[5, 9, 60], [17, 2, 33]])
     results = (round_of(model, tokens) for model in (fused, plain, exact))
     for found, rounded, wanted in zip(*results, strict=True):

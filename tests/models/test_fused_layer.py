@@ -89,7 +89,7 @@ def test_layers_that_are_fused(family, make_module, fuse, tokens, launches):
     """Of phi3 and gemma3 none: projections, and norms, are others."""
     fused, plain = fuse(make_module(family))
     layers = len(plain.spec.layers) if family in FUSED else 0
-    assert sorted(fused._fused_layers) == list(range(layers))
+    assert sorted(fused.fused_layers) == list(range(layers))
     launches.clear()
     assert_same_round(fused, plain, tokens)
     linear, rotary, _, *behind = ["fused_linear", "rotary_append", "attention", *["fused_linear"] * 3]
@@ -114,7 +114,7 @@ def test_other_llamas(options, make_module, fuse, tokens):
         if name.endswith("bias"):  # made as zeros
             nn.init.normal_(weights, generator=torch.Generator().manual_seed(2))
     fused, plain = fuse(module)
-    assert len(fused._fused_layers) == 3
+    assert len(fused.fused_layers) == 3
     assert_same_round(fused, plain, tokens)
 
 
@@ -124,14 +124,14 @@ def test_norms_with_gains(make_module, fuse, tokens):
         if "norm" in name:  # made as ones
             nn.init.uniform_(weights, 0.5, 2.0, generator=torch.Generator().manual_seed(len(name)))
     fused, plain = fuse(module)
-    assert len(fused._fused_layers) == 3
+    assert len(fused.fused_layers) == 3
     assert_same_round(fused, plain, tokens)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-6), ("bfloat16", 5e-2), ("float16", 1e-2)])
 def test_other_dtypes(dtype, tolerance, make_module, fuse, tokens):
     fused, plain = fuse(make_module("qwen3", dtype=dtype))
-    assert len(fused._fused_layers) == 3
+    assert len(fused.fused_layers) == 3
     found, wanted = (round_of(model, tokens)[0] for model in (fused, plain))
     assert found.dtype == wanted.dtype == getattr(torch, dtype)
     assert (found - wanted).double().square().mean().sqrt() <= tolerance * wanted.double().std()
@@ -140,7 +140,7 @@ def test_other_dtypes(dtype, tolerance, make_module, fuse, tokens):
 def test_caches_of_8_bits(make_module, fuse, tokens):
     plain = fuse(make_module("llama"))[1].with_kv_dtype("fp8")
     fused = plain.compile()
-    assert len(fused._fused_layers) == 3
+    assert len(fused.fused_layers) == 3
     assert_same_round(fused, plain, tokens)
 
 
@@ -162,7 +162,7 @@ def test_layers_that_look_alike(config, options, layers, make_module, fuse, toke
         rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 512 / length, "original_max_position_embeddings": length}
         options = {"rope_parameters": rope | {"llama_4_scaling_beta": 0.5}}
     fused, plain = fuse(make_module(config, **options))
-    assert sorted(fused._fused_layers) == layers
+    assert sorted(fused.fused_layers) == layers
     assert_same_round(fused, plain, tokens)
 
 
@@ -173,7 +173,7 @@ def test_a_layer_with_a_forward_of_its_own(make_module, fuse, tokens):
     run = layer.forward
     layer.forward = lambda hidden, **options: run(hidden, **options) + 0.05 * hidden
     fused, plain = fuse(module)
-    assert sorted(fused._fused_layers) == [0, 2]
+    assert sorted(fused.fused_layers) == [0, 2]
     assert_same_round(fused, plain, tokens)
 
 
@@ -185,7 +185,7 @@ class Adapted(nn.Linear):
 def test_other_projections_than_plain_ones(name, make_module, fuse):
     module = make_module("llama")
     module.model.layers[1].get_submodule(name).__class__ = Adapted
-    assert sorted(fuse(module)[0]._fused_layers) == [0, 2]
+    assert sorted(fuse(module)[0].fused_layers) == [0, 2]
 
 
 def test_only_few_tokens_of_a_compiled_model(make_module, fuse, launches):
@@ -255,7 +255,7 @@ def test_layers_compiled_again(make_module, fuse, tokens, launches):
     call = plain.module.model.layers[0]._compiled_call_impl
     again = plain.compile()
     assert plain.module.model.layers[0]._compiled_call_impl is call
-    assert fused.compile()._fused_layers.keys() == again._fused_layers.keys() == {0, 1, 2}
+    assert fused.compile().fused_layers.keys() == again.fused_layers.keys() == {0, 1, 2}
     launches.clear()
     assert_same_round(again, plain, tokens)
     assert len(launches) == 15
@@ -279,7 +279,7 @@ def test_backends_without_kernels(backend, make_module, fuse, monkeypatch):
     fused, plain = fuse(make_module("llama"))
     for model in (plain.with_backend(backend).compile(), fused.with_backend(backend)):
         assert model.compiled
-        assert not model._fused_layers
+        assert not model.fused_layers
 
 
 def test_no_room_in_the_cache(make_module, fuse, tokens):
@@ -320,7 +320,7 @@ def test_greedy_text(mode, make_pair, generate, random_prompts, fuse, launches):
     prompts, params = random_prompts([30, 9]), SamplingParams(max_new_tokens=24)
     plain = generate((target, draft), prompts, params, mode=mode, backend="reference")
     pair = fuse(target.module)[0], fuse(draft.module)[0]
-    assert all(len(model._fused_layers) == 3 for model in pair)
+    assert all(len(model.fused_layers) == 3 for model in pair)
     for made, model in zip(pair, (target, draft), strict=True):
         made.spec = model.spec  # the names by which they are aligned
     launches.clear()

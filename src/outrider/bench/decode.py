@@ -120,7 +120,7 @@ def _row(work: Workload, run: Run, engine: Engine, measured: Measured, condition
         stages=stages,
         floors={stage: against_floor(counted[stage], ms, rate) for stage, ms in stages.items() if counted[stage]},
         kept=kept,
-        conditions=dict(conditions),
+        conditions={**conditions, "fused_layers": [len(model.fused_layers) for model in (engine.target, engine.draft)]},
     )
 
 

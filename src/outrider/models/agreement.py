@@ -30,7 +30,7 @@ EXACT, ROUNDED = 1e-4, 0.05  # error allowed, as a share: rounding to bfloat16, 
 
 
 @torch.inference_mode()
-def fused_layers(module: Any, caches: tuple[KVCache, KVCache], context: int, backend: str) -> dict[int, FusedLayer]:
+def find_fused_layers(module: Any, caches: tuple[KVCache, KVCache], context: int, backend: str) -> dict[int, FusedLayer]:
     """The fused form, by index, of all layers of a transformers model that have one and agree with it; routes lead to it.
 
     `caches` are two empty ones of two sequences and `CAPACITY` tokens, `context` is the number of positions the model has,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from outrider.config import BACKENDS, check
 from outrider.errors import OptionError
-from outrider.models.agreement import CACHED, CAPACITY, fused_layers
+from outrider.models.agreement import CACHED, CAPACITY, find_fused_layers
 from outrider.models.attention import ROUND, Forward
 from outrider.models.cache import KVCache, LayerShape
 from outrider.models.compilation import compile_layers, has_compiled_layers
@@ -86,7 +86,7 @@ class LanguageModel:
         # a mask of 4 dimensions is taken as it is, and our attention needs none: without it transformers would look for packed
         # sequences in the positions, a dozen launches a forward
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=spec.dtype, device=spec.device)
-        self._fused_layers: dict[int, FusedLayer] = {}  # by index; for rounds of few tokens
+        self.fused_layers: dict[int, FusedLayer] = {}  # by index; what forwards of few tokens run instead of transformers' own
         self._measured: list[CacheScales] = []  # at most one; it belongs to the weights, so all copies share it
 
     def with_backend(self, backend: str) -> LanguageModel:
@@ -96,7 +96,7 @@ class LanguageModel:
         check_backend(backend, self.spec.device)
         made = copy(self)
         made.backend = backend
-        made._fused_layers = {}  # they were made for the other backend
+        made.fused_layers = {}  # they were made for the other backend
         return made
 
     def with_kv_dtype(self, kv_dtype: str) -> LanguageModel:
@@ -133,7 +133,7 @@ class LanguageModel:
         self._scales()
         fuse_projections(self.module)
         caches = self.new_cache(len(CACHED), CAPACITY), self.new_cache(len(CACHED), CAPACITY)
-        made._fused_layers = fused_layers(self.module, caches, self.spec.context, backend)
+        made.fused_layers = find_fused_layers(self.module, caches, self.spec.context, backend)
         return made
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
@@ -187,7 +187,7 @@ class LanguageModel:
             queries=[] if record_queries else None,
             backend=self.backend,
             ends=None if logits else len(self.spec.layers) - 1,
-            fused=self._fused_layers if few else {},
+            fused=self.fused_layers if few else {},
         )
         model = self.module if logits else self.module.get_decoder()
         # a prefill is bound by arithmetic, and would be compiled for every length
