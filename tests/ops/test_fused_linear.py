@@ -29,7 +29,7 @@ def arguments(**changes):
         ({"residual": torch.zeros(3, 3)}, ValueError, r"residual: expected shape \[R, M\] with R=3, M=6"),
         ({"residual": torch.zeros(3, 6), "swiglu": True}, ValueError, "residual: expected shape"),
         ({"backend": "triton"}, ValueError, "backend: expected one of 'auto', 'reference', 'cuda', got 'triton'"),
-        ({"backend": "cuda"}, ValueError, "it takes bfloat16 or float16, got torch.float32"),
+        ({"backend": "cuda"}, ValueError, "it takes bfloat16, got torch.float32"),
     ],
 )
 def test_bad_arguments_are_named(changes, error, message):

@@ -8,9 +8,9 @@
     fused_linear     hidden states                    gated [B T, intermediate]: norm behind attention, gate, up, SwiGLU
     fused_linear     gated, hidden states             hidden states: down projection, residual
 
-Llama, Mistral, Qwen2, Qwen3 and many others have this layer. `recognise` tells by its parts which layer may be one; whether it
-is one, is measured (`agreement`). transformers' own model goes on calling its layers: a `route` in front of a layer takes the
-fused path in forwards that bring it (`Forward.fused`), and the layer's own in all others.
+Llama, Mistral, Qwen2, Qwen3 and many others have this layer; the kernels take bfloat16. `recognise` tells by its parts which
+layer may be one; whether it is one, is measured (`agreement`). transformers' own model goes on calling its layers: a `route` in
+front of a layer takes the fused path in forwards that bring it (`Forward.fused`), and the layer's own in all others.
 """
 
 from __future__ import annotations

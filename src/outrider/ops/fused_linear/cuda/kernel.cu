@@ -18,9 +18,7 @@
 #include "host.cuh"
 #include "ptx.cuh"
 
-#ifndef ELEMENT
-#define ELEMENT __nv_bfloat16
-#endif
+using Element = __nv_bfloat16;  // x times gain, before the norm's factor, would leave the range of float16
 
 constexpr int ROWS = 8;              // of x
 constexpr int OUTPUTS = 16;          // rows of weights in a tile
@@ -31,9 +29,9 @@ constexpr int WARPS_AT_ONCE = 16;    // on a multiprocessor
 constexpr int MAX_DYNAMIC = 200 << 10;  // bytes of shared memory for rows of x
 
 struct Arguments {
-  const ELEMENT *x, *weight;              // [R, K], [N, K]; rows of 16-byte pieces
-  const ELEMENT *bias, *norm, *residual;  // [N], [K], [R, M], or null
-  ELEMENT* output;                        // [R, M] contiguous; M = N, N / 2 with swiglu
+  const Element *x, *weight;              // [R, K], [N, K]; rows of 16-byte pieces
+  const Element *bias, *norm, *residual;  // [N], [K], [R, M], or null
+  Element* output;                        // [R, M] contiguous; M = N, N / 2 with swiglu
   long long x_stride, weight_stride, residual_stride;  // elements between rows
   int R, K, M, swiglu;
   float eps;
@@ -43,11 +41,6 @@ struct Group {  // of weights: this lane's pieces of two rows of the tile, eight
   uint4 low[STEPS], high[STEPS];
 };
 
-__device__ __forceinline__ float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float as_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ void put(__nv_bfloat16* p, float x) { *p = __float2bfloat16_rn(x); }
-__device__ __forceinline__ void put(__half* p, float x) { *p = __float2half_rn(x); }
-
 // Elements from one row of x to the next in shared memory: no two lanes that read at once meet in a bank.
 __host__ __device__ __forceinline__ int x_stride(int K) { return (K + 63) / 64 * 64 + 32; }
 
@@ -56,14 +49,14 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS_AT_ONCE / WARPS) fused_linea
   constexpr int THREADS = 32 * WARPS;
   extern __shared__ __align__(128) char dynamic[];
   __shared__ float sums[2][WARPS][OUTPUTS][ROWS], squares[WARPS][ROWS];
-  ELEMENT* rows = (ELEMENT*)dynamic;
+  Element* rows = (Element*)dynamic;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int tile_outputs = a.swiglu ? OUTPUTS / 2 : OUTPUTS, tiles = (a.M + tile_outputs - 1) / tile_outputs;
   const int groups = (a.K + GROUP - 1) / GROUP, piece = lane % 4 * 8, row = lane / 4;
 
   // The tile and group that are loaded next; behind the last tile nothing is.
   int tile_ahead = blockIdx.x, group_ahead = warp;
-  const ELEMENT *low_ahead, *high_ahead;  // rows of weights
+  const Element *low_ahead, *high_ahead;  // rows of weights
   auto enter_tile = [&]() {
     if (tile_ahead >= tiles) return;
     const int low = min(tile_ahead * tile_outputs + row, a.M - 1), high = a.swiglu ? low + a.M : min(low + 8, a.M - 1);
@@ -105,13 +98,13 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS_AT_ONCE / WARPS) fused_linea
 #pragma unroll
         for (int i = 0; i < ROWS / 2; i++) {
           if (first + i >= a.R) break;
-          const ELEMENT *elements = (ELEMENT*)&x[i], *gains = (ELEMENT*)&gain;
+          const Element *elements = (Element*)&x[i], *gains = (Element*)&gain;
           uint32_t scaled[4];
 #pragma unroll
           for (int j = 0; j < 4; j++) {
-            const float even = as_float(elements[2 * j]), odd = as_float(elements[2 * j + 1]);
+            const float even = __bfloat162float(elements[2 * j]), odd = __bfloat162float(elements[2 * j + 1]);
             square[first + i] += even * even + odd * odd;
-            scaled[j] = ptx::pack<ELEMENT>(even * as_float(gains[2 * j]), odd * as_float(gains[2 * j + 1]));
+            scaled[j] = ptx::pack<Element>(even * __bfloat162float(gains[2 * j]), odd * __bfloat162float(gains[2 * j + 1]));
           }
           *(uint4*)(rows + (first + i) * x_stride(a.K) + k) = make_uint4(scaled[0], scaled[1], scaled[2], scaled[3]);
         }
@@ -143,8 +136,8 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS_AT_ONCE / WARPS) fused_linea
     for (int step = 0; step < STEPS; step++) {
       const uint4 &low = weights.low[step], &high = weights.high[step];
       const uint32_t left[2][4] = {{low.x, high.x, low.y, high.y}, {low.z, high.z, low.w, high.w}};
-      ptx::multiply_add<ELEMENT>(product, left[0], x[step].x, x[step].y);
-      ptx::multiply_add<ELEMENT>(product, left[1], x[step].z, x[step].w);
+      ptx::multiply_add<Element>(product, left[0], x[step].x, x[step].y);
+      ptx::multiply_add<Element>(product, left[1], x[step].z, x[step].w);
     }
   };
   auto finish = [&](int tile, int turn) {  // adds up what the warps have, and starts anew
@@ -168,12 +161,12 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS_AT_ONCE / WARPS) fused_linea
       float all = 0;
 #pragma unroll
       for (int w = 0; w < WARPS; w++) all += shares[w][place][r];
-      return a.bias ? all * scale + as_float(a.bias[of_bias]) : all * scale;
+      return a.bias ? all * scale + __bfloat162float(a.bias[of_bias]) : all * scale;
     };
     float y = sum(output, column);
     if (a.swiglu) y = y / (1 + __expf(-y)) * sum(output + 8, column + a.M);
-    if (a.residual) y += as_float(__ldcg(a.residual + r * a.residual_stride + column));
-    put(a.output + (long long)r * a.M + column, y);
+    if (a.residual) y += __bfloat162float(__ldcg(a.residual + r * a.residual_stride + column));
+    a.output[(long long)r * a.M + column] = __float2bfloat16_rn(y);
   };
 
   int tile = blockIdx.x, group = warp, turn = 0;
