@@ -331,7 +331,7 @@ def of_key(key: int) -> float:
 
 
 @settings(
-    max_examples=300 if GPU else 25,
+    max_examples=300 if GPU else 15,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
