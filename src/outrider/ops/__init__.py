@@ -3,6 +3,7 @@
 from outrider.ops.attention_mass import attention_mass
 from outrider.ops.fused_linear import fused_linear
 from outrider.ops.kv_append import kv_append
+from outrider.ops.quantized_keys import quantize_keys, quantized_mass
 from outrider.ops.rotary_append import rotary_append
 from outrider.ops.sparse_attention import sparse_attention
 from outrider.ops.token_select import TokenLists, token_select, union_lists
@@ -14,6 +15,8 @@ __all__ = [
     "attention_mass",
     "fused_linear",
     "kv_append",
+    "quantize_keys",
+    "quantized_mass",
     "rotary_append",
     "sparse_attention",
     "token_select",
