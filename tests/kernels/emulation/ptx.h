@@ -82,12 +82,12 @@ inline void movmatrix_sync_aligned_m8n8_trans_b16(uint32_t& result, uint32_t x) 
   });
 }
 
-// c[16 x 8] += a[16 x 16] b[16 x 8], laid out as the PTX manual says for m16n8k16.
+// d[16 x 8] = a[16 x 16] b[16 x 8] + c[16 x 8], laid out as the PTX manual says for m16n8k16.
 inline float element(uint16_t bits, __nv_bfloat16) { return __bfloat162float({bits}); }
 inline float element(uint16_t bits, __half) { return __half2float({bits}); }
 template <class Element>
-void multiply_add(float& c0, float& c1, float& c2, float& c3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                  uint32_t b1) {
+void multiply_add(float& d0, float& d1, float& d2, float& d3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                  uint32_t b1, float c0, float c1, float c2, float c3) {
   struct Operand { uint32_t a[4], b[2]; float c[4]; };
   struct Sums { float c[4]; };
   const Operand own = {{a0, a1, a2, a3}, {b0, b1}, {c0, c1, c2, c3}};
@@ -107,18 +107,17 @@ void multiply_add(float& c0, float& c1, float& c2, float& c3, uint32_t a0, uint3
         results[lane]->c[i] = sum;
       }
   });
-  c0 = sums.c[0], c1 = sums.c[1], c2 = sums.c[2], c3 = sums.c[3];
+  d0 = sums.c[0], d1 = sums.c[1], d2 = sums.c[2], d3 = sums.c[3];
 }
-// The result, a, b, and what is added: the registers of the result.
-inline void mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(float& c0, float& c1, float& c2, float& c3, uint32_t a0, uint32_t a1,
-                                                                uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, float, float, float,
-                                                                float) {
-  multiply_add<__nv_bfloat16>(c0, c1, c2, c3, a0, a1, a2, a3, b0, b1);
+inline void mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(float& d0, float& d1, float& d2, float& d3, uint32_t a0, uint32_t a1,
+                                                                uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, float c0, float c1,
+                                                                float c2, float c3) {
+  multiply_add<__nv_bfloat16>(d0, d1, d2, d3, a0, a1, a2, a3, b0, b1, c0, c1, c2, c3);
 }
-inline void mma_sync_aligned_m16n8k16_row_col_f32_f16_f16_f32(float& c0, float& c1, float& c2, float& c3, uint32_t a0, uint32_t a1,
-                                                              uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, float, float, float,
-                                                              float) {
-  multiply_add<__half>(c0, c1, c2, c3, a0, a1, a2, a3, b0, b1);
+inline void mma_sync_aligned_m16n8k16_row_col_f32_f16_f16_f32(float& d0, float& d1, float& d2, float& d3, uint32_t a0, uint32_t a1,
+                                                              uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, float c0, float c1,
+                                                              float c2, float c3) {
+  multiply_add<__half>(d0, d1, d2, d3, a0, a1, a2, a3, b0, b1, c0, c1, c2, c3);
 }
 
 inline void cvt_rn_bf16x2_f32(uint32_t& result, float high, float low) {
@@ -137,6 +136,19 @@ inline uint8_t e4m3(float x) {
   return sign | (((exponent + 5) << 3) + (int)std::nearbyint(std::ldexp(size, 4 - exponent)));
 }
 inline void cvt_rn_satfinite_e4m3x2_f32(uint16_t& result, float high, float low) { result = e4m3(high) << 8 | e4m3(low); }
+inline float e4m3_value(uint8_t bits) {
+  const int exponent = bits >> 3 & 15, fraction = bits & 7;
+  const float size = (bits & 127) == 127 ? NAN : std::ldexp(float(exponent ? fraction + 8 : fraction), max(exponent, 1) - 10);
+  return bits & 128 ? -size : size;
+}
+inline void cvt_rn_f16x2_e4m3x2(uint32_t& result, uint16_t pair) {
+  result = (uint32_t)__float2half_rn(e4m3_value(pair >> 8)).bits << 16 | __float2half_rn(e4m3_value(pair & 255)).bits;
+}
+inline void cvt_f32_f16(float& result, uint16_t bits) { result = __half2float({bits}); }
+inline void mul_rn_f16x2(uint32_t& result, uint32_t x, uint32_t y) {
+  auto product = [](uint16_t x, uint16_t y) { return (uint32_t)__float2half_rn(__half2float({x}) * __half2float({y})).bits; };
+  result = product(x >> 16, y >> 16) << 16 | product(x & 0xffff, y & 0xffff);
+}
 inline void max_bf16x2(uint32_t& result, uint32_t x, uint32_t y) {
   const auto larger = [=](int shift) { return __float_as_uint(std::fmax(__uint_as_float(x >> shift << 16), __uint_as_float(y >> shift << 16))) >> 16; };
   result = larger(16) << 16 | larger(0);

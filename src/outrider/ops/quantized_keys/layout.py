@@ -33,8 +33,8 @@ def encode(keys: Tensor, bits: int) -> Tensor:
     low = keys.amin(-2, keepdim=True)
     step = ((keys.amax(-2, keepdim=True) - low) / (2**bits - 1)).clamp(max=LARGEST_STEP).half()
     low = low.clamp(-65504, 65504).half()
-    codes = ((keys - low.float()) / step.float()).round().clamp(0, 2**bits - 1)
-    codes = torch.where(step > 0, codes, 0).long()
+    inverse = torch.where(step > 0, 1 / step.float(), 0)
+    codes = ((keys - low.float()) * inverse).round().clamp(0, 2**bits - 1).long()
     return torch.cat([_pack(codes, bits), torch.cat([low, step], -1).squeeze(-2).view(torch.int32)], -1)
 
 
