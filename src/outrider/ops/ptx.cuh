@@ -114,6 +114,13 @@ __device__ __forceinline__ uint32_t multiply_halves(uint32_t x, uint32_t y) {
   return r;
 }
 
+// x y + z of two float16 each.
+__device__ __forceinline__ uint32_t multiply_add_halves(uint32_t x, uint32_t y, uint32_t z) {
+  uint32_t r;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(y), "r"(z));
+  return r;
+}
+
 // The larger of 0 and each of two bf16; 0 for NaN.
 __device__ __forceinline__ uint32_t not_negative(uint32_t pair) {
   uint32_t r;

@@ -145,10 +145,13 @@ inline void cvt_rn_f16x2_e4m3x2(uint32_t& result, uint16_t pair) {
   result = (uint32_t)__float2half_rn(e4m3_value(pair >> 8)).bits << 16 | __float2half_rn(e4m3_value(pair & 255)).bits;
 }
 inline void cvt_f32_f16(float& result, uint16_t bits) { result = __half2float({bits}); }
-inline void mul_rn_f16x2(uint32_t& result, uint32_t x, uint32_t y) {
-  auto product = [](uint16_t x, uint16_t y) { return (uint32_t)__float2half_rn(__half2float({x}) * __half2float({y})).bits; };
-  result = product(x >> 16, y >> 16) << 16 | product(x & 0xffff, y & 0xffff);
+inline void fma_rn_f16x2(uint32_t& result, uint32_t x, uint32_t y, uint32_t z) {
+  auto each = [](uint16_t x, uint16_t y, uint16_t z) {
+    return (uint32_t)__float2half_rn(__half2float({x}) * __half2float({y}) + __half2float({z})).bits;
+  };
+  result = each(x >> 16, y >> 16, z >> 16) << 16 | each(x & 0xffff, y & 0xffff, z & 0xffff);
 }
+inline void mul_rn_f16x2(uint32_t& result, uint32_t x, uint32_t y) { fma_rn_f16x2(result, x, y, 0); }
 inline void max_bf16x2(uint32_t& result, uint32_t x, uint32_t y) {
   const auto larger = [=](int shift) { return __float_as_uint(std::fmax(__uint_as_float(x >> shift << 16), __uint_as_float(y >> shift << 16))) >> 16; };
   result = larger(16) << 16 | larger(0);

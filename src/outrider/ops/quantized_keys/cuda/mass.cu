@@ -14,6 +14,9 @@
 //
 //     logit = alpha (sum_d q_d low_d + sum_d (q_d step_d) c_d)        q scaled to at most 1 by a power of two, which is in alpha
 //
+// A thread adds up q_d low_d over its own dims; a product with a constant matrix adds up the threads' sums, and leaves each where
+// it is the start of others.
+//
 // The columns of a product are the queries (t, g), spread so that a thread has all those of one head, or as many as it can.
 // Built for one HEAD_DIM, number of BITS, QUERIES (T), GROUP of query heads per KV head, ELEMENT of queries and keys, or FLOAT8
 // keys, for the mean over the queries or PER_QUERY, masses in bf16 or WIDE ones in fp32.
@@ -43,14 +46,11 @@ constexpr int SHARING = PADDED < 4 ? 4 / PADDED : 1;         // quarters of a wa
 constexpr int HEADS = PADDED < 4 ? 1 : PADDED / 4;           // of a thread
 constexpr int STEPS_OF_HEAD = (T + SHARING - 1) / SHARING;   // a thread's queries of a head
 constexpr int OWN = HEADS * STEPS_OF_HEAD, EIGHTS = (OWN + 1) / 2, COLUMNS = 8 * EIGHTS;  // a thread's queries; of a product
-#ifndef WARPS_N
-#define WARPS_N (4 * STEPS * EIGHTS <= 56 ? 16 : 8)
-#endif
-constexpr int WARPS = WARPS_N, THREADS = 32 * WARPS;  // fewer where a thread needs many registers
-constexpr int VECTORS = RECORD / 4, STAGES = 16 * WARPS * VECTORS * 4 <= 200 << 10 ? 4 : 2;  // of 16 bytes; records in a queue
+constexpr int WARPS = STEPS * EIGHTS <= 12 ? 16 : STEPS * EIGHTS <= 20 ? 12 : 8, THREADS = 32 * WARPS;  // by the registers of a thread
+constexpr int VECTORS = RECORD / 4, FITTING = (210 << 10) / (16 * WARPS * VECTORS), STAGES = FITTING < 4 ? FITTING : 4;  // of 16 bytes; records in a queue
 constexpr int SHIFT = 19;                                    // steps up to 2^10, times 2^(24 - SHIFT), are float16
 constexpr float RANGE = 80, LARGEST = 0x1p80f;               // sums stay within 2^-RANGE .. 2^RANGE
-constexpr int ATTEMPTS = 16;
+constexpr int ATTEMPTS = 16, PAST = -1;
 constexpr float LOG2_E = 1.4426950408889634f;
 
 struct Layer {
@@ -146,35 +146,31 @@ struct Queries {
 };
 
 // Products of a unit's 64 tokens with the queries, 16 tokens at a time: body(i, products, visible) has those of tokens
-// 8 eighth + 2 i and the one behind it: products[k / 2][2 r + k % 2], of token r and query k, 2^SHIFT times too small.
+// 8 eighth + 2 i and the one behind it; visible(r, k) tells whether query k, or PAST, the end of the past, sees token r. products[k / 2][2 r + k % 2] are of
+// token r and query k, 2^SHIFT times too small.
 template <typename Body>
 __device__ __forceinline__ void coded_products(const uint4* record, const Queries& q, int lane, Body body) {
-  const uint32_t* ranges = (const uint32_t*)record + CODES + lane % 4 * (D / 8);
-  uint32_t scaled[STEPS][2][EIGHTS];
-  float base[EIGHTS][4] = {};
+  const uint4* ranges = (const uint4*)((const uint32_t*)record + CODES + lane % 4 * (D / 8));
+  uint32_t scaled[STEPS][2][EIGHTS], partial[2][EIGHTS] = {};
 #pragma unroll
   for (int s = 0; s < STEPS; s += 2) {
-    const uint4 low = *(const uint4*)(ranges + 2 * s), step = *(const uint4*)(ranges + D / 2 + 2 * s);
-    const uint32_t lows[4] = {low.x, low.y, low.z, low.w}, steps[4] = {step.x, step.y, step.z, step.w};
+    const uint4 low = ranges[s / 2], step = ranges[D / 8 + s / 2];
+    const uint32_t lows[2][2] = {{low.x, low.y}, {low.z, low.w}}, steps[2][2] = {{step.x, step.y}, {step.z, step.w}};
 #pragma unroll
-    for (int n = 0; n < 2; n++) {
-      const uint32_t left[4] = {lows[2 * n], lows[2 * n], lows[2 * n + 1], lows[2 * n + 1]};
+    for (int n = 0; n < 2; n++)
 #pragma unroll
-      for (int j = 0; j < EIGHTS; j++) ptx::multiply_add<__half>(base[j], left, q.halves[s + n][0][j], q.halves[s + n][1][j]);
+      for (int h = 0; h < 2; h++)
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const int bit = (2 * (s + n) + h) % PLACES * BITS % 8;
-        const uint32_t power = (39 - SHIFT - bit) << 10;  // 2^(24 - SHIFT - bit)
-        const uint32_t step_h = ptx::multiply_halves(steps[2 * n + h], power | power << 16);
-#pragma unroll
-        for (int j = 0; j < EIGHTS; j++) scaled[s + n][h][j] = ptx::multiply_halves(q.halves[s + n][h][j], step_h);
-      }
-    }
+        for (int j = 0; j < EIGHTS; j++) {
+          scaled[s + n][h][j] = ptx::multiply_halves(q.halves[s + n][h][j], steps[n][h]);
+          partial[h][j] = ptx::multiply_add_halves(q.halves[s + n][h][j], lows[n][h], partial[h][j]);
+        }
   }
+  constexpr uint32_t UNIT = 1 << (24 - SHIFT), UNITS = UNIT | UNIT << 16;  // 2^-SHIFT as a float16
+  const uint32_t left[4] = {UNITS, UNITS, UNITS, UNITS};
+  float base[EIGHTS][4] = {};
 #pragma unroll
-  for (int j = 0; j < EIGHTS; j++)
-#pragma unroll
-    for (int n = 0; n < 4; n++) base[j][n] *= 1.0f / (1 << SHIFT);
+  for (int j = 0; j < EIGHTS; j++) ptx::multiply_add<__half>(base[j], left, partial[0][j], partial[1][j]);
   const uint4* codes = record + lane;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
@@ -235,84 +231,77 @@ __device__ __forceinline__ void exact_products(const Arguments& a, const Place& 
     for (int j = 0; j < EIGHTS; j++)
 #pragma unroll
       for (int n = 0; n < 4; n++) products[j][n] *= q.key_scale * (1.0f / (1 << SHIFT));  // as those of codes
-    body(i, products, [&](int r, int k) { return first + r <= at.length + step_of(quarter, k); });
+    body(i, products, [&](int r, int k) { return first + r <= (k == PAST ? at.length - 1 : at.length + step_of(quarter, k)); });
   }
 }
 
-// Warps of the chip, each with its share of the units in a queue of records.
+// A warp of the chip and its share of the units.
 struct Share {
   const Arguments& a;
-  uint4* queue;
-  int lane, warp, size, count;  // lane of the warp, warp of the chip; units of a share, of this one
-  Place here, ahead;
-  const uint32_t* source;  // record of `ahead`
-  int copied = 0, taken = 0;
+  uint4* queue;    // of records on their way
+  uint64_t* arrived;
+  unsigned taken = 0;  // records from the queue
+  int lane, warp;  // of the warp, of the chip
+  int size, left;  // units of every share; that this one still has
+  Place here;
 
   __device__ __forceinline__ Share(const Arguments& arguments, uint4* shared) : a(arguments), lane(threadIdx.x % 32) {
     queue = shared + threadIdx.x / 32 * STAGES * VECTORS;
+    arrived = (uint64_t*)(shared + WARPS * STAGES * VECTORS) + threadIdx.x / 32 * STAGES;
+    if (lane == 0) {
+      for (int s = 0; s < STAGES; s++) ptx::barrier_init(arrived + s, 1);
+      ptx::fence_barrier_init();
+    }
+    __syncwarp();
     warp = blockIdx.x * WARPS + threadIdx.x / 32;
     int total = 0;
-    Place place;
-    for (int b = 0; b < a.B; b++) place.enter(a, b), total += place.units * a.count * a.heads;
+    for (int b = 0; b < a.B; b++) here.enter(a, b), total += here.units * a.count * a.heads;
     const int warps = gridDim.x * WARPS;
     size = (total + warps - 1) / warps;
-    count = min(size, total - warp * size);
-    if (count <= 0) return;
-    here.find(a, warp * size);
-    ahead = here;
-    source = record_of(ahead);
-#pragma unroll 1
-    for (int s = 0; s < STAGES - 1; s++) copy();
+    left = min(size, total - warp * size);
+    if (left > 0) here.find(a, warp * size);
   }
-  __device__ __forceinline__ const uint32_t* record_of(const Place& at) const {
-    return a.records + at.layer * a.record_stride[0] + at.b * a.record_stride[1] + at.head * a.record_stride[2] + at.unit * a.record_stride[3];
-  }
-  __device__ __forceinline__ void copy() {
-    if (copied < count) {
-      if (ahead.unit < ahead.coded) {
-        const uint32_t to = ptx::shared_address(queue + copied % STAGES * VECTORS);
-#pragma unroll
-        for (int v = 0; v < VECTORS; v += 32)
-          if (v + 32 <= VECTORS || v + lane < VECTORS) ptx::copy16(to + 16 * (v + lane), (const uint4*)source + v + lane);
-      }
-      source += a.record_stride[3];
-      if (++ahead.unit == ahead.units) {
-        ahead.next_item(a);
-        source = record_of(ahead);
-      }
-    }
-    copied++;
-    ptx::commit();
-  }
-  // The record of the next unit, while others are on their way.
-  __device__ __forceinline__ const uint4* take() {
-    ptx::wait_group<STAGES - 2>();
-    __syncwarp();  // all lanes' parts are there, and the record before is no longer needed
-    copy();
-    return queue + taken++ % STAGES * VECTORS;
-  }
-  // For each item: begin(), then body(products) for its units in this share, where products(visit) goes through the tokens, and
-  // end().
+
+  // For each item begin(), then for its units in this share body(visit) with visit(each) = coded_products or exact_products, then
+  // end(), which tells whether that was it; else the item comes once more.
   template <typename Begin, typename Body, typename End>
   __device__ __forceinline__ void for_each_item(Queries& q, Begin begin, Body body, End end) {
 #pragma unroll 1
-    while (taken < count) {
+    while (left > 0) {
+      const int first = here.unit, stop = min(here.units, first + left);
       q.load(a, here, lane);
       begin();
-      const int stop = min(here.units, here.unit + count - taken), coded = min(here.coded, stop);
+      do {
+        here.unit = first;
+        coded(min(here.coded, stop), q, body);
 #pragma unroll 1
-      for (; here.unit < coded; here.unit++) {
-        const uint4* record = take();
-        body([&](auto visit) { coded_products(record, q, lane, visit); });
-      }
-#pragma unroll 1
-      for (; here.unit < stop; here.unit++) {
-        take();
-        body([&](auto visit) { exact_products(a, here, q, lane, visit); });
-      }
-      end();
-      if (here.unit == here.units) here.next_item(a);
+        for (; here.unit < stop; here.unit++) body([&](auto each) { exact_products(a, here, q, lane, each); });
+      } while (!end());
+      left -= stop - first;
+      if (stop == here.units) here.next_item(a);
     }
+  }
+  template <typename Body>
+  __device__ __forceinline__ void coded(int stop, const Queries& q, Body body) {
+    const uint32_t* source = a.records + here.layer * a.record_stride[0] + here.b * a.record_stride[1] + here.head * a.record_stride[2] + here.unit * a.record_stride[3];
+    int ahead = stop - here.unit;  // records that no copy was begun of
+    auto copy = [&](unsigned to) {
+      if (lane == 0 && ahead > 0) ptx::copy_bulk(queue + to * VECTORS, source, 4 * RECORD, arrived + to);
+      source += a.record_stride[3];
+      ahead--;
+    };
+#pragma unroll
+    for (unsigned s = 0; s < STAGES - 1; s++) copy((taken + s) % STAGES);
+#pragma unroll 1
+    for (; here.unit < stop; here.unit++) {
+      const unsigned place = taken % STAGES;
+      ptx::barrier_wait(arrived + place, taken / STAGES % 2);
+      __syncwarp();  // nobody needs the record before any longer
+      copy((taken + STAGES - 1) % STAGES);
+      taken++;
+      body([&](auto each) { coded_products(queue + place * VECTORS, q, lane, each); });
+    }
+    __syncwarp();
   }
 };
 
@@ -324,48 +313,39 @@ __global__ void __launch_bounds__(THREADS, 1) sum_powers(const __grid_constant__
   Share share(a, queues);
   Queries q;
   float2 sums[2 * EIGHTS];  // (reference, sum) of the thread's queries over its tokens
+  int attempts;
   auto begin = [&] {
+    attempts = 0;
 #pragma unroll
     for (int k = 0; k < 2 * EIGHTS; k++) sums[k] = make_float2(0, 0);
   };
-  auto add = [&](auto products) {
-#pragma unroll 1
-    for (int attempt = 0; attempt < ATTEMPTS; attempt++) {
-      float total[2 * EIGHTS];
+  auto add = [&](auto visit) {
+    visit([&](int, const float(&product)[EIGHTS][4], auto visible) {
 #pragma unroll
-      for (int k = 0; k < 2 * EIGHTS; k++) total[k] = sums[k].y;
-      products([&](int, const float(&product)[EIGHTS][4], auto visible) {
+      for (int k = 0; k < 2 * EIGHTS; k++)
 #pragma unroll
-        for (int k = 0; k < 2 * EIGHTS; k++)
-#pragma unroll
-          for (int r = 0; r < 2; r++)
-            total[k] += visible(r, k) ? ptx::exp2(fmaf(product[k / 2][2 * r + k % 2], q.alpha[k], -sums[k].x)) : 0;
-      });
-      float most = total[0], least = total[0];
-#pragma unroll
-      for (int k = 1; k < 2 * EIGHTS; k++) most = fmaxf(most, total[k]), least = fminf(least, total[k]);
-      if (__any_sync(~0u, most > LARGEST || least < 1 / LARGEST)) {  // rare: once more, from references nearer to the logits
-#pragma unroll
-        for (int k = 0; k < 2 * EIGHTS; k++) {
-          if (total[k] > LARGEST) sums[k].x += RANGE, sums[k].y *= 1 / LARGEST;
-          if (total[k] < 1 / LARGEST) sums[k].x -= RANGE, sums[k].y *= LARGEST;
-        }
-        if (attempt + 1 < ATTEMPTS) continue;
-      }
-#pragma unroll
-      for (int k = 0; k < 2 * EIGHTS; k++) sums[k].y = total[k];
-      break;
-    }
+        for (int r = 0; r < 2; r++)
+          sums[k].y += visible(r, k) ? ptx::exp2(fmaf(product[k / 2][2 * r + k % 2], q.alpha[k], -sums[k].x)) : 0;
+    });
   };
   auto end = [&] {
     const int part = share.here.item(a) + share.warp;
+    float2 all[2 * EIGHTS];
+    bool far = false;  // from the reference are the logits: next time from a nearer one
 #pragma unroll
     for (int k = 0; k < 2 * EIGHTS; k++) {
+      all[k] = sums[k];
 #pragma unroll
-      for (int lanes = 4; lanes < 32; lanes *= 2)
-        sums[k] = merge(sums[k], make_float2(__shfl_xor_sync(~0u, sums[k].x, lanes), __shfl_xor_sync(~0u, sums[k].y, lanes)));
-      if (share.lane < 4) a.sums[(long long)part * COLUMNS + column_of(share.lane, k)] = sums[k];
+      for (int lanes = 4; lanes < 32; lanes *= 2) all[k].y += __shfl_xor_sync(~0u, all[k].y, lanes);
+      const int move = all[k].y > LARGEST ? 1 : all[k].y < 1 / LARGEST ? -1 : 0;
+      sums[k] = make_float2(sums[k].x + move * RANGE, 0);
+      far |= move != 0;
     }
+    if (__any_sync(~0u, far) && attempts++ < ATTEMPTS) return false;
+#pragma unroll
+    for (int k = 0; k < 2 * EIGHTS; k++)
+      if (share.lane < 4) a.sums[(long long)part * COLUMNS + column_of(share.lane, k)] = all[k];
+    return true;
   };
   share.for_each_item(q, begin, add, end);
 }
@@ -392,7 +372,7 @@ __device__ __forceinline__ void clear_rest(const Arguments& a) {
 __device__ __forceinline__ void load_sums(float (&logs)[2 * EIGHTS], const Share& share) {
   const Arguments& a = share.a;
   const int item = share.here.item(a), eighth = share.lane / 4, quarter = share.lane % 4;
-  const int start = share.warp * share.size + share.taken - share.here.unit, end = start + share.here.units;  // units before it
+  const int start = (share.warp + 1) * share.size - share.left - share.here.unit, end = start + share.here.units;  // units before it
   float2 sums[2 * EIGHTS];
 #pragma unroll
   for (int k = 0; k < 2 * EIGHTS; k++) sums[k] = make_float2(-1e30f, 0);
@@ -427,10 +407,10 @@ __global__ void __launch_bounds__(THREADS, 1) write_masses(const __grid_constant
       rows[m] = a.masses + here.b * a.mass_stride[0] + (APART ? step_of(quarter, m) * a.mass_stride[1] : 0) + row * a.mass_stride[2] + 8 * eighth;
     }
   };
-  auto write = [&](auto products) {
-    const int first = here.unit * BLOCK + 8 * eighth, past = here.length - first;
+  auto write = [&](auto visit) {
+    const int first = here.unit * BLOCK + 8 * eighth;
     uint32_t words[ROWS][4 * VECTORS_OF_ROW];
-    products([&](int i, const float(&product)[EIGHTS][4], auto) {
+    visit([&](int i, const float(&product)[EIGHTS][4], auto visible) {
       float mass[ROWS][2] = {};
 #pragma unroll
       for (int k = 0; k < OWN; k++)
@@ -443,7 +423,7 @@ __global__ void __launch_bounds__(THREADS, 1) write_masses(const __grid_constant
           if (!APART)
 #pragma unroll
             for (int lanes = PADDED; lanes < 4; lanes *= 2) mass[m][r] += __shfl_xor_sync(~0u, mass[m][r], lanes);
-          if (2 * i + r >= past) mass[m][r] = 0;
+          if (!visible(r, PAST)) mass[m][r] = 0;
         }
         if (std::is_same<Mass, float>::value)
           words[m][2 * i] = __float_as_uint(mass[m][0]), words[m][2 * i + 1] = __float_as_uint(mass[m][1]);
@@ -459,14 +439,14 @@ __global__ void __launch_bounds__(THREADS, 1) write_masses(const __grid_constant
         for (int v = 0; v < VECTORS_OF_ROW; v++)
           ((uint4*)(rows[m] + here.unit * BLOCK))[v] = make_uint4(words[m][4 * v], words[m][4 * v + 1], words[m][4 * v + 2], words[m][4 * v + 3]);
   };
-  share.for_each_item(q, begin, write, [] {});
+  share.for_each_item(q, begin, write, [] { return true; });
 }
 
 extern "C" int columns() { return COLUMNS; }
 extern "C" int warps() { return WARPS; }
 
 extern "C" int launch(const Arguments* a, int multiprocessors, void* stream) {
-  const int bytes = WARPS * STAGES * VECTORS * 16;
+  const int bytes = WARPS * STAGES * (VECTORS * 16 + 8);
   for (auto kernel : {sum_powers, write_masses}) {
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return (int)error;

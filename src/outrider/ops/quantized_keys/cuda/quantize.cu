@@ -61,7 +61,8 @@ __device__ void encode(const void* keys, long long at, long long stride, float s
         high[i] = fmaxf(high[i], __shfl_xor_sync(~0u, high[i], lanes));
       }
     auto limited = [](float x) { return fminf(fmaxf(x, -LARGEST_HALF), LARGEST_HALF); };
-    auto step_of = [&](int i) { return fminf(__fdiv_rn(high[i] - low[i], (float)((1 << BITS) - 1)), LARGEST_STEP); };
+    auto factor = [&](int i) { return (float)(1 << 7) / (1 << (chunk * CHUNK / 2 + i / 2) * BITS % 8) / 4; };  // 2^(5 - bit)
+    auto step_of = [&](int i) { return fminf(__fdiv_rn(high[i] - low[i], (float)((1 << BITS) - 1)), LARGEST_STEP) * factor(i); };
 #pragma unroll
     for (int i = 0; i < CHUNK; i += 2) {
       lows[i / 2] = ptx::pack<__half>(limited(low[i]), limited(low[i + 1]));
@@ -70,7 +71,7 @@ __device__ void encode(const void* keys, long long at, long long stride, float s
 #pragma unroll
     for (int i = 0; i < CHUNK; i++) {
       const float from = ptx::half_to_float(lows[i / 2] >> 16 * (i % 2)), step = ptx::half_to_float(steps[i / 2] >> 16 * (i % 2));
-      const float inverse = step > 0 ? __frcp_rn(step) : 0;
+      const float inverse = step > 0 ? __fdiv_rn(factor(i), step) : 0;
       const int pair = chunk * CHUNK / 2 + i / 2, place = pair % PLACES, word = pair / PLACES;
 #pragma unroll
       for (int n = 0; n < 8; n++) {
