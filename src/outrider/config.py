@@ -29,7 +29,7 @@ def check(option_name: str, value: object, ok: bool, allowed: str) -> None:
 
 def score_bits(score_keys: str) -> int | None:
     """Bits of a code of the keys that are scored; None where they are exact. Raises OptionError for an unknown choice."""
-    check("score-keys", score_keys, score_keys in SCORE_KEYS, ", ".join(SCORE_KEYS))
+    check("score-keys", score_keys, score_keys in tuple(SCORE_KEYS), ", ".join(SCORE_KEYS))
     return SCORE_KEYS[score_keys]
 
 

@@ -72,7 +72,7 @@ def coded_bytes(layers: Iterable[LayerShape], bits: int) -> int:
 def check_codes(draft: LanguageModel, layers: tuple[int, ...], bits: int, t: int) -> None:
     """Raise OptionError unless scoring can read keys of these layers as codes of so many bits, in rounds of `t` tokens."""
     asked = next(name for name, own in SCORE_KEYS.items() if own == bits)
-    shapes = {replace(draft.spec.layers[layer], scale=1.0) for layer in layers}
+    shapes = {replace(draft.spec.layers[layer], scale=1.0, window=None) for layer in layers}
     if len(shapes) != 1:
         raise OptionError("score-keys", asked, "exact for a draft whose scored layers have not one shape")
     head_dim = shapes.pop().head_dim
