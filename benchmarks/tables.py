@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kernels.rows import best_peer
+from outrider.bench.results import drafting_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -145,7 +146,7 @@ def decode_table(name: str) -> str:
         beside = [by_key.get((row["case"], *peer)) for peer in peers]
         ratios = ["" if other is None else f"{speed / other['tokens_per_second']:.2f}x" for other in beside]
         emitted = f"{row['acceptance']['tokens_per_round']:.2f}" if row["drafting"] else ""
-        rows.append([row["case"], row["engine"], row["mode"], row["drafting"] or "", f"{speed:.0f}", *ratios, emitted])
+        rows.append([row["case"], row["engine"], row["mode"], drafting_of(row), f"{speed:.0f}", *ratios, emitted])
     header = [
         "case",
         "engine",
@@ -166,7 +167,7 @@ def decode_stages_table(name: str) -> str:
     for row in lines_if_any("decode"):
         if row["engine"] == "outrider" and row["mode"] == "sparse":
             cells = [f"{row['stages'][s]:.2f} ({row['floors'][s]['percent']:.0f}%)" for s in STAGES[:4]]
-            rows.append([row["case"], row["drafting"], *cells, f"{row['stages']['accept']:.2f}", f"{row['round_ms']:.2f}"])
+            rows.append([row["case"], drafting_of(row), *cells, f"{row['stages']['accept']:.2f}", f"{row['round_ms']:.2f}"])
     return markdown(["case", "drafting", *STAGES, "round"], rows) if rows else NOT_MEASURED
 
 

@@ -95,6 +95,22 @@ def test_the_command_writes_rows_and_shows_tables(decode, tmp_path):
     assert (tmp_path / "benchmarks" / "results" / "decode.jsonl").exists()
 
 
+def test_rows_of_few_bits_are_rows_of_their_own(decode, tmp_path):
+    real = ["--target", "builtin", "--device", "cpu", "--prompt-file", BOOK, "--context", 1100, "--rounds", 2]
+    outcome = decode(*real, "--mode", "sparse", "--drafting", "sparse", "--score-keys", "exact", "--score-keys", "4bit")
+    assert outcome.code == 0, outcome.err
+    exact, few = (json.loads(line) for line in (tmp_path / "decode.jsonl").read_text().splitlines())
+    assert (exact["scoring"], few["scoring"]) == ("exact", "4bit") == tuple(x["conditions"]["score_keys"] for x in (exact, few))
+    share = few["floors"]["score"]["bytes"] / exact["floors"]["score"]["bytes"]
+    assert share == pytest.approx(4.5 / 32, rel=0.01), "bits of a number; how many tokens are cached differs by a few"
+    assert outcome.out.count("sparse, 4bit keys") >= 2
+
+
+def test_the_tiny_case_cannot_be_coded(decode):
+    arguments = ["--case", "tiny", "--device", "cpu", "--mode", "sparse", "--score-keys", "4bit"]
+    assert "score-keys: got '4bit'; allowed: exact for a draft with head dim 16" in decode(*arguments).err
+
+
 def test_real_models_bring_their_own_acceptance(decode, tmp_path):
     real = ["--target", "builtin", "--device", "cpu", "--prompt-file", BOOK]
     outcome = decode(*real, "--context", 1100, "--batch", 2, "--rounds", 2, "--mode", "sparse", "--drafting", "dense")

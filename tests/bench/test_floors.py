@@ -47,6 +47,17 @@ def test_sparse_verification():
     assert counted["verify"] == 1070 + 3 * (100 * 2 + 8) * TARGET_ROW
 
 
+@pytest.mark.parametrize("bits, words", [(4, 9), (2, 5)])
+def test_scored_keys_in_few_bits(bits, words):
+    """A block of 64 tokens has so many words for each dim of a KV head: codes, and the range."""
+    exact = Round(batch=3, cached=1024.0, draft_tokens=4, kept=0.1, scored_layers=(0, 1))
+    few = Round(batch=3, cached=1024.0, draft_tokens=4, kept=0.1, scored_layers=(0, 1), score_bits=bits)
+    draft = spec(None, None, query_heads=4, kv_heads=2, head_dim=64)
+    counted = [stage_bytes(TARGET, draft, WEIGHTS, round_) for round_ in (exact, few)]
+    assert counted[1]["score"] == 2 * 3 * (1024 // 64) * 2 * 64 * words * 4
+    assert counted[0] | {"score": 0} == counted[1] | {"score": 0}
+
+
 def test_sparse_drafting():
     round_ = Round(batch=1, cached=1000.0, draft_tokens=4, draft_listed=50.0, scored_layers=(0, 1), mass_bytes=4)
     counted = stage_bytes(TARGET, DRAFT, WEIGHTS, round_)

@@ -55,9 +55,23 @@ def test_peers_come_first_and_run_what_they_can(options):
     runs = options(engine=("outrider", "transformers", "outrider"), mode=("sparse", "plain"), drafting=("dense",)).runs
     assert runs == (
         Run(engine="transformers", mode="plain", drafting=None),
-        Run(engine="outrider", mode="sparse", drafting="dense"),
+        Run(engine="outrider", mode="sparse", drafting="dense", scoring="exact"),
         Run(engine="outrider", mode="plain", drafting=None),
     )
+
+
+def test_what_is_scored_runs_with_every_choice_of_keys(options):
+    runs = options(mode=("plain", "dense", "sparse"), score_keys=("exact", "2bit")).runs
+    assert [(run.mode, run.drafting, run.scoring) for run in runs] == [
+        ("plain", None, None),
+        ("dense", "dense", None),
+        ("dense", "sparse", "exact"),
+        ("dense", "sparse", "2bit"),
+        ("sparse", "dense", "exact"),
+        ("sparse", "dense", "2bit"),
+        ("sparse", "sparse", "exact"),
+        ("sparse", "sparse", "2bit"),
+    ]
 
 
 def test_vllm_runs_plain_and_dense(vllm):
@@ -75,6 +89,7 @@ REAL = {"case": (), "target": "builtin", "prompt_file": "book.txt", "context": 5
         ({"engine": ("sglang",)}, "engine: got 'sglang'; allowed: outrider, vllm, transformers"),
         ({"mode": ("exact",)}, "mode: got 'exact'; allowed: plain, dense, sparse"),
         ({"drafting": ("none",)}, "drafting: got 'none'; allowed: dense, sparse"),
+        ({"score_keys": ("8bit",)}, "score-keys: got '8bit'; allowed: exact, 4bit, 2bit"),
         ({"engine": ("transformers",), "mode": ("dense",)}, "mode: got 'dense'; allowed: plain for engine transformers"),
         ({"keep": 0.0}, "keep: got 0.0; allowed: a number in (0, 1]"),
         ({"draft_tokens": 0}, "draft-tokens: got 0; allowed: a whole number >= 1"),

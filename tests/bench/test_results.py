@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from outrider.bench.results import Row, replace_rows
+from outrider.bench.results import Row, drafting_of, replace_rows
 
 
 def row(case="a", engine="outrider", mode="sparse", drafting="dense", rate=1.0) -> dict:
@@ -29,6 +29,24 @@ def test_rows_replace_those_about_the_same(tmp_path):
         ("a", "outrider", "sparse", "dense", "fp8", 1.0),
     ]
     assert [file.name for file in tmp_path.iterdir()] == ["decode.jsonl"]
+
+
+def test_rows_scored_otherwise_stand_beside_each_other(tmp_path):
+    """Older lines do not say what scoring read: exact keys, where it took place."""
+    path = tmp_path / "decode.jsonl"
+    old = [row(), row(mode="plain", drafting=None), row(mode="dense", drafting="dense")]
+    path.write_text("".join(json.dumps({k: v for k, v in one.items() if k != "scoring"}) + "\n" for one in old))
+    replace_rows(path, [row(rate=2.0) | {"scoring": "4bit"}, row(mode="plain", drafting=None, rate=3.0)])
+    replace_rows(path, [row(rate=4.0) | {"scoring": "exact"}, row(rate=5.0) | {"scoring": "2bit"}])
+    replace_rows(path, [row(rate=6.0) | {"scoring": "4bit"}])
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(x["mode"], drafting_of(x), x["tokens_per_second"]) for x in lines] == [
+        ("sparse", "dense", 4.0),
+        ("plain", "", 3.0),
+        ("dense", "dense", 1.0),
+        ("sparse", "dense, 4bit keys", 6.0),
+        ("sparse", "dense, 2bit keys", 5.0),
+    ]
 
 
 def test_a_file_that_cannot_be_read_is_left_alone(tmp_path):

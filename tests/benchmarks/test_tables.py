@@ -55,6 +55,19 @@ def test_the_table_of_one_op_has_a_column_for_every_peer(results):
     assert tables.kernels_table("kernels-token_select") == tables.NOT_MEASURED
 
 
+def test_rows_scored_from_few_bits_are_rows_of_their_own(results):
+    floors = {stage: {"percent": 50.0} for stage in ("propose", "score", "select", "verify")}
+    line = {
+        "case": "a", "engine": "outrider", "mode": "sparse", "drafting": "sparse", "tokens_per_second": 10.0, "round_ms": 5.0,
+        "acceptance": {"tokens_per_round": 3.0}, "floors": floors, "stages": dict.fromkeys((*floors, "accept"), 1.0),
+    }  # fmt: skip
+    found = [line, line | {"scoring": "exact", "case": "b"}, line | {"scoring": "4bit"}]
+    (results / "decode.jsonl").write_text("".join(json.dumps(one) + "\n" for one in found))
+    for table, place in ((tables.decode_table, 4), (tables.decode_stages_table, 2)):
+        cells = [row.split(" | ")[place - 1] for row in table("decode").splitlines()[2:]]
+        assert cells == ["sparse", "sparse", "sparse, 4bit keys"]
+
+
 def test_the_table_of_the_test_matrix(results):
     line = {"op": "token_select", "backend": "cuda", "passed": 812, "failed": 0, "skipped": 3, "margin": 0.512}
     (results / "kernel-matrix.jsonl").write_text(json.dumps(line | {"conditions": {"device": "NVIDIA H200"}}) + "\n")

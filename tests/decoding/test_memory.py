@@ -44,6 +44,17 @@ def test_a_row_holds_caches_masses_and_lists():
     assert SPARSE.bytes == 1_536_000 + 256_000 + 64_000 + 2_400
 
 
+def test_a_row_holds_keys_in_few_bits():
+    coded = replace(SPARSE, code_bytes=18)
+    assert (coded.coded_bytes, coded.bytes) == (18_000, SPARSE.bytes + 18_000)
+    most = tokens_that_fit(coded, 1_000_000)
+    assert rows_that_fit(replace(coded, capacity=most), 1_000_000) == 1
+    assert rows_that_fit(replace(coded, capacity=most + 1), 1_000_000) == 0
+    said = r"draft 0\.3\), 0\.2 GB of keys in few bits and 0\.1 GB of scores and lists; allowed: at most"
+    with pytest.raises(PromptError, match=said):
+        plan_rows(replace(coded, capacity=1_000_000, code_bytes=200), 8, 10**9, prompt=3, tokens=999_990)
+
+
 def test_a_token_is_what_a_cache_allocates(make_model):
     """The count against the tensors themselves, windows and 8 bits included."""
     for kv_dtype in ("auto", "fp8"):

@@ -91,6 +91,29 @@ def test_lists_that_begin_mid_text_find_the_draft_cache_whole(pair, alignments):
         torch.testing.assert_close(late.caches[1].keys(layer, 120), whole.caches[1].keys(layer, 120), rtol=1e-4, atol=1e-4)
 
 
+def test_few_bits_are_scored_behind_a_prefix(builtin_pair, builtin_alignment, book):
+    """Records begin where sparse rounds do, and follow them; they are another case's no more."""
+    case = Case(method="outrider", budget=Budget(keep=0.1, sinks=4, recent=16, min_context=265))
+    options = {"context": 330, "scored_tokens": 70, "prefill_chunk": 256}
+    text, rows = Text(name="book", text=book[9000:12000]), {}
+    for keys in ("exact", "4bit"):
+        rows[keys], again = perplexity.evaluate(
+            builtin_pair, builtin_alignment, [text], [case, case], score_keys=keys, **options
+        )
+        assert again.ppl == rows[keys].ppl and again.conditions["score_keys"] == keys
+    assert rows["4bit"].kv_read_fraction < rows["exact"].kv_read_fraction
+    assert rows["4bit"].ppl == pytest.approx(rows["exact"].ppl, rel=0.05) and rows["4bit"].ppl != rows["exact"].ppl
+
+
+def test_few_bits_need_heads_that_fit(pair, alignments):
+    options = {"context": 300, "cases": [Case(method="outrider")], "score_keys": "4bit"}
+    for evaluate, own in ((perplexity.evaluate, {"scored_tokens": 40}), (facts_task.evaluate, {})):
+        with pytest.raises(OptionError, match="score-keys: got '4bit'; allowed: exact for a draft with head dim 8"):
+            evaluate(pair, alignments, [TEXT], **options, **own)
+        with pytest.raises(OptionError, match="score-keys: got '8bit'; allowed: exact, 4bit, 2bit"):
+            evaluate(pair, alignments, [TEXT], **(options | {"score_keys": "8bit"}), **own)
+
+
 def test_selector_of_an_unknown_method_names_the_known(pair, alignments):
     with pytest.raises(OptionError, match=r"method: got 'quest'; allowed: dense, outrider, sts, specattn"):
         make_selector(Case(method="quest"), pair, alignments, None, 4)

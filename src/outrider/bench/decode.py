@@ -54,6 +54,7 @@ def measure(work: Workload, run: Run, options: DecodeOptions, conditions: Mappin
         drafting=run.drafting or "dense",
         keep=options.keep,
         draft_tokens=options.draft_tokens,
+        score_keys=run.scoring or "exact",
         batch_size=work.batch,
     )
     alignment = work.alignment if run.mode == "sparse" else None
@@ -111,6 +112,7 @@ def _row(work: Workload, run: Run, engine: Engine, measured: Measured, condition
         engine=run.engine,
         mode=run.mode,
         drafting=run.drafting,
+        scoring=run.scoring,
         context=work.context,
         batch=work.batch,
         tokens_per_second=measured.tokens / measured.wall,
@@ -120,7 +122,11 @@ def _row(work: Workload, run: Run, engine: Engine, measured: Measured, condition
         stages=stages,
         floors={stage: against_floor(counted[stage], ms, rate) for stage, ms in stages.items() if counted[stage]},
         kept=kept,
-        conditions={**conditions, "fused_layers": [len(model.fused_layers) for model in (engine.target, engine.draft)]},
+        conditions={
+            **conditions,
+            "score_keys": engine.config.score_keys,
+            "fused_layers": [len(model.fused_layers) for model in (engine.target, engine.draft)],
+        },
     )
 
 
@@ -138,6 +144,7 @@ def _reads(engine: Engine, batch: int, cached: float, kept: float) -> Round:
         kept=kept if config.mode == "sparse" else None,
         draft_listed=max(config.draft_keep * cached, lists.sinks + lists.recent) if config.drafts_sparsely else None,
         scored_layers=engine.guidance.layers if engine.guidance is not None else (),
+        score_bits=engine.guidance.bits if engine.guidance is not None else None,
         mass_bytes=2 if half else 4,
     )
 

@@ -2,7 +2,7 @@
 
     propose   K + 1 steps: the draft's weights (the output layer K times) and its keys and values, all or the kept share; the
               last step is for keys, values and queries, and ends where the last layer has them
-    score     the keys of the scored draft layers, once
+    score     the keys of the scored draft layers, once; those in few bits as if none were exact (the newest 64 to 127 are)
     select    the scores, once, and the lists that are written
     verify    the target's weights, its output layer, and keys and values: the listed ones, or all
     accept    the logits, once
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from outrider.models import LanguageModel, LayerShape, ModelSpec
 from outrider.models.compilation import decoder_layers
+from outrider.models.quantized_keys import coded_bytes
 
 INDEX = 4  # bytes of a listed position (int32)
 UP_TO_CACHE = ("input_layernorm", "q_proj", "k_proj", "v_proj", "qkv_proj", "q_norm", "k_norm")  # of a layer: before attention
@@ -51,6 +52,7 @@ class Round:
     kept: float | None = None  # share of the cached tokens in the target's lists; None: it has none and reads all
     draft_listed: float | None = None  # tokens in the draft's lists; None: it has none and reads all
     scored_layers: tuple[int, ...] = ()  # of the draft
+    score_bits: int | None = None  # of their keys; None: the cache's own
     mass_bytes: int = 2  # of one score
 
 
@@ -61,13 +63,12 @@ def stage_bytes(target: ModelSpec, draft: ModelSpec, weights: tuple[Weights, Wei
     steps = k + 1 if k else 0
     of_target, of_draft = weights
     listed = None if round_.kept is None else s * round_.kept
-    scored = [draft.layers[layer] for layer in round_.scored_layers]
-    scores = b * s * round_.mass_bytes * sum(layer.query_heads for layer in scored)
+    scores = b * s * round_.mass_bytes * sum(draft.layers[layer].query_heads for layer in round_.scored_layers)
     lists = _list_bytes(target, listed) + _list_bytes(draft, round_.draft_listed)
     cached = [b * x for x in _kv_bytes(draft, s, round_.draft_listed)]  # by layer
     counted = {
         "propose": steps * (of_draft.body + sum(cached)) + k * of_draft.output - bool(k) * (of_draft.end + cached[-1]),
-        "score": b * s * sum(layer.kv_heads * layer.head_dim for layer in scored) * draft.dtype.itemsize,
+        "score": b * s * _key_bytes(draft, round_),
         "select": scores + b * lists,
         "verify": of_target.body + of_target.output + b * sum(_kv_bytes(target, s, listed)),
         "accept": b * (k + 1) * target.vocabulary * target.dtype.itemsize,
@@ -89,6 +90,14 @@ def _kv_bytes(model: ModelSpec, cached: float, listed: float | None) -> list[flo
         return full if layer.window is None else min(cached, layer.window - 1)
 
     return [rows(layer) * 2 * layer.kv_heads * layer.head_dim * model.dtype.itemsize for layer in model.layers]
+
+
+def _key_bytes(draft: ModelSpec, round_: Round) -> int:
+    """Of a token's keys in the layers that are scored."""
+    scored = [draft.layers[layer] for layer in round_.scored_layers]
+    if round_.score_bits is not None:
+        return coded_bytes(scored, round_.score_bits)
+    return sum(layer.kv_heads * layer.head_dim for layer in scored) * draft.dtype.itemsize
 
 
 def _list_bytes(model: ModelSpec, listed: float | None) -> float:

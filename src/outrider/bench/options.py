@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from outrider.bench.cases import CASES, DEFAULT_CASES, TINY_CASE, Case
-from outrider.config import Budget, check, option
+from outrider.config import SCORE_KEYS, Budget, check, option
 from outrider.errors import OptionError
 
 OURS, VLLM, TRANSFORMERS = "outrider", "vllm", "transformers"
@@ -19,6 +19,11 @@ DEFAULT_RATES = (0.9, 0.8, 0.7, 0.6)  # of 4 drafted tokens
 WITH_TARGET = ("draft", "alignment", "prompt_file", "context", "batch")  # options that real models need and cases do not take
 
 
+def is_scored(engine: str, mode: str, drafting: str | None) -> bool:
+    """Someone reads lists, so the draft's keys are scored."""
+    return engine == OURS and "sparse" in (mode, drafting)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """One engine in one mode."""
@@ -26,6 +31,7 @@ class Run:
     engine: str
     mode: str
     drafting: str | None  # None where there is no draft
+    scoring: str | None = None  # of SCORE_KEYS; None where nothing is scored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +42,9 @@ class DecodeOptions:
     engine: tuple[str, ...] = option((OURS,), ", ".join(MODES_OF))
     mode: tuple[str, ...] = option(MODES_OF[OURS], "plain (the target alone), dense or sparse verification")
     drafting: tuple[str, ...] = option(DRAFTING, "what the draft reads: dense (all) or sparse (the kept share)")
+    score_keys: tuple[str, ...] = option(
+        ("exact",), "what scoring reads of the draft's keys: exact (all), 4bit or 2bit (a copy in few bits)"
+    )
     keep: float = option(0.1, "share of the cached tokens that each list keeps, in (0, 1]")
     draft_tokens: int = option(4, "tokens the draft proposes each round (K)")
     acceptance: str | None = option(
@@ -82,18 +91,26 @@ class DecodeOptions:
     @property
     def runs(self) -> tuple[Run, ...]:
         """What every case is measured with: peers first, since they need the device's memory to themselves."""
-        found = []
+        found: list[Run] = []
         for engine in sorted(self.engine, key=lambda name: name == OURS):
             for mode in (mode for mode in self.mode if mode in MODES_OF[engine]):
                 draftings = (None,) if mode == "plain" else self.drafting if engine == OURS else ("dense",)
-                found += [Run(engine=engine, mode=mode, drafting=drafting) for drafting in draftings]
+                for drafting in draftings:
+                    scorings = self.score_keys if is_scored(engine, mode, drafting) else (None,)
+                    found += [Run(engine=engine, mode=mode, drafting=drafting, scoring=scoring) for scoring in scorings]
         return tuple(found)
 
     def _check_choices(self) -> None:
-        choices: dict[str, Iterable[str]] = {"case": CASES, "engine": MODES_OF, "mode": MODES_OF[OURS], "drafting": DRAFTING}
+        choices: dict[str, Iterable[str]] = {
+            "case": CASES,
+            "engine": MODES_OF,
+            "mode": MODES_OF[OURS],
+            "drafting": DRAFTING,
+            "score_keys": SCORE_KEYS,
+        }
         for name, allowed in choices.items():
             for value in getattr(self, name):
-                check(name, value, value in allowed, ", ".join(allowed))
+                check(name.replace("_", "-"), value, value in allowed, ", ".join(allowed))
         check("device", self.device, self.device in DEVICES, ", ".join(DEVICES))
         for engine in self.engine:
             modes = MODES_OF[engine]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-KEY = ("case", "engine", "mode", "drafting", "kv_dtype")
+from outrider.bench.options import is_scored
+
+KEY = ("case", "engine", "mode", "drafting", "scoring", "kv_dtype")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +23,7 @@ class Row:
     engine: str
     mode: str
     drafting: str | None  # what the draft reads; None where there is no draft
+    scoring: str | None = None  # what scoring reads of its keys: exact, 4bit or 2bit; None where nothing is scored
     context: int  # tokens of a prompt
     batch: int
     tokens_per_second: float | None = None  # of all sequences together
@@ -40,14 +43,29 @@ class Row:
 
 def replace_rows(path: Path, rows: Iterable[dict[str, Any]], key: tuple[str, ...] = KEY) -> None:
     """Write rows in place of the lines with the same `key`, or behind all others; the file changes in one step."""
-    new = {tuple(row.get(name) for name in key): json.dumps(row) for row in rows}
+    new = {_about(row, key): json.dumps(row) for row in rows}
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         old = json.loads(line)
-        kept.append(new.pop(tuple(old.get(name) for name in key), line))
+        kept.append(new.pop(_about(old, key), line))
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:
         temporary.write_text("".join(line + "\n" for line in [*kept, *new.values()]), encoding="utf-8")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def scoring_of(row: Mapping[str, Any]) -> str | None:
+    """Field `scoring` of a row. Older lines lack it: where they were scored, it was with exact keys."""
+    return row.get("scoring") or ("exact" if is_scored(row["engine"], row["mode"], row["drafting"]) else None)
+
+
+def drafting_of(row: Mapping[str, Any]) -> str:
+    """What the draft of a row reads, for a cell: "sparse, 4bit keys" where its scoring reads these; empty without a draft."""
+    scoring = scoring_of(row)
+    return (row["drafting"] or "") + (f", {scoring} keys" if scoring not in (None, "exact") else "")
+
+
+def _about(row: Mapping[str, Any], key: tuple[str, ...]) -> tuple[Any, ...]:
+    return tuple(scoring_of(row) if name == "scoring" else row.get(name) for name in key)

@@ -88,6 +88,7 @@ def _row(work: Workload, run: Run, options: DecodeOptions, known: dict[str, Any]
             engine=run.engine,
             mode=run.mode,
             drafting=run.drafting,
+            scoring=run.scoring,
             context=work.context,
             batch=work.batch,
             error=f"{type(error).__name__}: {error}",

@@ -42,7 +42,7 @@ MODELS = Flags(source=ModelOptions, panel="Models")
 ENGINE = Flags(
     source=EngineConfig,
     panel="Models",
-    only=("draft_tokens", "prefill_chunk", "kv_dtype", "backend"),
+    only=("draft_tokens", "prefill_chunk", "kv_dtype", "score_keys", "backend"),
     short={"draft_tokens": "-K"},
 )
 

@@ -105,7 +105,7 @@ def _conditions(engine: Outrider) -> dict[str, str | int]:
     """What the figures depend on: models, versions, device, command."""
     from outrider.eval.rows import conditions
 
-    made = conditions((engine.target, engine.draft), engine.config.draft_tokens, engine.map_name)
+    made = conditions((engine.target, engine.draft), engine.config.draft_tokens, engine.map_name, engine.config.score_keys)
     return made | {"command": shlex.join(["outrider", *sys.argv[1:]])}
 
 

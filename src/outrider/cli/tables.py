@@ -10,6 +10,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from outrider.bench.results import drafting_of
+
 if TYPE_CHECKING:
     from outrider.bench.results import Row as BenchRow
     from outrider.decoding.statistics import Statistics
@@ -73,7 +75,7 @@ def decode_table(rows: Sequence[BenchRow]) -> Table:
     columns: list[tuple[str, Callable[[BenchRow], str]]] = [
         ("engine", lambda r: r.engine),
         ("mode", lambda r: r.mode),
-        ("drafting", lambda r: r.drafting or NONE),
+        ("drafting", _drafting),
         ("tokens/s", lambda r: _number(r.tokens_per_second, ".1f")),
         ("vs plain vLLM", lambda r: _ratio(r.tokens_per_second, by_run.get(("vllm", "plain", None)))),
         ("vs its dense", lambda r: _ratio(r.tokens_per_second, by_run.get((r.engine, "dense", "dense")))),
@@ -90,12 +92,16 @@ def decode_table(rows: Sequence[BenchRow]) -> Table:
 def stage_table(rows: Sequence[BenchRow]) -> Table:
     """The stages of every row that has them: time, bytes that must be read, and how near the time comes to reading them."""
     cells = [
-        [row.mode, row.drafting or NONE, stage, f"{ms:.3f}", *_floor(row.floors.get(stage, {}))]
+        [row.mode, _drafting(row), stage, f"{ms:.3f}", *_floor(row.floors.get(stage, {}))]
         for row in rows
         for stage, ms in row.stages.items()
     ]
     headers = ["mode", "drafting", "stage", "ms a round", "GB", "floor, ms", "of floor"]
     return _table(f"{rows[0].case}: stages", headers, cells, names=3)
+
+
+def _drafting(row: BenchRow) -> str:
+    return drafting_of(row.as_dict()) or NONE
 
 
 def _floor(floor: Mapping[str, float | None]) -> list[str]:

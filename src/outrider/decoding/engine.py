@@ -18,6 +18,7 @@ from outrider.errors import EngineError
 from outrider.models import LanguageModel
 from outrider.models.attention import ROUND
 from outrider.models.cache import aligned
+from outrider.models.quantized_keys import QuantizedKeys, coded_bytes
 from outrider.types import Alignment
 
 
@@ -93,25 +94,28 @@ class Engine:
         if runner is not None and runner.slots >= slots and runner.capacity >= capacity:
             return runner
         del runner  # its memory is needed
-        drafts, guidance = self.config.mode != "plain", self.guidance
+        drafts, guidance, draft = self.config.mode != "plain", self.guidance, self.draft.spec
+        bits, layers = (None, ()) if guidance is None else (guidance.bits, guidance.layers)
         demand = RowDemand(
             target=self.target.spec,
-            draft=self.draft.spec if drafts else None,
+            draft=draft if drafts else None,
             capacity=capacity,
-            score_rows=0 if guidance is None else guidance.score_rows(self.draft.spec, k + 1),
-            score_bytes=mass_dtype(self.draft.spec).itemsize,
+            score_rows=0 if guidance is None else guidance.score_rows(draft, k + 1),
+            score_bytes=mass_dtype(draft).itemsize,
             list_entries=0 if guidance is None else guidance.entries(capacity),
+            code_bytes=0 if bits is None else coded_bytes((draft.layers[layer] for layer in layers), bits),
         )
         longest = lengths.index(max(lengths))
         slots = plan_rows(demand, slots, free_bytes(self.target.spec.device), prompt=longest, tokens=lengths[longest])
         lists = None
         if self.config.drafts_sparsely:
-            lists = DraftLists(self.draft.spec, self.config.draft_budget, slots, capacity, k)
+            lists = DraftLists(draft, self.config.draft_budget, slots, capacity, k)
         return Runner(
             self.target,
             self.draft if drafts else None,
             guidance,
             lists,
+            None if bits is None else QuantizedKeys(self.draft, layers, bits, slots, capacity),
             self.judge,
             draft_tokens=k,
             slots=slots,

@@ -35,8 +35,8 @@ class Loop:
         self.engine, self.runner, self.config, self.progress = engine, runner, engine.config, progress
         self.scheduler = Scheduler(sequences, runner.slots)
         self.filling: Prefill | None = None
-        layers = engine.guidance.layers if engine.guidance is not None else ()
-        self.reads = ReadCounter(engine.target.spec, engine.draft.spec, layers, runner.k + 1)
+        layers, bits = (engine.guidance.layers, engine.guidance.bits) if engine.guidance is not None else ((), None)
+        self.reads = ReadCounter(engine.target.spec, engine.draft.spec, layers, runner.k + 1, bits)
 
     def events(self) -> Iterator[Event]:
         """Rounds until all sequences have ended. On a GPU the next round begins before the last one's tokens are read."""

@@ -3,6 +3,7 @@
     row = keys and values of target and draft, for every token of its capacity
         + masses of the draft's attention, twice: a round first runs as it is, then as a graph, in memory of its own
         + token lists
+        + the draft's keys in few bits, where scoring reads these
 
 Weights are loaded by then. What else comes and goes (activations, a prefill's masks, graphs) has a reserve.
 """
@@ -35,6 +36,7 @@ class RowDemand:
     score_rows: int = 0  # R: scored draft layers x draft query heads, times T where queries are kept apart; 0 without scoring
     score_bytes: int = 0  # of one mass: 2 in bf16, 4 in fp32
     list_entries: int = 0  # Lt x Hs x M
+    code_bytes: int = 0  # of one token's keys in few bits, in all scored layers
 
     @property
     def target_bytes(self) -> int:
@@ -52,8 +54,13 @@ class RowDemand:
         return 2 * self.capacity * self.score_rows * self.score_bytes + self.list_entries * INDEX_BYTES
 
     @property
+    def coded_bytes(self) -> int:
+        """Bytes of keys in few bits."""
+        return self.capacity * self.code_bytes
+
+    @property
     def bytes(self) -> int:
-        return self.target_bytes + self.draft_bytes + self.guidance_bytes
+        return self.target_bytes + self.draft_bytes + self.guidance_bytes + self.coded_bytes
 
 
 def token_bytes(model: ModelSpec) -> int:
@@ -82,13 +89,15 @@ def plan_rows(demand: RowDemand, wanted: int, free: int | None, *, prompt: int, 
     rows = wanted if free is None else rows_that_fit(demand, free)
     if free is None or rows >= wanted:
         return wanted
-    target, draft, guidance = (n / GB for n in (demand.target_bytes, demand.draft_bytes, demand.guidance_bytes))
+    held = demand.target_bytes, demand.draft_bytes, demand.guidance_bytes, demand.coded_bytes
+    target, draft, guidance, coded = (n / GB for n in held)
     if rows == 0:
         most = max(0, tokens_that_fit(demand, free) - (demand.capacity - tokens))
+        codes = f", {coded:.1f} GB of keys in few bits" if coded else ""
         raise PromptError(
             f"prompt {prompt}: {tokens:,} tokens need {target + draft:.1f} GB of keys and values (target {target:.1f}, draft "
-            f"{draft:.1f}) and {guidance:.1f} GB of scores and lists; allowed: at most {most:,} tokens in the {free / GB:.1f} "
-            "GB that are free"
+            f"{draft:.1f}){codes} and {guidance:.1f} GB of scores and lists; allowed: at most {most:,} tokens in the "
+            f"{free / GB:.1f} GB that are free"
         )
     warnings.warn(
         f"batch-size: {wanted} rows of {tokens:,} tokens need {wanted * demand.bytes / GB:.1f} GB, but {free / GB:.1f} GB are "

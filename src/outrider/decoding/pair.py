@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from outrider.config import Budget, EngineConfig
+from outrider.config import Budget, EngineConfig, score_bits
 from outrider.decoding.scoring import score
 from outrider.errors import AlignmentError, OptionError
 from outrider.guidance.alignment import AlignmentFile, ModelIdentity, load
@@ -16,6 +16,7 @@ from outrider.guidance.selectors import build_selector
 from outrider.guidance.selectors.base import Selector
 from outrider.models import LanguageModel, ModelSpec, check_pair, load_model
 from outrider.models.cache import aligned
+from outrider.models.quantized_keys import QuantizedKeys, check_codes
 from outrider.ops.backends import BackendError
 from outrider.types import Alignment
 
@@ -57,6 +58,7 @@ class Guidance:
 
     target: Selector | None  # lists for verification; None: dense
     draft: Selector | None  # lists for the next round's drafting; None: dense
+    bits: int | None = None  # of the keys that are scored; None: the cache's own
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -100,19 +102,27 @@ def make_guidance(
         heads = draft.spec.full_shape.query_heads
         own = torch.cartesian_prod(torch.arange(len(draft.spec.layers)), torch.arange(heads)).view(-1, heads, 1, 2)
         drafting = _build_selector("outrider", draft, draft, Alignment(sources=own), config.draft_budget, scored)
-    rehearse(target, draft, choosing, config.draft_tokens + 1, drafting)
-    return Guidance(target=choosing, draft=drafting) if choosing or drafting else None
+    bits = score_bits(config.score_keys)
+    rehearse(target, draft, choosing, config.draft_tokens + 1, drafting, bits)
+    return Guidance(target=choosing, draft=drafting, bits=bits) if choosing or drafting else None
 
 
 def make_selector(
-    target: LanguageModel, draft: LanguageModel, method: str, alignment: Alignment, budget: Budget, draft_tokens: int
+    target: LanguageModel,
+    draft: LanguageModel,
+    method: str,
+    alignment: Alignment,
+    budget: Budget,
+    draft_tokens: int,
+    bits: int | None = None,
 ) -> Selector:
     """The selector of `method` for this pair's shapes, on its device, under the target's backend.
 
-    Raises OptionError for an unknown method and for a backend that cannot run rounds of `draft_tokens`, PairError for a misfit.
+    Raises OptionError for an unknown method, and for a backend or `bits` of scored keys (None: the cache's own) that cannot run
+    rounds of `draft_tokens`, PairError for a misfit.
     """
     selector = _build_selector(method, target, draft, alignment, budget, ())
-    rehearse(target, draft, selector, draft_tokens + 1)
+    rehearse(target, draft, selector, draft_tokens + 1, bits=bits)
     return selector
 
 
@@ -137,13 +147,22 @@ def _build_selector(
 
 
 def rehearse(
-    target: LanguageModel, draft: LanguageModel, selector: Selector | None, t: int, drafting: Selector | None = None
+    target: LanguageModel,
+    draft: LanguageModel,
+    selector: Selector | None,
+    t: int,
+    drafting: Selector | None = None,
+    bits: int | None = None,
 ) -> None:
     """Run a round of `t` tokens over nothing, so that a backend that cannot run this pair says so before any work.
 
-    `selector` chooses for the target, `drafting` for the draft. Raises OptionError. Backends that find an implementation for
-    everything need no rehearsal.
+    `selector` chooses for the target, `drafting` for the draft, from keys in `bits`. Raises OptionError, for such keys under
+    any backend. Backends that find an implementation for everything need no rehearsal.
     """
+    choosers = [chooser for chooser in (drafting, selector) if chooser is not None]
+    if bits is not None:
+        for chooser in choosers:
+            check_codes(draft, chooser.draft_layers, bits, t)
     if target.backend in ("auto", "reference"):
         return
     tokens = torch.zeros(1, t, dtype=torch.int64)
@@ -153,10 +172,12 @@ def rehearse(
     selection = None
     try:
         draft.forward(tokens[:, :1], caches[1], logits=False)
-        for chooser in filter(None, (drafting, selector)):
+        for chooser in choosers:
             queries = draft.forward(tokens, caches[1], record_queries=True, logits=False).queries
             layers, per_query = chooser.draft_layers, chooser.per_query
-            selection = chooser.select(score(draft, caches[1], queries, caches[1].lengths, layers, per_query=per_query))
+            quantized = None if bits is None else QuantizedKeys(draft, layers, bits, 1, caches[1].capacity)
+            given = draft, caches[1], queries, caches[1].lengths, layers
+            selection = chooser.select(score(*given, per_query=per_query, quantized=quantized))
             if chooser is drafting:
                 draft.forward(tokens[:, :1], caches[1], selection=selection, logits=False)
                 selection = None

@@ -16,6 +16,7 @@ from outrider.decoding.scoring import score
 from outrider.decoding.sequence import Sequence
 from outrider.decoding.statistics import StageClock
 from outrider.models import KVCache, LanguageModel
+from outrider.models.quantized_keys import QuantizedKeys
 from outrider.types import DraftScores, DraftTrace, Selection
 
 
@@ -48,6 +49,7 @@ class Runner:
         draft: LanguageModel | None,  # None: the target decodes alone
         guidance: Guidance | None,
         drafting: DraftLists | None,
+        quantized: QuantizedKeys | None,  # None: scoring reads the draft's cache
         judge: Judge,
         *,
         draft_tokens: int,
@@ -56,7 +58,7 @@ class Runner:
         capture: bool,
     ) -> None:
         self.target, self.draft = target, draft
-        self.guidance, self.drafting, self.judge = guidance, drafting, judge
+        self.guidance, self.drafting, self.quantized, self.judge = guidance, drafting, quantized, judge
         self.k = draft_tokens if draft is not None else 0
         self.slots, self.capacity = slots, capacity
         self.device = target.spec.device
@@ -64,7 +66,7 @@ class Runner:
         self.caches = [model.new_cache(slots, capacity) for model in self.models]
         self.inputs = InputBuffer(slots, self.k, self.device)
         self.stages = Stages(capture=capture)
-        self._begun: set[int] = set()  # rows whose draft lists follow their rounds
+        self._begun: set[int] = set()  # rows whose draft lists and records follow their rounds
         pinned = self.device.type == "cuda"
         shape = slots, self.k + 5
         self._landing = [torch.zeros(shape, dtype=torch.float64, pin_memory=pinned) for _ in range(2)]  # in turn, as inputs
@@ -97,10 +99,11 @@ class Runner:
         for cache in self.caches:
             cache.move(source, slot)
         self.inputs.pending[slot] = self.inputs.pending[source]
-        if self.drafting is not None:
-            self.drafting.move(source, slot)
         self._begun.discard(slot)
         if source in self._begun:
+            for followed in (self.drafting, self.quantized):
+                if followed is not None:
+                    followed.move(source, slot)
             self._begun.symmetric_difference_update({source, slot})
 
     def clear(self, slots: int | slice) -> None:
@@ -127,14 +130,15 @@ class Runner:
         return Flight(sequences=list(running), layers=outcome.layers, clock=clock, numbers=host, arrived=arrived)
 
     def _follow(self, kind: RoundKind, running: int) -> None:
-        """Give rows that come from a prefill or a dense round draft lists to begin with."""
-        if self.drafting is None:
-            return
+        """Give rows that come from a prefill or a dense round draft lists and records to begin with."""
         if not kind.sparse:
             self._begun.clear()
             return
         for row in set(range(running)) - self._begun:
-            self.drafting.rows(row, row + 1).begin(self.caches[0].lengths[row : row + 1])
+            if self.drafting is not None:
+                self.drafting.rows(row, row + 1).begin(self.caches[0].lengths[row : row + 1])
+            if self.quantized is not None:
+                self.quantized.rows(row, row + 1).fill(self.caches[1].rows(row, row + 1))
         self._begun.update(range(running))
 
     def _run_stages(self, kind: RoundKind, clock: StageClock) -> Outcome:
@@ -143,6 +147,7 @@ class Runner:
         caches = [cache.rows(0, kind.rows) for cache in self.caches]
         guidance = self.guidance if kind.sparse else None
         lists = self.drafting.rows(0, kind.rows) if self.drafting is not None and kind.sparse else None
+        quantized = self.quantized.rows(0, kind.rows) if self.quantized is not None else None
         self.stages.begin(kind)
 
         def proposed() -> tuple[Inputs, DraftTrace]:
@@ -153,8 +158,8 @@ class Runner:
             return inputs, propose(self.draft, caches[1], *drafting, spec.vocabulary, lists)
 
         def scored(draft: LanguageModel, guidance: Guidance) -> DraftScores:
-            layers, per_query = guidance.layers, guidance.per_query
-            return score(draft, caches[1], trace.queries, caches[0].lengths, layers, per_query=per_query)
+            given = draft, caches[1], trace.queries, caches[0].lengths, guidance.layers
+            return score(*given, per_query=guidance.per_query, quantized=quantized)
 
         def selected(guidance: Guidance) -> Selection | None:
             if guidance.draft is not None and lists is not None:

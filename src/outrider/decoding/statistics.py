@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from outrider.models import ModelSpec
+from outrider.models.quantized_keys import coded_bytes
+from outrider.ops.quantized_keys.layout import BLOCK, EXACT
 from outrider.types import Selection
 
 STAGES = ("prefill", "propose", "score", "select", "verify", "accept")
@@ -160,13 +162,18 @@ class ReadCounter:
     """Counts what verifying `t` tokens reads, on the host.
 
     Query heads that share a KV head and own lists of their own are charged the union of their lists. Window layers are charged
-    their window in both columns. Scoring is charged the keys of the scored draft layers.
+    their window in both columns. Scoring is charged the keys of the scored draft layers; with
+    `bits` the older ones as codes.
     """
 
-    def __init__(self, target: ModelSpec, draft: ModelSpec, scored_layers: tuple[int, ...], t: int) -> None:
+    def __init__(
+        self, target: ModelSpec, draft: ModelSpec, scored_layers: tuple[int, ...], t: int, bits: int | None = None
+    ) -> None:
         self._target, self._t = target, t
-        shapes = (draft.layers[layer] for layer in scored_layers)
-        self._score_bytes = sum(x.kv_heads * x.head_dim for x in shapes) * draft.cache_dtype.itemsize  # a cached token
+        shapes = [draft.layers[layer] for layer in scored_layers]
+        # of a cached token
+        self._score_bytes = sum(x.kv_heads * x.head_dim for x in shapes) * draft.cache_dtype.itemsize
+        self._code_bytes = None if bits is None else coded_bytes(shapes, bits)
         self._dense = self._row_bytes(range(len(target.layers)))
 
     def of(self, length: int, layers: tuple[int, ...] = (), tokens: float = 0.0, rows: float = 0.0) -> Reads:
@@ -181,9 +188,15 @@ class ReadCounter:
         read += self._bytes(self._row_bytes(set(range(len(self._target.layers))) - set(layers)), length)
         return Reads(
             listed=(tokens + length * (len(full) - len(layers))) / len(full),
-            bytes_read=read + (length + self._t) * self._score_bytes,
+            bytes_read=read + self._scoring(length),
             bytes_dense=self._bytes(self._dense, length),
         )
+
+    def _scoring(self, length: int) -> int:
+        if self._code_bytes is None:
+            return (length + self._t) * self._score_bytes
+        coded = max(length - EXACT, 0) // BLOCK * BLOCK
+        return coded * self._code_bytes + (length - coded + self._t) * self._score_bytes
 
     def _row_bytes(self, layers: Iterable[int]) -> dict[int | None, int]:
         """Bytes of keys and values of one cached token in these layers, by window."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from outrider.config import check
+from outrider.config import check, score_bits
 from outrider.decoding.prefill import ProgressCallback
 from outrider.errors import OptionError
 from outrider.eval.facts import Fact, draw_facts
@@ -30,6 +30,7 @@ def evaluate(
     *,
     context: int,
     draft_tokens: int = 4,
+    score_keys: str = "exact",
     map_name: str | None = None,
     prefill_chunk: int = 2048,
     progress: ProgressCallback | None = None,
@@ -44,17 +45,18 @@ def evaluate(
     """
     check("facts", facts, facts >= 1, "a whole number >= 1")
     check_context(context, pair, 2)
-    selectors = [make_selector(case, pair, alignments, map_name, draft_tokens) for case in cases]
+    bits = score_bits(score_keys)
+    selectors = [make_selector(case, pair, alignments, map_name, draft_tokens, bits) for case in cases]
     documents = []
     for number, text in enumerate(texts):
         rng = random.Random(f"{seed} {context} {number}")
         tokens = tokenize(pair[0], text.name, text.text, context)
         documents.append((text.name, *plant(pair[0], tokens, draw_facts(rng, facts), rng)))
 
-    common = conditions(pair, draft_tokens, map_name)
+    common = conditions(pair, draft_tokens, map_name, score_keys)
 
     def rows() -> Iterator[Row]:
-        reader = TeacherForced(pair, context, draft_tokens)
+        reader = TeacherForced(pair, context, draft_tokens, bits)
         for name, tokens, questions in documents:
             reader.read(tokens, prefill_chunk, progress)
             dense = _ask(reader, questions, None, 0)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn.functional import cross_entropy
 
-from outrider.config import check
+from outrider.config import check, score_bits
 from outrider.decoding.prefill import ProgressCallback
 from outrider.eval.rows import Case, Row, Text, conditions
 from outrider.eval.teacher_forced import Run, TeacherForced, budget_of, check_context, make_selector, tokenize
@@ -24,6 +24,7 @@ def evaluate(
     context: int,
     scored_tokens: int,
     draft_tokens: int = 4,
+    score_keys: str = "exact",
     map_name: str | None = None,
     prefill_chunk: int = 2048,
     progress: ProgressCallback | None = None,
@@ -35,13 +36,14 @@ def evaluate(
     """
     check("scored-tokens", scored_tokens, 1 <= scored_tokens < context, f"1 .. context - 1 = {context - 1}")
     check_context(context, pair, 2)
-    selectors = [make_selector(case, pair, alignments, map_name, draft_tokens) for case in cases]
+    bits = score_bits(score_keys)
+    selectors = [make_selector(case, pair, alignments, map_name, draft_tokens, bits) for case in cases]
     documents = [(text.name, tokenize(pair[0], text.name, text.text, context)) for text in texts]
 
-    common = conditions(pair, draft_tokens, map_name)
+    common = conditions(pair, draft_tokens, map_name, score_keys)
 
     def rows() -> Iterator[Row]:
-        reader = TeacherForced(pair, context, draft_tokens)
+        reader = TeacherForced(pair, context, draft_tokens, bits)
         for name, tokens in documents:
             given, wanted = tokens[-scored_tokens - 1 : -1], torch.tensor(tokens[-scored_tokens:])
             reader.read(tokens[: -scored_tokens - 1], prefill_chunk, progress)

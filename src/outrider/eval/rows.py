@@ -74,7 +74,9 @@ def check_rows_path(path: str | Path) -> None:
         path.unlink()
 
 
-def conditions(pair: tuple[LanguageModel, LanguageModel], draft_tokens: int, map_name: str | None) -> dict[str, str | int]:
+def conditions(
+    pair: tuple[LanguageModel, LanguageModel], draft_tokens: int, map_name: str | None, score_keys: str
+) -> dict[str, str | int]:
     """What a figure depends on beside the row's own fields."""
     target, draft = pair
     device = target.spec.device
@@ -85,6 +87,7 @@ def conditions(pair: tuple[LanguageModel, LanguageModel], draft_tokens: int, map
         "draft_tokens": draft_tokens,
         "dtype": str(target.spec.dtype).removeprefix("torch."),
         "kv_dtype": target.spec.kv_dtype,
+        "score_keys": score_keys,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
         "outrider": version("outrider"),
         "torch": torch.__version__,

@@ -25,6 +25,7 @@ from outrider.guidance.selectors import SELECTORS
 from outrider.guidance.selectors.base import Selector
 from outrider.models import LanguageModel
 from outrider.models.cache import aligned
+from outrider.models.quantized_keys import QuantizedKeys
 
 DENSE = "dense"
 
@@ -40,11 +41,13 @@ class Run:
 
 
 class TeacherForced:
-    """A pair with one document cached in both models."""
+    """A pair with one document cached in both models; `bits` are those of the keys that are scored (None: as cached)."""
 
-    def __init__(self, pair: tuple[LanguageModel, LanguageModel], capacity: int, draft_tokens: int) -> None:
+    def __init__(
+        self, pair: tuple[LanguageModel, LanguageModel], capacity: int, draft_tokens: int, bits: int | None = None
+    ) -> None:
         self.target, self.draft = pair
-        self.t = draft_tokens + 1
+        self.t, self.bits = draft_tokens + 1, bits
         self.caches = tuple(model.new_cache(1, aligned(capacity + self.t)) for model in pair)
 
     def read(self, tokens: list[int], chunk: int, progress: ProgressCallback | None = None) -> None:
@@ -58,7 +61,9 @@ class TeacherForced:
         target_cache, draft_cache = self.caches
         prefix = target_cache.lengths.clone()
         layers = selector.draft_layers if selector is not None else ()
-        counters = {t: ReadCounter(self.target.spec, self.draft.spec, layers, t) for t in {self.t, len(tokens) % self.t}}
+        specs = self.target.spec, self.draft.spec
+        counters = {t: ReadCounter(*specs, layers, t, self.bits) for t in {self.t, len(tokens) % self.t}}
+        quantized: QuantizedKeys | None = None
         started = time.perf_counter()
         logits, kept, cached, read, dense = [], 0.0, 0, 0, 0
         for part in torch.tensor([tokens]).split(self.t, dim=1):
@@ -67,9 +72,11 @@ class TeacherForced:
             if selector is not None:
                 queries = self.draft.forward(part, draft_cache, record_queries=True, logits=False).queries
                 if int(lengths) >= max(min_context, 1):
-                    selection = selector.select(
-                        score(self.draft, draft_cache, queries, lengths, selector.draft_layers, per_query=selector.per_query)
-                    )
+                    if self.bits is not None and quantized is None:
+                        quantized = QuantizedKeys(self.draft, layers, self.bits, 1, draft_cache.capacity)
+                        quantized.fill(draft_cache)
+                    given = self.draft, draft_cache, queries, lengths, layers
+                    selection = selector.select(score(*given, per_query=selector.per_query, quantized=quantized))
             logits.append(self.target.forward(part, target_cache, selection=selection).logits[0].float())
             found: tuple[Any, ...] = ()
             if selection is not None:
@@ -96,8 +103,12 @@ def make_selector(
     alignments: AlignmentFile | None,
     map_name: str | None,
     draft_tokens: int,
+    bits: int | None = None,
 ) -> Selector | None:
-    """The selector of a case, None for "dense". Raises OptionError for an unknown method or a missing alignment."""
+    """The selector of a case, None for "dense".
+
+    Raises OptionError for an unknown method or a missing alignment, and where keys in `bits` cannot be scored.
+    """
     if case.method == DENSE:
         return None
     if case.method not in SELECTORS:
@@ -105,7 +116,7 @@ def make_selector(
     if alignments is None:
         raise OptionError("alignment", None, "a file made by `outrider calibrate` for this pair")
     alignment = alignments.map(map_name or SELECTORS[case.method].default_map).alignment
-    return pair_selector(*pair, case.method, alignment, budget_of(case), draft_tokens)
+    return pair_selector(*pair, case.method, alignment, budget_of(case), draft_tokens, bits)
 
 
 def budget_of(case: Case) -> Budget:
