@@ -46,7 +46,7 @@ constexpr int SHARING = PADDED < 4 ? 4 / PADDED : 1;         // quarters of a wa
 constexpr int HEADS = PADDED < 4 ? 1 : PADDED / 4;           // of a thread
 constexpr int STEPS_OF_HEAD = (T + SHARING - 1) / SHARING;   // a thread's queries of a head
 constexpr int OWN = HEADS * STEPS_OF_HEAD, EIGHTS = (OWN + 1) / 2, COLUMNS = 8 * EIGHTS;  // a thread's queries; of a product
-constexpr int WARPS = STEPS * EIGHTS <= 12 ? 16 : STEPS * EIGHTS <= 20 ? 12 : 8, THREADS = 32 * WARPS;  // by the registers of a thread
+constexpr int WARPS = STEPS * EIGHTS <= 12 ? 16 : STEPS * EIGHTS <= 16 ? 12 : 8, THREADS = 32 * WARPS;  // by the registers of a thread
 constexpr int VECTORS = RECORD / 4, FITTING = (210 << 10) / (16 * WARPS * VECTORS), STAGES = FITTING < 4 ? FITTING : 4;  // of 16 bytes; records in a queue
 constexpr int SHIFT = 19;                                    // steps up to 2^10, times 2^(24 - SHIFT), are float16
 constexpr float RANGE = 80, LARGEST = 0x1p80f;               // sums stay within 2^-RANGE .. 2^RANGE
