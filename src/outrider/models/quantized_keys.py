@@ -12,7 +12,7 @@ from outrider.config import SCORE_KEYS
 from outrider.errors import OptionError
 from outrider.models.cache import KVCache, LayerShape
 from outrider.models.language_model import LanguageModel
-from outrider.ops.quantized_keys import quantize_keys, record_words
+from outrider.ops.quantized_keys import kernel_obstacle, quantize_keys, record_words
 from outrider.ops.quantized_keys.layout import BLOCK
 
 WORD = 4  # bytes
@@ -70,16 +70,25 @@ def coded_bytes(layers: Iterable[LayerShape], bits: int) -> int:
 
 
 def check_codes(draft: LanguageModel, layers: tuple[int, ...], bits: int, t: int) -> None:
-    """Raise OptionError unless scoring can read keys of these layers as codes of so many bits, in rounds of `t` tokens."""
+    """Raise OptionError unless scoring can read keys of these layers as codes of so many bits, in rounds of `t` tokens.
+
+    On a GPU that takes kernels: the reference waits for the device, and is left to those who ask for it.
+    """
     asked = next(name for name, own in SCORE_KEYS.items() if own == bits)
     shapes = {replace(draft.spec.layers[layer], scale=1.0, window=None) for layer in layers}
     if len(shapes) != 1:
         raise OptionError("score-keys", asked, "exact for a draft whose scored layers have not one shape")
-    head_dim = shapes.pop().head_dim
+    shape = shapes.pop()
+    head_dim = shape.head_dim
     if head_dim * bits % 128:
         fitting = [name for name, own in SCORE_KEYS.items() if own is None or head_dim * own % 128 == 0]
         raise OptionError("score-keys", asked, f"{', '.join(fitting)} for a draft with head dim {head_dim}")
     if draft.backend == "triton":
         raise OptionError("score-keys", asked, "exact with backend triton, which has no kernel that reads codes")
+    if draft.spec.device.type == "cuda" and draft.backend != "reference":
+        queries = torch.empty(1, t, shape.query_heads, head_dim, dtype=draft.spec.dtype, device=draft.spec.device)
+        keys = torch.empty(1, BLOCK, shape.kv_heads, head_dim, dtype=draft.spec.cache_dtype, device=draft.spec.device)
+        if reason := kernel_obstacle([queries] * len(layers), [keys] * len(layers), bits=bits):
+            raise OptionError("score-keys", asked, f"exact with this draft and device ({reason})")
     if t > BLOCK:  # a round may complete two blocks then
         raise OptionError("K (draft-tokens)", t - 1, f"at most {BLOCK - 1} with score-keys {asked}")

@@ -141,6 +141,13 @@ def quantized_mass(
     return run(queries, keys, records, lengths, scales=scales, key_scales=key_scales, **arguments)
 
 
+def kernel_obstacle(queries: Sequence[Tensor], keys: Sequence[Tensor], *, bits: int) -> str | None:
+    """Why `quantized_mass` of such arguments has no kernel on their device, where the reference waits for it, or None."""
+    B, N, Hkv, D = keys[0].shape
+    records = torch.empty(len(keys), B, Hkv, N // BLOCK, record_words(D, bits), dtype=torch.int32, device=keys[0].device)
+    return _cuda().mass_obstacle(queries, keys, records, bits=bits, reduce="mean", dtype=torch.bfloat16, out=None)
+
+
 def _check_cache(
     keys: Sequence[Tensor],
     lengths: Tensor,
