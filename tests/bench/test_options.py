@@ -28,7 +28,11 @@ def test_cases_are_those_that_are_documented():
         ("llama-8k-b1", 8192, 1),
         ("qwen3-128k-b1", 131072, 1),
     ]
-    assert set(CASES) == {case.name for case in DEFAULT_CASES} | {"tiny"}
+    assert {name: CASES[name].context for name in CASES.keys() - {case.name for case in DEFAULT_CASES}} == {
+        "llama-512k-b1": 2**19,
+        "llama-1m-b1": 2**20,
+        "tiny": 2048,
+    }
 
 
 @pytest.mark.parametrize(
@@ -74,6 +78,17 @@ def test_what_is_scored_runs_with_every_choice_of_keys(options):
     ]
 
 
+def test_our_engine_runs_with_every_cache(options):
+    runs = options(engine=("outrider", "vllm"), mode=("plain", "sparse"), drafting=("sparse",), kv_dtype=("auto", "fp8")).runs
+    assert [(run.engine, run.mode, run.kv_dtype) for run in runs] == [
+        ("vllm", "plain", None),
+        ("outrider", "plain", None),
+        ("outrider", "sparse", None),
+        ("outrider", "plain", "fp8"),
+        ("outrider", "sparse", "fp8"),
+    ]
+
+
 def test_vllm_runs_plain_and_dense(vllm):
     options = DecodeOptions(engine=("vllm",), drafting=("sparse",), peer_vllm=vllm)
     assert [(run.mode, run.drafting) for run in options.runs] == [("plain", None), ("dense", "dense")]
@@ -90,6 +105,7 @@ REAL = {"case": (), "target": "builtin", "prompt_file": "book.txt", "context": 5
         ({"mode": ("exact",)}, "mode: got 'exact'; allowed: plain, dense, sparse"),
         ({"drafting": ("none",)}, "drafting: got 'none'; allowed: dense, sparse"),
         ({"score_keys": ("8bit",)}, "score-keys: got '8bit'; allowed: exact, 4bit, 2bit"),
+        ({"kv_dtype": ("int8",)}, "kv-dtype: got 'int8'; allowed: auto, fp8"),
         ({"engine": ("transformers",), "mode": ("dense",)}, "mode: got 'dense'; allowed: plain for engine transformers"),
         ({"keep": 0.0}, "keep: got 0.0; allowed: a number in (0, 1]"),
         ({"draft_tokens": 0}, "draft-tokens: got 0; allowed: a whole number >= 1"),

@@ -55,6 +55,7 @@ def measure(work: Workload, run: Run, options: DecodeOptions, conditions: Mappin
         keep=options.keep,
         draft_tokens=options.draft_tokens,
         score_keys=run.scoring or "exact",
+        kv_dtype=run.kv_dtype or "auto",
         batch_size=work.batch,
     )
     alignment = work.alignment if run.mode == "sparse" else None
@@ -113,6 +114,7 @@ def _row(work: Workload, run: Run, engine: Engine, measured: Measured, condition
         mode=run.mode,
         drafting=run.drafting,
         scoring=run.scoring,
+        kv_dtype=run.kv_dtype,
         context=work.context,
         batch=work.batch,
         tokens_per_second=measured.tokens / measured.wall,
@@ -125,6 +127,7 @@ def _row(work: Workload, run: Run, engine: Engine, measured: Measured, condition
         conditions={
             **conditions,
             "score_keys": engine.config.score_keys,
+            "kv_dtype": engine.config.kv_dtype,
             "fused_layers": [len(model.fused_layers) for model in (engine.target, engine.draft)],
         },
     )

@@ -49,8 +49,8 @@ def read_noise(model: LanguageModel, cache: KVCache, tokens: Tensor, stop: int) 
     """Fill the rows of a chunk `tokens` [B, T], which ends at row `stop`, with noise; in place of the engine's `read`."""
     rows = slice(stop - tokens.shape[1], stop)
     for layer in range(len(cache.layers)):
-        cache.keys(layer)[:, rows].normal_()
-        cache.values(layer)[:, rows].normal_()
+        for stored in (cache.keys(layer)[:, rows], cache.values(layer)[:, rows]):
+            stored.copy_(torch.randn(stored.shape, dtype=model.spec.dtype, device=stored.device))  # also as fp8
     cache.advance(tokens.shape[1])
 
 

@@ -89,7 +89,7 @@ def _kv_bytes(model: ModelSpec, cached: float, listed: float | None) -> list[flo
     def rows(layer: LayerShape) -> float:
         return full if layer.window is None else min(cached, layer.window - 1)
 
-    return [rows(layer) * 2 * layer.kv_heads * layer.head_dim * model.dtype.itemsize for layer in model.layers]
+    return [rows(layer) * 2 * layer.kv_heads * layer.head_dim * model.cache_dtype.itemsize for layer in model.layers]
 
 
 def _key_bytes(draft: ModelSpec, round_: Round) -> int:
@@ -97,7 +97,7 @@ def _key_bytes(draft: ModelSpec, round_: Round) -> int:
     scored = [draft.layers[layer] for layer in round_.scored_layers]
     if round_.score_bits is not None:
         return coded_bytes(scored, round_.score_bits)
-    return sum(layer.kv_heads * layer.head_dim for layer in scored) * draft.dtype.itemsize
+    return sum(layer.kv_heads * layer.head_dim for layer in scored) * draft.cache_dtype.itemsize
 
 
 def _list_bytes(model: ModelSpec, listed: float | None) -> float:

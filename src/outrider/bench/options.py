@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from outrider.bench.cases import CASES, DEFAULT_CASES, TINY_CASE, Case
-from outrider.config import SCORE_KEYS, Budget, check, option
+from outrider.config import KV_DTYPES, SCORE_KEYS, Budget, check, option
 from outrider.errors import OptionError
 
 OURS, VLLM, TRANSFORMERS = "outrider", "vllm", "transformers"
@@ -32,19 +32,21 @@ class Run:
     mode: str
     drafting: str | None  # None where there is no draft
     scoring: str | None = None  # of SCORE_KEYS; None where nothing is scored
+    kv_dtype: str | None = None  # fp8; None: as the engine does by itself, in the models' dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeOptions:
     """Which cases, or which real models, on which engines and in which modes. Raises OptionError for what does not fit."""
 
-    case: tuple[str, ...] = option((), f"{', '.join(CASES)}; default: all but tiny")
+    case: tuple[str, ...] = option((), f"{', '.join(CASES)}; default: {DEFAULT_CASES[0].name} to {DEFAULT_CASES[-1].name}")
     engine: tuple[str, ...] = option((OURS,), ", ".join(MODES_OF))
     mode: tuple[str, ...] = option(MODES_OF[OURS], "plain (the target alone), dense or sparse verification")
     drafting: tuple[str, ...] = option(DRAFTING, "what the draft reads: dense (all) or sparse (the kept share)")
     score_keys: tuple[str, ...] = option(
         ("exact",), "what scoring reads of the draft's keys: exact (all), 4bit or 2bit (a copy in few bits)"
     )
+    kv_dtype: tuple[str, ...] = option(("auto",), "how we cache keys and values: auto (in the models' dtype) or fp8")
     keep: float = option(0.1, "share of the cached tokens that each list keeps, in (0, 1]")
     draft_tokens: int = option(4, "tokens the draft proposes each round (K)")
     acceptance: str | None = option(
@@ -93,11 +95,13 @@ class DecodeOptions:
         """What every case is measured with: peers first, since they need the device's memory to themselves."""
         found: list[Run] = []
         for engine in sorted(self.engine, key=lambda name: name == OURS):
-            for mode in (mode for mode in self.mode if mode in MODES_OF[engine]):
-                draftings = (None,) if mode == "plain" else self.drafting if engine == OURS else ("dense",)
-                for drafting in draftings:
-                    scorings = self.score_keys if is_scored(engine, mode, drafting) else (None,)
-                    found += [Run(engine=engine, mode=mode, drafting=drafting, scoring=scoring) for scoring in scorings]
+            ours = engine == OURS
+            for kv_dtype in [None if one == "auto" else one for one in self.kv_dtype] if ours else [None]:
+                for mode in (mode for mode in self.mode if mode in MODES_OF[engine]):
+                    for drafting in (None,) if mode == "plain" else self.drafting if ours else ("dense",):
+                        for scoring in self.score_keys if is_scored(engine, mode, drafting) else (None,):
+                            run = Run(engine=engine, mode=mode, drafting=drafting, scoring=scoring, kv_dtype=kv_dtype)
+                            found.append(run)
         return tuple(found)
 
     def _check_choices(self) -> None:
@@ -107,6 +111,7 @@ class DecodeOptions:
             "mode": MODES_OF[OURS],
             "drafting": DRAFTING,
             "score_keys": SCORE_KEYS,
+            "kv_dtype": KV_DTYPES,
         }
         for name, allowed in choices.items():
             for value in getattr(self, name):

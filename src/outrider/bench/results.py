@@ -24,6 +24,7 @@ class Row:
     mode: str
     drafting: str | None  # what the draft reads; None where there is no draft
     scoring: str | None = None  # what scoring reads of its keys: exact, 4bit or 2bit; None where nothing is scored
+    kv_dtype: str | None = None  # of keys and values in the cache: fp8; None: the models' dtype
     context: int  # tokens of a prompt
     batch: int
     tokens_per_second: float | None = None  # of all sequences together
@@ -62,9 +63,11 @@ def scoring_of(row: Mapping[str, Any]) -> str | None:
 
 
 def drafting_of(row: Mapping[str, Any]) -> str:
-    """What the draft of a row reads, for a cell: "sparse, 4bit keys" where its scoring reads these; empty without a draft."""
+    """What the draft of a row reads, for a cell, and what is unusual: "sparse, 4bit keys, fp8". Empty for a usual one without a
+    draft."""
     scoring = scoring_of(row)
-    return (row["drafting"] or "") + (f", {scoring} keys" if scoring not in (None, "exact") else "")
+    scored = f"{scoring} keys" if scoring not in (None, "exact") else None
+    return ", ".join(filter(None, (row["drafting"], scored, row.get("kv_dtype"))))
 
 
 def _about(row: Mapping[str, Any], key: tuple[str, ...]) -> tuple[Any, ...]:

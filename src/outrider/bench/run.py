@@ -89,6 +89,7 @@ def _row(work: Workload, run: Run, options: DecodeOptions, known: dict[str, Any]
             mode=run.mode,
             drafting=run.drafting,
             scoring=run.scoring,
+            kv_dtype=run.kv_dtype,
             context=work.context,
             batch=work.batch,
             error=f"{type(error).__name__}: {error}",
