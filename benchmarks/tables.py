@@ -194,6 +194,29 @@ def drafting_table(name: str) -> str:
     return markdown(["context", "the draft reads", "agreement", *positions], rows) if rows else NOT_MEASURED
 
 
+def score_keys_table(name: str) -> str:
+    """Lines with keys in few bits, beside those of the same texts and budgets with exact ones."""
+    few = lines(name)
+    about = {(row["task"], row["text"], row["keep"]) for row in few}
+    exact = [
+        row
+        for row in (*lines("perplexity"), *lines("facts"))
+        if row["method"] == "outrider" and row["context"] == few[0]["context"]
+        if (row["task"], row["text"], row["keep"]) in about
+    ]
+    cells = []
+    for task, figures in (("perplexity", ("delta_percent", "agreement")), ("facts", ("recalled", "asked"))):
+        for keep in sorted({row["keep"] for row in few if row["task"] == task}, reverse=True):
+            for keys in ("exact", *dict.fromkeys(row["conditions"]["score_keys"] for row in few)):
+                rows = exact if keys == "exact" else [row for row in few if row["conditions"]["score_keys"] == keys]
+                rows = [row for row in rows if row["task"] == task and row["keep"] == keep]
+                read = f"{100 * mean(rows, 'kv_read_fraction'):.1f}%"
+                one, other = (mean(rows, figure) for figure in figures)
+                quality = [f"{one:+.2f}%", f"{other:.3f}", ""] if task == "perplexity" else ["", "", f"{one:.0f}/{other:.0f}"]
+                cells.append([keys, f"{100 * keep:g}%", read, *quality])
+    return markdown(["scored keys", "kept", "KV bytes read", "perplexity", "agreement with dense", "facts recalled"], cells)
+
+
 NOT_MEASURED = "Not measured yet.\n"
 
 
@@ -256,6 +279,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "decode-stages": decode_stages_table,
     "decode-profile": decode_profile_table,
     "drafting": drafting_table,
+    "score-keys": score_keys_table,
     "kernels": kernels_table,
     "kernels-sparse_attention": kernels_table,
     "kernels-token_select": kernels_table,

@@ -79,9 +79,10 @@ def test_what_is_scored_runs_with_every_choice_of_keys(options):
 
 
 def test_our_engine_runs_with_every_cache(options):
-    runs = options(engine=("outrider", "vllm"), mode=("plain", "sparse"), drafting=("sparse",), kv_dtype=("auto", "fp8")).runs
+    engines, modes = ("outrider", "transformers"), ("plain", "sparse")
+    runs = options(engine=engines, mode=modes, drafting=("sparse",), kv_dtype=("auto", "fp8")).runs
     assert [(run.engine, run.mode, run.kv_dtype) for run in runs] == [
-        ("vllm", "plain", None),
+        ("transformers", "plain", None),
         ("outrider", "plain", None),
         ("outrider", "sparse", None),
         ("outrider", "plain", "fp8"),
