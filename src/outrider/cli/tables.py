@@ -71,14 +71,14 @@ def evaluation_table(title: str, rows: Sequence[Row]) -> Table:
 
 def decode_table(rows: Sequence[BenchRow]) -> Table:
     """The engines and modes of one case, and how they compare with vLLM's target alone and with their own dense mode."""
-    by_run = {(row.engine, row.mode, row.drafting): row.tokens_per_second for row in rows}
+    by_run = {(row.engine, row.mode, row.drafting, row.kv_dtype): row.tokens_per_second for row in rows}
     columns: list[tuple[str, Callable[[BenchRow], str]]] = [
         ("engine", lambda r: r.engine),
         ("mode", lambda r: r.mode),
         ("drafting", _drafting),
         ("tokens/s", lambda r: _number(r.tokens_per_second, ".1f")),
-        ("vs plain vLLM", lambda r: _ratio(r.tokens_per_second, by_run.get(("vllm", "plain", None)))),
-        ("vs its dense", lambda r: _ratio(r.tokens_per_second, by_run.get((r.engine, "dense", "dense")))),
+        ("vs plain vLLM", lambda r: _ratio(r.tokens_per_second, by_run.get(("vllm", "plain", None, None)))),
+        ("vs its dense", lambda r: _ratio(r.tokens_per_second, by_run.get((r.engine, "dense", "dense", r.kv_dtype)))),
         ("tokens a round", lambda r: _number(r.acceptance.get("tokens_per_round"), ".2f")),
         ("ms a round", lambda r: _number(r.round_ms, ".2f")),
         ("host ms", lambda r: _number(r.host_ms, ".2f")),
