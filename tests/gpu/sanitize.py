@@ -11,7 +11,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from outrider.ops import attention_mass, fused_linear, kv_append, rotary_append, sparse_attention, token_select
+from outrider.ops import (
+    attention_mass,
+    fused_linear,
+    kv_append,
+    quantize_keys,
+    quantized_mass,
+    rotary_append,
+    sparse_attention,
+    token_select,
+)
+from outrider.ops.quantized_keys import record_words
 
 FP8 = torch.float8_e4m3fn
 
@@ -73,9 +83,22 @@ def products(backend: str) -> Iterator[Tensor]:
     yield fused_linear(x[:, :520], random(12_000, 520), norm=x[0, :520].contiguous(), swiglu=True, backend=backend)
 
 
+def coded_keys(backend: str) -> Iterator[Tensor]:
+    """Records just large enough, then masses from them: ragged, one sequence without codes; few units, and many."""
+    for bits, D, dtype, N, reduce in ((4, 64, torch.bfloat16, 1600, "mean"), (2, 128, FP8, 20_000, "none")):
+        queries, keys = [random(3, 5, 8, D), random(3, 5, 8, D)], [random(3, N, 2, D).to(dtype), random(3, N, 2, D).to(dtype)]
+        lengths = torch.tensor([N - 5, 127, N // 2], device="cuda")
+        factors = [torch.ones(2, device="cuda") if dtype == FP8 else None] * 2
+        shared = {"bits": bits, "key_scales": factors, "backend": backend}
+        records = torch.zeros(2, 3, 2, N // 64 - 1, record_words(D, bits), dtype=torch.int32, device="cuda")
+        quantize_keys(keys, lengths, records, **shared)
+        quantize_keys(keys, lengths, records, last=True, **shared)
+        yield quantized_mass(queries, keys, records, lengths, scales=[0.1, 0.1], reduce=reduce, **shared)
+
+
 BACKENDS = {
     "triton": (attention_masses, selections, attentions, appended),
-    "cuda": (attention_masses, selections, attentions, appended, products),
+    "cuda": (attention_masses, selections, attentions, appended, products, coded_keys),
 }
 
 if __name__ == "__main__":

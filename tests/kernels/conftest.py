@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import emulation
 
 GPU = torch.cuda.is_available()
+OPS = ("attention_mass", "token_select", "sparse_attention", "kv_append", "rotary_append", "fused_linear", "quantized_keys")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -120,7 +121,7 @@ class Summary:
         if report.when != "call" and report.outcome == "passed":
             return
         op = Path(report.location[0]).stem.removeprefix("test_")
-        if op not in ("attention_mass", "token_select", "sparse_attention", "kv_append", "rotary_append", "fused_linear"):
+        if op not in OPS:
             return
         parameters = report.nodeid.split("[")[-1].rstrip("]").split("-")
         if "reference" in parameters:

@@ -86,8 +86,8 @@ def quantized_mass(
 ) -> Tensor:
     """Softmax mass of several layers' queries on every cached key, as `attention_mass` has it, from keys in few bits.
 
-    The blocks that are coded (see `quantize_keys`) are read from `records`; of `keys` the newest 64 to 127 tokens and the tail of
-    T are read, no others.
+    The blocks that are coded (see `quantize_keys`) are read from `records`; of `keys` the newest 64 to 127 tokens and the tail
+    of T are read, no others.
 
     Args:
         queries: for each of L layers `[B, T, Hq, D]`, bfloat16, float16, float32 or float64; alike in shape, dtype and strides.

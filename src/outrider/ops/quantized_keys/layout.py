@@ -3,8 +3,9 @@
     record = [ D * 2 * bits words of codes ][ D float16 `low` ][ D float16 `step` ]        key ~ low + code * step, by channel
 
 A block is 64 tokens of one KV head. Codes are laid out for a warp: lane `4 g + q` holds tokens `8 g + 2 i + r` (i < 4, r < 2)
-and dims `D/4 q + 4 s + 2 h + e` (s < D/16, h, e < 2). A word belongs to one token; its two halves are e = 0 and 1, and in a half
-the codes of the (s, h) follow each other from the lowest bits on. Four words of a lane lie together, then those of the next lane.
+and dims `D/4 q + 4 s + 2 h + e` (s < D/16, h, e < 2). A word belongs to one token; its two halves are e = 0 and 1, and in a
+half the codes of the (s, h) follow each other from the lowest bits on. A lane has its words in the order of its tokens; four of
+them lie together, then those of the next lane.
 
 The kernel takes codes out of their words by an AND alone, half a word's lower and upper eight bits apart. A code at bit n of
 eight so counts 2^n times. Its channel's step is stored 2^(5 - n) times as large, which makes up for that; the 2^5 keeps float16
@@ -35,7 +36,8 @@ def coded_blocks(lengths: Tensor) -> Tensor:
 def encode(keys: Tensor, bits: int) -> Tensor:
     """keys [..., 64, D] float32 -> records [..., W] int32."""
     low, factor = keys.amin(-2, keepdim=True), _factors(keys.shape[-1], bits, keys.device)
-    step = ((keys.amax(-2, keepdim=True) - low) / (2**bits - 1)).clamp(max=LARGEST_STEP)
+    levels = low.new_full((), 2**bits - 1)  # on a GPU torch divides by a tensor, but multiplies by the inverse of a number
+    step = ((keys.amax(-2, keepdim=True) - low) / levels).clamp(max=LARGEST_STEP)
     stored, low = (step * factor).half(), low.clamp(-65504, 65504).half()
     inverse = torch.where(stored > 0, factor / stored.float(), 0)
     codes = ((keys - low.float()) * inverse).round().clamp(0, 2**bits - 1).long()

@@ -2,7 +2,7 @@
 
 In order:
 
-    coded      blocks 0 .. coded_blocks(lengths[b]) - 1 of a sequence, each channel of a block between its smallest and largest value
+    coded      blocks 0 .. coded_blocks(lengths[b]) - 1 of a sequence, each channel between its smallest and largest value there
     keys       low + code * step where coded, the cache's own behind
     mass       as in attention_mass: softmax over the past and the tail up to the query itself, cut to the past
 """
