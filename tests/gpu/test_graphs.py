@@ -77,7 +77,7 @@ def test_keys_in_few_bits(score_keys, kv_dtype, gpu_pair, make_engine, random_pr
 
 
 def test_keys_in_few_bits_need_kernels(gpu_pair, make_engine):
-    for options, message in (({"dtype": "float32"}, "bfloat16 or float16"), ({"draft_tokens": 20}, "queries per KV head")):
+    for options, message in (({"dtype": "float32"}, "bfloat16 or float16"), ({"draft_tokens": 40}, "queries per KV head")):
         with pytest.raises(OptionError, match=rf"score-keys: got '4bit'.*{message}"):
             dtype = options.pop("dtype", "bfloat16")
             make_engine(gpu_pair(dtype), mode="sparse", score_keys="4bit", **options)

@@ -102,6 +102,8 @@ struct Place {
   __device__ __forceinline__ int item(const Arguments& a) const { return (b * a.count + layer) * a.heads + head; }
 };
 
+#define NOTHING make_float2(-1e30f, 0)  // a sum below all others
+
 __device__ __forceinline__ float2 merge(float2 x, float2 y) {
   const float reference = fmaxf(x.x, y.x);
   return make_float2(reference, x.y * ptx::exp2(x.x - reference) + y.y * ptx::exp2(y.x - reference));
@@ -263,7 +265,7 @@ struct Share {
   }
 
   // For each item begin(), then for its units in this share body(visit) with visit(each) = coded_products or exact_products, then
-  // end(), which tells whether that was it; else the item comes once more.
+  // end(first unit), which tells whether that was it; else the item comes once more.
   template <typename Begin, typename Body, typename End>
   __device__ __forceinline__ void for_each_item(Queries& q, Begin begin, Body body, End end) {
 #pragma unroll 1
@@ -276,7 +278,7 @@ struct Share {
         coded(min(here.coded, stop), q, body);
 #pragma unroll 1
         for (; here.unit < stop; here.unit++) body([&](auto each) { exact_products(a, here, q, lane, each); });
-      } while (!end());
+      } while (!end(first));
       left -= stop - first;
       if (stop == here.units) here.next_item(a);
     }
@@ -328,8 +330,8 @@ __global__ void __launch_bounds__(THREADS, 1) sum_powers(const __grid_constant__
           sums[k].y += visible(r, k) ? ptx::exp2(fmaf(product[k / 2][2 * r + k % 2], q.alpha[k], -sums[k].x)) : 0;
     });
   };
-  auto end = [&] {
-    const int part = share.here.item(a) + share.warp;
+  auto end = [&](int first) {
+    const int part = share.here.item(a) + share.warp, quarter = share.lane % 4;
     float2 all[2 * EIGHTS];
     bool far = false;  // from the reference are the logits: next time from a nearer one
 #pragma unroll
@@ -337,6 +339,10 @@ __global__ void __launch_bounds__(THREADS, 1) sum_powers(const __grid_constant__
       all[k] = sums[k];
 #pragma unroll
       for (int lanes = 4; lanes < 32; lanes *= 2) all[k].y += __shfl_xor_sync(~0u, all[k].y, lanes);
+      if (first * BLOCK > share.here.length + step_of(quarter, k)) {  // it sees none of these tokens
+        all[k] = NOTHING;
+        continue;
+      }
       const int move = all[k].y > LARGEST ? 1 : all[k].y < 1 / LARGEST ? -1 : 0;
       sums[k] = make_float2(sums[k].x + move * RANGE, 0);
       far |= move != 0;
@@ -375,7 +381,7 @@ __device__ __forceinline__ void load_sums(float (&logs)[2 * EIGHTS], const Share
   const int start = (share.warp + 1) * share.size - share.left - share.here.unit, end = start + share.here.units;  // units before it
   float2 sums[2 * EIGHTS];
 #pragma unroll
-  for (int k = 0; k < 2 * EIGHTS; k++) sums[k] = make_float2(-1e30f, 0);
+  for (int k = 0; k < 2 * EIGHTS; k++) sums[k] = NOTHING;
   for (int warp = start / share.size + eighth; warp * share.size < end; warp += 8)
 #pragma unroll
     for (int k = 0; k < 2 * EIGHTS; k++) sums[k] = merge(sums[k], a.sums[(long long)(item + warp) * COLUMNS + column_of(quarter, k)]);
@@ -439,7 +445,7 @@ __global__ void __launch_bounds__(THREADS, 1) write_masses(const __grid_constant
         for (int v = 0; v < VECTORS_OF_ROW; v++)
           ((uint4*)(rows[m] + here.unit * BLOCK))[v] = make_uint4(words[m][4 * v], words[m][4 * v + 1], words[m][4 * v + 2], words[m][4 * v + 3]);
   };
-  share.for_each_item(q, begin, write, [] { return true; });
+  share.for_each_item(q, begin, write, [](int) { return true; });
 }
 
 extern "C" int columns() { return COLUMNS; }

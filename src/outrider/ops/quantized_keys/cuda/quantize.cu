@@ -29,7 +29,7 @@ __device__ __forceinline__ void load(float (&x)[CHUNK], const void* keys, long l
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const uint32_t halves = ptx::unpack_e4m3(pairs[i]);
-      x[2 * i] = ptx::half_to_float(halves) * scale, x[2 * i + 1] = ptx::half_to_float(halves >> 16) * scale;
+      x[2 * i] = __fmul_rn(ptx::half_to_float(halves), scale), x[2 * i + 1] = __fmul_rn(ptx::half_to_float(halves >> 16), scale);
     }
     return;
   }
