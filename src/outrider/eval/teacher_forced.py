@@ -1,13 +1,15 @@
 """Decode-like evaluation: a dense prefix, then given tokens in rounds, through the same stages as generation.
 
 Every round feeds K + 1 given tokens to the draft, scores and selects as the engine does, and runs the target over the same
-tokens with the lists. What the sparse target writes into its cache stays there for the next rounds, as in generation.
+tokens with the lists; a rival chooses inside that forward instead, without the draft. What the sparse target writes into its
+cache stays there for the next rounds, as in generation.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,11 +23,14 @@ from outrider.decoding.statistics import Listed, ReadCounter
 from outrider.errors import OptionError, PromptError
 from outrider.eval.rows import Case
 from outrider.guidance.alignment import AlignmentFile
+from outrider.guidance.rivals import RIVALS, InForward, Rival, Target, build_rival
 from outrider.guidance.selectors import SELECTORS
 from outrider.guidance.selectors.base import Selector
-from outrider.models import LanguageModel
+from outrider.models import KVCache, LanguageModel, ModelSpec
 from outrider.models.cache import aligned
+from outrider.models.quantization import dequantize
 from outrider.models.quantized_keys import QuantizedKeys
+from outrider.types import Selection
 
 DENSE = "dense"
 
@@ -52,32 +57,26 @@ class TeacherForced:
 
     def read(self, tokens: list[int], chunk: int, progress: ProgressCallback | None = None) -> None:
         """Cache `tokens` densely in both models, in place of what was there."""
+        self._document = tokens
         for model, cache in zip((self.target, self.draft), self.caches, strict=True):
             cache.truncate(0)
             prefill(model, cache, torch.tensor([tokens]), chunk, progress)
 
-    def run(self, tokens: list[int], selector: Selector | None, min_context: int = 0) -> Run:
+    def run(self, tokens: list[int], selector: Selector | Rival | None, min_context: int = 0) -> Run:
         """Predict behind each of `tokens`, which follow the cached document; the caches come back as they were."""
-        target_cache, draft_cache = self.caches
+        target_cache = self.caches[0]
         prefix = target_cache.lengths.clone()
-        layers = selector.draft_layers if selector is not None else ()
+        layers = selector.draft_layers if selector is not None and not isinstance(selector, Rival) else ()
         specs = self.target.spec, self.draft.spec
         counters = {t: ReadCounter(*specs, layers, t, self.bits) for t in {self.t, len(tokens) % self.t}}
-        quantized: QuantizedKeys | None = None
         started = time.perf_counter()
-        logits, kept, cached, read, dense = [], 0.0, 0, 0, 0
+        guide = self._guide(selector)
+        logits, kept, cached, read, dense = [], 0.0, 0, 0.0, 0
         for part in torch.tensor([tokens]).split(self.t, dim=1):
             lengths = target_cache.lengths.clone()
-            selection = None
-            if selector is not None:
-                queries = self.draft.forward(part, draft_cache, record_queries=True, logits=False).queries
-                if int(lengths) >= max(min_context, 1):
-                    if self.bits is not None and quantized is None:
-                        quantized = QuantizedKeys(self.draft, layers, self.bits, 1, draft_cache.capacity)
-                        quantized.fill(draft_cache)
-                    given = self.draft, draft_cache, queries, lengths, layers
-                    selection = selector.select(score(*given, per_query=selector.per_query, quantized=quantized))
-            logits.append(self.target.forward(part, target_cache, selection=selection).logits[0].float())
+            lists = guide.lists(part, lengths, sparse=int(lengths) >= max(min_context, 1)) if guide is not None else None
+            logits.append(self.target.forward(part, target_cache, selection=lists).logits[0].float())
+            selection = lists.made if isinstance(lists, InForward) else lists
             found: tuple[Any, ...] = ()
             if selection is not None:
                 listed = Listed.of(selection, self.target.spec, target_cache.capacity)
@@ -89,12 +88,69 @@ class TeacherForced:
                 cache.advance(part.shape[1])
         for cache in self.caches:
             cache.truncate(prefix)
+        read += guide.touched if guide is not None else 0
         return Run(
             logits=torch.cat(logits),
             kept_fraction=kept / max(cached, 1),
             kv_read_fraction=read / max(dense, 1),
             seconds=time.perf_counter() - started,
         )
+
+    def _guide(self, selector: Selector | Rival | None) -> FromDraft | InTarget | None:
+        if selector is None:
+            return None
+        if isinstance(selector, Rival):
+            return InTarget(selector, self.target, self.caches[0], self._document)
+        return FromDraft(selector, self.draft, self.caches[1], self.bits)
+
+
+class FromDraft:
+    """Lists from the draft's scores of a round."""
+
+    touched = 0.0  # bytes read in order to choose, beside the keys that are scored
+
+    def __init__(self, selector: Selector, draft: LanguageModel, cache: KVCache, bits: int | None) -> None:
+        self._selector, self._draft, self._cache, self._bits = selector, draft, cache, bits
+        self._quantized: QuantizedKeys | None = None
+
+    def lists(self, part: Tensor, lengths: Tensor, *, sparse: bool) -> Selection | None:
+        """Run the draft over the round's tokens [1, T]; its lists, unless the round is dense."""
+        queries = self._draft.forward(part, self._cache, record_queries=True, logits=False).queries
+        if not sparse:
+            return None
+        layers = self._selector.draft_layers
+        if self._bits is not None and self._quantized is None:
+            self._quantized = QuantizedKeys(self._draft, layers, self._bits, 1, self._cache.capacity)
+            self._quantized.fill(self._cache)
+        given = self._draft, self._cache, queries, lengths, layers
+        return self._selector.select(score(*given, per_query=self._selector.per_query, quantized=self._quantized))
+
+
+class InTarget:
+    """Lists that a rival makes inside the target's forward."""
+
+    def __init__(self, rival: Rival, target: LanguageModel, cache: KVCache, document: list[int]) -> None:
+        self._rival, self._target, self._cache = replace(rival, touched=0.0), target, cache  # it keeps state
+        lengths, window = cache.lengths.clone(), min(rival.window, len(document))
+        queries: tuple[Tensor, ...] = ()
+        if window:  # the end of the document once more, for its queries
+            cache.truncate(lengths - window)
+            queries = target.forward(torch.tensor([document[-window:]]), cache, record_queries=True, logits=False).queries
+            cache.advance(window)
+        self._rival.begin(queries, self._keys(int(lengths)), lengths)
+
+    @property
+    def touched(self) -> float:
+        return self._rival.touched
+
+    def lists(self, part: Tensor, lengths: Tensor, *, sparse: bool) -> InForward | None:
+        """For a round of tokens [1, T]."""
+        return InForward(self._rival, self._keys(int(lengths) + part.shape[1]), lengths) if sparse else None
+
+    def _keys(self, stop: int) -> Callable[[int], Tensor]:
+        """keys(layer) [B, stop, Hkv, D], as attention reads them."""
+        cache, dtype = self._cache, self._target.spec.dtype
+        return lambda layer: dequantize(cache.keys(layer, stop), cache.key_scales[layer], dtype)
 
 
 def make_selector(
@@ -104,19 +160,33 @@ def make_selector(
     map_name: str | None,
     draft_tokens: int,
     bits: int | None = None,
-) -> Selector | None:
-    """The selector of a case, None for "dense".
+) -> Selector | Rival | None:
+    """The selector of a case, or a rival; None for "dense".
 
     Raises OptionError for an unknown method or a missing alignment, and where keys in `bits` cannot be scored.
     """
     if case.method == DENSE:
         return None
+    if case.method in RIVALS:
+        return build_rival(case.method, _target(pair[0].spec), budget_of(case))
     if case.method not in SELECTORS:
-        raise OptionError("method", case.method, ", ".join((DENSE, *SELECTORS)))
+        raise OptionError("method", case.method, ", ".join((DENSE, *SELECTORS, *RIVALS)))
     if alignments is None:
         raise OptionError("alignment", None, "a file made by `outrider calibrate` for this pair")
     alignment = alignments.map(map_name or SELECTORS[case.method].default_map).alignment
     return pair_selector(*pair, case.method, alignment, budget_of(case), draft_tokens, bits)
+
+
+def _target(spec: ModelSpec) -> Target:
+    shape = spec.full_shape
+    return Target(
+        layers=spec.full_layers,
+        query_heads=shape.query_heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        scales=tuple(layer.scale for layer in spec.layers),
+        value_bytes=spec.cache_dtype.itemsize,
+    )
 
 
 def budget_of(case: Case) -> Budget:
