@@ -41,6 +41,13 @@ class Document:
     def keys(self, layer: int) -> Tensor:
         return self.cached[layer]
 
+    def observe(self, rival: Rival) -> None:
+        """The prefix, of which sequence 0 is all and the others lack some: tests of what is seen look at sequence 0."""
+        start, size = (0, int(self.lengths.max())) if rival.window is None else (int(self.lengths.max()) - 32, 32)
+        whole = torch.randn(L, len(self.lengths), size, Hq, D, generator=torch.Generator().manual_seed(7))
+        self.seen = 2 * whole if rival.window is None else self.window
+        rival.observe(tuple(self.seen), lambda layer: self.cached[layer, :, : start + size].nan_to_num(), start)
+
     def masses(self, layer: int) -> Tensor:
         """Softmax of each query over the past and the round's own tokens up to itself, mean over the queries [B, Hq, S]."""
         keys = self.cached[layer].nan_to_num().repeat_interleave(Hq // Hkv, 2)
@@ -72,7 +79,9 @@ class Document:
 def rival(method: str, keep: float = 0.2, document: Document | None = None, **budget) -> Rival:
     made = build_rival(method, TARGET, Budget(keep=keep, **({"min_context": 0} | budget)))
     if document is not None:
-        made.begin(tuple(document.window) if made.window else (), document.keys, document.lengths)
+        made.begin(document.keys, document.lengths)
+        if made.window != 0:
+            document.observe(made)
     return made
 
 
@@ -215,8 +224,42 @@ def test_snapkv_smooths_over_neighbours():
     assert all({58, 59, 60, 61, 62} <= set(tokens) for tokens in document.run(made)[2][0])
 
 
+def test_h2o_keeps_heavy_hitters_and_recent_tokens():
+    document = Document()
+    made = rival("h2o", document=document)
+    n, k = int(LENGTHS[0]), wanted(0.2)[0]
+    recent = min(wanted(0.2)) // 2
+    keys = document.cached[2, 0, :n].repeat_interleave(Hq // Hkv, 1)
+    logits = torch.einsum("thd,shd->hts", document.seen[2, 0], keys) * D**-0.5
+    past = torch.ones(n, n, dtype=torch.bool).tril()
+    sums = logits.masked_fill(~past, -torch.inf).softmax(-1).sum(1).unflatten(0, (Hkv, -1)).sum(1)
+    for h, tokens in enumerate(document.run(made)[2][0]):
+        assert set(tokens) >= set(range(n - recent, n))
+        heavy = sums[h, : n - recent].topk(k - recent).indices.tolist()
+        assert set(tokens) == {*heavy, *range(n - recent, n)}
+
+
+def test_h2o_evicts_for_good():
+    """A token that is not kept does not come back, however much the next queries would like it."""
+    document = Document()
+    made = rival("h2o", document=document)
+    first = document.run(made)
+    for step in range(1, 4):
+        later = Document(seed=step, lengths=LENGTHS + 3 * step)
+        found = later.run(made)
+        for layer, sequences in found.items():
+            for b, heads in enumerate(sequences):
+                for h, tokens in enumerate(heads):
+                    old = {token for token in tokens if token < LENGTHS[b]}
+                    assert old <= set(first[layer][b][h])
+                    assert len(tokens) == math.ceil(0.2 * int(later.lengths[b]))
+        first = found
+
+
 def test_what_is_refused():
-    with pytest.raises(OptionError, match=r"method: got 'none'; allowed: oracle, streaming, snapkv, quest, tidal, spatten"):
+    with pytest.raises(
+        OptionError, match=r"method: got 'none'; allowed: oracle, streaming, h2o, snapkv, quest, tidal, spatten"
+    ):
         build_rival("none", TARGET, Budget())
     with pytest.raises(OptionError, match=r"top-p: got 0\.9; allowed: --keep with method quest"):
         build_rival("quest", TARGET, Budget(top_p=0.9))

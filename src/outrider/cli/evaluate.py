@@ -30,7 +30,7 @@ class EvaluationOptions:
 
     text: tuple[Path, ...] = field(metadata={"help": "file of UTF-8 text to evaluate on"})
     method: tuple[str, ...] = option(
-        ("outrider",), "dense, outrider, sts, specattn; oracle, streaming, snapkv, quest, tidal or spatten"
+        ("outrider",), "dense, outrider, sts, specattn; oracle, streaming, h2o, snapkv, quest, tidal or spatten"
     )
     context: int = option(16384, "tokens of each text that are read")
     json: Path | None = field(

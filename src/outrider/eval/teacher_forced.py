@@ -33,6 +33,7 @@ from outrider.models.quantized_keys import QuantizedKeys
 from outrider.types import Selection
 
 DENSE = "dense"
+OBSERVED = 256  # tokens of a document whose queries a rival sees at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,13 +132,15 @@ class InTarget:
 
     def __init__(self, rival: Rival, target: LanguageModel, cache: KVCache, document: list[int]) -> None:
         self._rival, self._target, self._cache = replace(rival, touched=0.0), target, cache  # it keeps state
-        lengths, window = cache.lengths.clone(), min(rival.window, len(document))
-        queries: tuple[Tensor, ...] = ()
-        if window:  # the end of the document once more, for its queries
-            cache.truncate(lengths - window)
-            queries = target.forward(torch.tensor([document[-window:]]), cache, record_queries=True, logits=False).queries
-            cache.advance(window)
-        self._rival.begin(queries, self._keys(int(lengths)), lengths)
+        end = int(cache.lengths)
+        self._rival.begin(self._keys(end), cache.lengths.clone())
+        start = 0 if rival.window is None else max(end - rival.window, 0)
+        cache.truncate(start)
+        for part in torch.tensor([document[start:]]).split(OBSERVED, dim=1) if start < end else ():  # its queries
+            queries = target.forward(part, cache, record_queries=True, logits=False).queries
+            self._rival.observe(queries, self._keys(start + part.shape[1]), start)
+            cache.advance(part.shape[1])
+            start += part.shape[1]
 
     @property
     def touched(self) -> float:

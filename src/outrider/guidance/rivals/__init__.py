@@ -8,6 +8,7 @@ from __future__ import annotations
 from outrider.config import Budget
 from outrider.errors import OptionError
 from outrider.guidance.rivals.base import InForward, Rival, Target
+from outrider.guidance.rivals.h2o import H2O
 from outrider.guidance.rivals.oracle import Oracle
 from outrider.guidance.rivals.quest import Quest
 from outrider.guidance.rivals.snapkv import SnapKV
@@ -18,6 +19,7 @@ from outrider.guidance.rivals.tidal import Tidal
 RIVALS: dict[str, type[Rival]] = {
     "oracle": Oracle,
     "streaming": Streaming,
+    "h2o": H2O,
     "snapkv": SnapKV,
     "quest": Quest,
     "tidal": Tidal,

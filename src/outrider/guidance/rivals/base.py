@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,20 +37,24 @@ class Target:
 class Rival:
     """Chooses the tokens of one layer after the other, from the layer's own queries and keys.
 
-    One object serves one document: `begin` where its prefix is cached, then rounds. `touched` adds up the bytes that choosing
-    itself reads, of keys or of what the method keeps about them; rows that are attended to are not in it. A round's queries
-    share their lists, as they are read together: what a method computes for one query is averaged over them.
+    One object serves one document: `begin` where its prefix is cached, `observe` for what the method wants to see of it, then
+    rounds. `touched` adds up the bytes that choosing itself reads, of keys or of what the method keeps about them; rows that
+    are attended to are not in it. A round's queries share their lists, as they are read together: what a method computes for
+    one query is averaged over them.
     """
 
     target: Target
     budget: Budget
     touched: float = 0.0
 
-    window = 0  # last tokens of the prefix whose queries `begin` is given
+    window: ClassVar[int | None] = 0  # last tokens of the prefix whose queries are observed; None: all
 
-    def begin(self, queries: tuple[Tensor, ...], keys: Callable[[int], Tensor], lengths: Tensor) -> None:
-        """A document's prefix is cached. queries: by layer [B, W, Hq, D], of its last W = `window` tokens (empty for none);
-        keys(layer) [B, S, Hkv, D]; lengths [B]."""
+    def begin(self, keys: Callable[[int], Tensor], lengths: Tensor) -> None:
+        """A document's prefix of `lengths` [B] tokens is cached; keys(layer) [B, S, Hkv, D]."""
+
+    def observe(self, queries: tuple[Tensor, ...], keys: Callable[[int], Tensor], start: int) -> None:
+        """Queries of the prefix, T tokens from position `start` on, in order: by layer [B, T, Hq, D]; keys(layer)
+        [B, start + T, Hkv, D]."""
 
     def choose(self, layer: int, queries: Tensor, keys: Tensor, lengths: Tensor) -> TokenLists | None:
         """The lists of a layer's round, 1, Hkv or Hq to a sequence; None: it reads everything.

@@ -25,14 +25,16 @@ class SnapKV(Rival):
 
     window = 32
 
-    def begin(self, queries: tuple[Tensor, ...], keys: Callable[[int], Tensor], lengths: Tensor) -> None:
+    def begin(self, keys: Callable[[int], Tensor], lengths: Tensor) -> None:
         self._prompt = lengths.clone()
         self._lists: dict[int, TokenLists] = {}
-        before = lengths - queries[0].shape[1]
+
+    def observe(self, queries: tuple[Tensor, ...], keys: Callable[[int], Tensor], start: int) -> None:
+        before, recent = torch.full_like(self._prompt, start), queries[0].shape[1]
         for layer in self.target.layers:
             mass = self.by_kv_head(self.mass(layer, queries[layer], keys(layer), before))
             smooth = avg_pool1d(mass, KERNEL, stride=1, padding=KERNEL // 2)
-            self._lists[layer] = self.top(smooth, lengths, recent=queries[0].shape[1])
+            self._lists[layer] = self.top(smooth, self._prompt, recent=recent)
 
     def choose(self, layer: int, queries: Tensor, keys: Tensor, lengths: Tensor) -> TokenLists:
         first = self._lists[layer]
