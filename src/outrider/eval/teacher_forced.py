@@ -7,9 +7,11 @@ cache stays there for the next rounds, as in generation.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,6 +61,7 @@ class TeacherForced:
     def read(self, tokens: list[int], chunk: int, progress: ProgressCallback | None = None) -> None:
         """Cache `tokens` densely in both models, in place of what was there."""
         self._document = tokens
+        self._begun: dict[int, Rival] = {}  # rivals that have seen it, by identity
         for model, cache in zip((self.target, self.draft), self.caches, strict=True):
             cache.truncate(0)
             prefill(model, cache, torch.tensor([tokens]), chunk, progress)
@@ -101,7 +104,9 @@ class TeacherForced:
         if selector is None:
             return None
         if isinstance(selector, Rival):
-            return InTarget(selector, self.target, self.caches[0], self._document)
+            if id(selector) not in self._begun:
+                self._begun[id(selector)] = begin(selector, self.target, self.caches[0], self._document)
+            return InTarget(copy.deepcopy(self._begun[id(selector)]), self.target, self.caches[0])
         return FromDraft(selector, self.draft, self.caches[1], self.bits)
 
 
@@ -130,17 +135,8 @@ class FromDraft:
 class InTarget:
     """Lists that a rival makes inside the target's forward."""
 
-    def __init__(self, rival: Rival, target: LanguageModel, cache: KVCache, document: list[int]) -> None:
-        self._rival, self._target, self._cache = replace(rival, touched=0.0), target, cache  # it keeps state
-        end = int(cache.lengths)
-        self._rival.begin(self._keys(end), cache.lengths.clone())
-        start = 0 if rival.window is None else max(end - rival.window, 0)
-        cache.truncate(start)
-        for part in torch.tensor([document[start:]]).split(OBSERVED, dim=1) if start < end else ():  # its queries
-            queries = target.forward(part, cache, record_queries=True, logits=False).queries
-            self._rival.observe(queries, self._keys(start + part.shape[1]), start)
-            cache.advance(part.shape[1])
-            start += part.shape[1]
+    def __init__(self, rival: Rival, target: LanguageModel, cache: KVCache) -> None:
+        self._rival, self._keys = rival, partial(_keys, target, cache)
 
     @property
     def touched(self) -> float:
@@ -150,10 +146,25 @@ class InTarget:
         """For a round of tokens [1, T]."""
         return InForward(self._rival, self._keys(int(lengths) + part.shape[1]), lengths) if sparse else None
 
-    def _keys(self, stop: int) -> Callable[[int], Tensor]:
-        """keys(layer) [B, stop, Hkv, D], as attention reads them."""
-        cache, dtype = self._cache, self._target.spec.dtype
-        return lambda layer: dequantize(cache.keys(layer, stop), cache.key_scales[layer], dtype)
+
+def begin(rival: Rival, target: LanguageModel, cache: KVCache, document: list[int]) -> Rival:
+    """A copy of `rival` that has seen the document, which is cached; its state is that document's."""
+    begun = replace(rival, touched=0.0)
+    end = int(cache.lengths)
+    begun.begin(_keys(target, cache, end), cache.lengths.clone())
+    start = 0 if rival.window is None else max(end - rival.window, 0)
+    cache.truncate(start)
+    for part in torch.tensor([document[start:]]).split(OBSERVED, dim=1) if start < end else ():  # once more, for its queries
+        queries = target.forward(part, cache, record_queries=True, logits=False).queries
+        begun.observe(queries, _keys(target, cache, start + part.shape[1]), start)
+        cache.advance(part.shape[1])
+        start += part.shape[1]
+    return begun
+
+
+def _keys(target: LanguageModel, cache: KVCache, stop: int) -> Callable[[int], Tensor]:
+    """keys(layer) [B, stop, Hkv, D], as attention reads them."""
+    return lambda layer: dequantize(cache.keys(layer, stop), cache.key_scales[layer], target.spec.dtype)
 
 
 def make_selector(
