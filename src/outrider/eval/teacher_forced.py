@@ -13,21 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outrider.config import Budget
+from outrider.config import Budget, check
 from outrider.decoding.pair import make_selector as pair_selector
 from outrider.decoding.prefill import ProgressCallback, prefill
 from outrider.decoding.scoring import score
 from outrider.decoding.statistics import Listed, ReadCounter
 from outrider.errors import OptionError, PromptError
-from outrider.eval.rows import Case
+from outrider.eval.rows import DENSE, Case
 from outrider.guidance.alignment import AlignmentFile
 from outrider.guidance.selectors import SELECTORS
 from outrider.guidance.selectors.base import Selector
 from outrider.models import LanguageModel
 from outrider.models.cache import aligned
 from outrider.models.quantized_keys import QuantizedKeys
-
-DENSE = "dense"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,12 +109,16 @@ def make_selector(
     """
     if case.method == DENSE:
         return None
-    if case.method not in SELECTORS:
-        raise OptionError("method", case.method, ", ".join((DENSE, *SELECTORS)))
+    check_method(case)
     if alignments is None:
         raise OptionError("alignment", None, "a file made by `outrider calibrate` for this pair")
     alignment = alignments.map(map_name or SELECTORS[case.method].default_map).alignment
     return pair_selector(*pair, case.method, alignment, budget_of(case), draft_tokens, bits)
+
+
+def check_method(case: Case) -> None:
+    """Raise OptionError for a method that nobody knows."""
+    check("method", case.method, case.method in (DENSE, *SELECTORS), ", ".join((DENSE, *SELECTORS)))
 
 
 def budget_of(case: Case) -> Budget:
