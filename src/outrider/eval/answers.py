@@ -115,7 +115,7 @@ class PromptMemory:
             last = self._last[key] = self._widened(last, model, cache.capacity)
         # up to `start` both are equal: a chunk that differs ends what is remembered
         same = [a == b for a, b in zip(last.tokens[start:stop], given, strict=False)]
-        known = start + (same + [False]).index(False)
+        known = start + [*same, False].index(False)
         _copy(last.cache, cache, start, known)
         cache.advance(known - start)
         if known == stop:

@@ -58,8 +58,10 @@ class Sample:
 def fit(plan: Plan, count: Callable[[str], int], context: int, family: str, name: str) -> Sample:
     """The longest sample whose prompts and answers fit into `context` tokens, as `count` counts them.
 
-    Raises OptionError when not even the shortest fits, PromptError when the text `name` is too short to fill the context.
+    Raises OptionError when not even the shortest fits, PromptError when the text `name` cannot fill the context.
     """
+    if plan.most < plan.least:
+        raise PromptError(f"text {name}: has too few words for family {family}; allowed: a longer text")
     room = context - plan.new_tokens
     longest = max(plan.questions, key=lambda question: count(question.text)).text
 
