@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,39 +14,42 @@ from outrider.eval import qa_task, ruler_task
 from outrider.eval.answers import Answering, PromptMemory, counter
 from outrider.eval.qa_data import Asked, Document
 from outrider.eval.rows import Case, Text
-from outrider.eval.scores import rouge_l, token_f1
 
 SHORT = {"sinks": 2, "recent": 4, "min_context": 8}
 CASES = [Case(method=m, budget=Budget(keep=0.3, **SHORT)) for m in ("outrider", "sts", "specattn")]
 DENSE = Case(method="dense")
 OPTIONS = {"draft_tokens": 3, "score_keys": "exact", "map_name": None, "prefill_chunk": 64}
-PROMPTS = ["a river and a stone " * 6 + question for question in ("who?", "where to?", "who goes there?")]
+PROMPTS = ["a river and a stone " * 5 + question for question in ("who?", "where to?")]
 
 
 def test_answers_are_those_of_generate(pair, alignments):
-    cases = [DENSE, *CASES, DENSE]
+    cases = [*CASES, DENSE]
     answering = Answering(pair, alignments, cases, **OPTIONS)
     for number, case in enumerate(cases):
-        answers = answering.answer(number, PROMPTS, 12)
+        answers = answering.answer(number, PROMPTS, 5)
         mode = "dense" if case is DENSE else "sparse"
         options = {} if case is DENSE else {"method": case.method, "keep": 0.3, **SHORT}
         config = engine_config(mode=mode, draft_tokens=3, prefill_chunk=64, batch_size=1, audit=True, **options)
-        results = Outrider(*pair, config, alignments).generate(PROMPTS, SamplingParams(max_new_tokens=12))
+        results = Outrider(*pair, config, alignments).generate(PROMPTS, SamplingParams(max_new_tokens=5))
         assert answers.texts == [result.text for result in results]
         assert answers.tokens == sum(len(result.token_ids) for result in results)
         read = [(r.statistics.listed, r.statistics.cached) for r in results]
         assert answers.kept_fraction == pytest.approx(sum(x for x, _ in read) / sum(y for _, y in read))
-        assert answers.agreement == (1 if case is DENSE else pytest.approx(sum(r.statistics.agreed for r in results) / 36))
+        assert answers.agreement == (1 if case is DENSE else pytest.approx(sum(r.statistics.agreed for r in results) / 10))
         assert (answers.kept_fraction == 1) == (case is DENSE)
 
 
 def test_what_prompts_share_is_read_once(pair, monkeypatch):
     """Cache rows equal those of a reading from scratch, and no token is read twice where the last prompt had it, too."""
     target, memory = pair[0], PromptMemory()
-    forwarded = []
-    monkeypatch.setattr(
-        type(target), "forward", lambda self, tokens, *a, _=type(target).forward, **k: (forwarded.append(tokens.shape[1]), _(self, tokens, *a, **k))[1]
-    )  # fmt: skip
+    forwarded: list[int] = []
+    forward = type(target).forward
+
+    def counted(self, tokens, *given, **options):
+        forwarded.append(tokens.shape[1])
+        return forward(self, tokens, *given, **options)
+
+    monkeypatch.setattr(type(target), "forward", counted)
 
     def read(tokens: list[int], memory: PromptMemory) -> list[torch.Tensor]:
         cache = target.new_cache(1, 192)
@@ -59,7 +62,7 @@ def test_what_prompts_share_is_read_once(pair, monkeypatch):
     long = [i % 251 for i in range(180)]
     for tokens, fresh in (
         (long, 180),
-        (long[:100] + [7, 7, 7], 3),  # ends inside the second chunk
+        ([*long[:100], 7, 7, 7], 3),  # ends inside the second chunk
         (long, 80),
         (long[:50], 0),
         (long, 0),
@@ -79,8 +82,7 @@ def test_a_prompt_that_fails_is_no_answer(pair, alignments, monkeypatch):
 
     def broken(self, *given, **options):
         output = forward(self, *given, **options)
-        output.logits.fill_(float("nan"))
-        return output
+        return replace(output, logits=torch.full_like(output.logits, float("nan")))
 
     monkeypatch.setattr(type(pair[0]), "forward", broken)
     with pytest.raises(EngineError, match="dense: the target's logits are not finite numbers"):
@@ -99,19 +101,17 @@ def test_what_engines_refuse(pair, alignments):
 
 class TestRuler:
     def test_rows(self, pair, alignments, book):
-        families = ("single", "multi-query")
-        options = {"context": 700, "families": families, "samples": 2, "style": "facts", "draft_tokens": 3}
+        options = {"context": 600, "families": ("single", "multi-value"), "samples": 1, "style": "facts", "draft_tokens": 3}
         text = Text(name="book", text=book[:9000])
         rows = list(ruler_task.evaluate(pair, alignments, [text], [DENSE, CASES[0]], **options))
-        assert [(row.part, row.text, row.method) for row in rows] == [
-            (family, f"book {number}", method) for family in families for number in (1, 2) for method in ("dense", "outrider")
+        assert [(row.part, row.text, row.method, row.asked) for row in rows] == [
+            (family, "book 1", method, asked)
+            for family, asked in (("single", 1), ("multi-value", 4))
+            for method in ("dense", "outrider")
         ]
-        assert [row.asked for row in rows] == [1] * 4 + [4] * 4
-        assert all(
-            row.task == "ruler" and 0 <= row.recalled <= row.asked and row.scored_tokens == 8 * row.asked for row in rows
-        )
-        assert all(row.agreement == row.kept_fraction == 1 for row in rows if row.method == "dense")
-        assert all(0.3 <= row.kept_fraction < 0.31 for row in rows if row.method == "outrider")
+        for row in rows:
+            assert (row.task, row.scored_tokens) == ("ruler", 8 * row.asked) and 0 <= row.recalled <= row.asked
+            assert row.agreement == row.kept_fraction == 1 if row.method == "dense" else 0.3 <= row.kept_fraction < 0.31
         assert rows[0].conditions["style"] == "facts" and rows[0].conditions["seed"] == 0
 
     def test_the_built_in_pair_finds_needles(self, builtin_pair, builtin_alignment, book):
@@ -131,7 +131,7 @@ class TestRuler:
         ):
             with pytest.raises(OptionError, match=says):
                 ruler_task.evaluate(pair, alignments, [text], [DENSE], **options)  # not even iterated
-        with pytest.raises(PromptError, match="text book: fills .* allowed: at least 4000"):
+        with pytest.raises(PromptError, match=r"text book: fills .* allowed: at least 4000"):
             ruler_task.evaluate(pair, alignments, [text], [DENSE], context=4000)
 
 
@@ -149,20 +149,13 @@ class TestQuestions:
     )
 
     def test_rows_score_what_was_answered(self, pair, alignments, monkeypatch):
-        texts = iter(["The king", "twice", "a giant slept", "", "once once", "river"])
+        texts = iter(["The king", "twice", " a giant slept"])
         answer = Answering.answer
         prompts: list[list[str]] = []
 
         def scripted(self, number, asked, new_tokens, stop):
-            made = answer(self, number, asked, new_tokens, stop)
             prompts.append(list(asked))
-            return type(made)(
-                texts=[next(texts) for _ in asked],
-                **{
-                    name: getattr(made, name)
-                    for name in ("tokens", "agreement", "kept_fraction", "kv_read_fraction", "seconds")
-                },
-            )
+            return replace(answer(self, number, asked, new_tokens, stop), texts=[next(texts) for _ in asked])
 
         monkeypatch.setattr(Answering, "answer", scripted)
         rows = list(qa_task.evaluate(pair, alignments, list(self.DOCUMENTS), [DENSE], context=400, max_new_tokens=5))
@@ -172,9 +165,9 @@ class TestQuestions:
         assert prompts[0][1].endswith("Once there was a king.\n\nHe had a stone.\n\nQuestion: When?\nAnswer:")
 
     def test_answers_end_with_their_line(self, pair, alignments):
-        rows = list(qa_task.evaluate(pair, alignments, list(self.DOCUMENTS), [DENSE, CASES[0]], context=400, max_new_tokens=9))
+        rows = list(qa_task.evaluate(pair, alignments, list(self.DOCUMENTS), [DENSE, CASES[0]], context=400, max_new_tokens=5))
         assert [row.method for row in rows] == ["dense", "outrider"] * 2
-        assert all(0 <= row.f1 <= 1 and row.scored_tokens <= 9 * row.asked and row.recalled is None for row in rows)
+        assert all(0 <= row.f1 <= 1 and row.scored_tokens <= 5 * row.asked and row.recalled is None for row in rows)
 
     def test_planted_documents_fill_the_context(self, pair, alignments, book, monkeypatch):
         seen: list[list[str]] = []
@@ -206,9 +199,3 @@ class TestQuestions:
         ):
             with pytest.raises(error, match=says):
                 qa_task.evaluate(pair, alignments, documents, [DENSE], **options)
-
-
-def test_scores_are_of_the_stripped_line():
-    """The space that most tokenizers put before an answer costs nothing."""
-    assert token_f1(" a king", ["the king"]) == 1 and rouge_l(" king", ["king"]) == 1
-    assert re.fullmatch(r"\n", qa_task.STOP[0])

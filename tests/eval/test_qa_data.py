@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import pytest
@@ -80,7 +81,7 @@ def test_layout_of_narrativeqa(write):
         (record(2, question=7), "line 2, field question: got 7; allowed: text"),
         (record(2, question=["Who?", "Where?"]), "line 2, field question: got 2 texts; allowed: one question"),
         (record(2, answers=[]), "line 2, field answers: got an empty list; allowed: text"),
-        (record(2, answers=["x", {"text": "y" * 99}]), "line 2, field answers: got {'text': 'yyyyyyyyyyyyyyyyyyyyyyyyyyy...; allowed"),
+        (record(2, answers=["x", {"text": "y" * 99}]), "line 2, field answers: got {'text': '" + "y" * 27 + "...; allowed:"),
     ],
 )  # fmt: skip
 def test_bad_records_are_named(write, bad, says):
@@ -97,7 +98,7 @@ def test_bad_items_of_a_list_are_named(write):
         ([], "field questions.question: got no question; allowed: at least one"),
         (["Who?"], "field questions.question: got 'Who?' where 'question' should be; allowed: an object"),
     ):
-        with pytest.raises(PromptError, match=says):
+        with pytest.raises(PromptError, match=re.escape(says)):
             read_documents(write({"context": "A tale.", "questions": questions}), fields)
 
 

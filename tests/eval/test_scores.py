@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from outrider.eval.scores import rouge_l, token_f1
 
 SCORES = (token_f1, rouge_l)
-WORDS = st.lists(
-    st.sampled_from(["king", "queen", "river", "stone", "three", "golden", "hairs", "went", "home"]), max_size=8
-).map(" ".join)
+VOCABULARY = ("king", "queen", "river", "stone", "three", "golden", "hairs", "went", "home")
+WORDS = st.lists(st.sampled_from(VOCABULARY), max_size=8).map(" ".join)
 
 
 @pytest.mark.parametrize(
