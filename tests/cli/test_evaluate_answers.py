@@ -28,7 +28,7 @@ def tales(folder):
 
 @pytest.fixture
 def flags(pair, alignment) -> list[str]:
-    return [*pair, "--alignment", alignment, "--min-context", "8", "--recent", "4", "--method", "dense", "--method", "outrider"]
+    return [*pair, "--alignment", alignment, "--min-context", "8", "--recent", "4"]
 
 
 FIELDS = ["--context-field", "tale", "--question-field", "asked.q", "--answers-field", "asked.a"]

@@ -39,8 +39,17 @@ class EvaluationOptions:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerOptions(EvaluationOptions):
+    """Where answers are generated, the dense ones stand beside them unless asked otherwise."""
+
+    method: tuple[str, ...] = option((DENSE, "outrider"), "dense, sts, specattn or outrider")
+    context: int = option(16384, "tokens of a prompt and its answer together")
+
+
 EVALUATION = Flags(source=EvaluationOptions, panel="Evaluation")
-WITHOUT_TEXT = Flags(source=EvaluationOptions, panel="Evaluation", skip=("text",))
+ANSWERS = Flags(source=AnswerOptions, panel="Evaluation")
+ANSWERS_TO_DATA = Flags(source=AnswerOptions, panel="Evaluation", skip=("text",))
 BUDGET = Flags(source=Budget, panel="Budget", repeat=("keep", "top_p"))
 MODELS = Flags(source=ModelOptions, panel="Models")
 ENGINE = Flags(
@@ -89,7 +98,7 @@ def facts(
 
 
 @app.command()
-@takes(EVALUATION, BUDGET, MODELS, ENGINE)
+@takes(ANSWERS, BUDGET, MODELS, ENGINE)
 def ruler(
     family: Annotated[
         list[str] | None,
@@ -114,7 +123,7 @@ def ruler(
     """RULER's synthetic families (arXiv 2404.06654) in a given text: what generated answers hold of what was asked for."""
     from outrider.eval.ruler.families import FAMILIES, check_ruler
 
-    families = tuple(family or FAMILIES)
+    families = tuple(dict.fromkeys(family or FAMILIES))
     style = style or ("facts" if values["target"] == BUILTIN else "ruler")
     check_ruler(families, style, samples)
     contents = _contents(values["text"])
@@ -128,7 +137,7 @@ def ruler(
 
 
 @app.command()
-@takes(WITHOUT_TEXT, BUDGET, MODELS, ENGINE)
+@takes(ANSWERS_TO_DATA, BUDGET, MODELS, ENGINE)
 def qa(
     data: Annotated[Path, typer.Option(help="documents with questions: .jsonl, or .parquet where pyarrow is installed")],
     context_field: Annotated[str, typer.Option(help="field with a record's text, or a list of its parts")] = "context",
@@ -176,7 +185,7 @@ def _texts(contents: list[tuple[str, str]]) -> list[Text]:
 
 def _evaluate(task: Callable[[], Task], values: dict[str, Any], *, each: bool = True) -> None:
     """Check, load, run the task. With `each`, every text gets a table of its own before the means."""
-    options, models, engine = WITHOUT_TEXT.pick(values), MODELS.pick(values), ENGINE.pick(values)
+    options, models, engine = ANSWERS_TO_DATA.pick(values), MODELS.pick(values), ENGINE.pick(values)
     EngineConfig(**engine)
     budgets = _budgets(BUDGET.pick(values))
     screen = Screen()
@@ -212,9 +221,9 @@ def _report(work: Iterable[Row], per_text: int | None, path: Path | None, screen
                     screen.show(evaluation_table(row.text, rows[shown:]))
                     shown = len(rows)
     except KeyboardInterrupt:
-        if rows[shown:]:
-            left = rows[shown:] if per_text else summarize(rows)
-            screen.show(evaluation_table(f"{left[0].text if per_text is None else rows[-1].text}, interrupted", left))
+        left = summarize(rows) if per_text is None else rows[shown:]
+        if left:
+            screen.show(evaluation_table(f"{left[-1].text}, interrupted", left))
         raise
     if len(rows) > (per_text or 0):
         means = summarize(rows)

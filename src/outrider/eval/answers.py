@@ -65,6 +65,7 @@ class Answering:
                 batch_size=1,  # prompts one after another: memory for one, and what they share is read once
                 prefill_chunk=prefill_chunk,
                 kv_dtype=pair[0].spec.kv_dtype,
+                eager=True,  # answers are short: to capture rounds for each case and prompt would take longer than to run them
                 audit=True,
                 backend=pair[0].backend,
             )
@@ -75,7 +76,6 @@ class Answering:
         engine = self._engines[number]
         given: list[Prompt] = [*prompts]
         results = engine.generate(given, SamplingParams(max_new_tokens=new_tokens, stop=stop))
-        engine.release()  # the next case's caches need the memory
         for result in results:
             if result.error is not None:
                 raise EngineError(f"{self.cases[number].method}: {result.error}")
