@@ -185,6 +185,7 @@ def _texts(contents: list[tuple[str, str]]) -> list[Text]:
 
 def _evaluate(task: Callable[[], Task], values: dict[str, Any], *, each: bool = True) -> None:
     """Check, load, run the task. With `each`, every text gets a table of its own before the means."""
+    # flags that all tasks have
     options, models, engine = ANSWERS_TO_DATA.pick(values), MODELS.pick(values), ENGINE.pick(values)
     EngineConfig(**engine)
     budgets = _budgets(BUDGET.pick(values))
