@@ -161,6 +161,19 @@ class Outrider:
         """Give back the memory that the last run's caches and graphs hold for the next one."""
         self._engine.release()
 
+    @property
+    def execution(self) -> dict[str, int | bool]:
+        """How rounds run here: as CUDA graphs or not, and how many layers of target and draft in fused launches.
+
+        A layer that is not fused runs as transformers has it: compiled in graphs, else as it is.
+        """
+        engine = self._engine
+        fused = {
+            f"fused_{role}_layers": len(model.fused_layers)
+            for role, model in (("target", engine.target), ("draft", engine.draft))
+        }
+        return {"graphs": engine.captures} | fused
+
     def tokenize(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt as the target sees it. Raises PromptError when it is empty or no tokenizer is at hand."""
         if isinstance(prompt, str):
