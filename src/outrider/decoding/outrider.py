@@ -11,7 +11,7 @@ from outrider.config import Budget, EngineConfig, SamplingParams, check, engine_
 from outrider.decoding.engine import Engine
 from outrider.decoding.loop import Event
 from outrider.decoding.pair import BUILTIN, find_alignment, load_pair
-from outrider.decoding.prefill import ProgressCallback
+from outrider.decoding.prefill import ProgressCallback, ReadChunk, read_chunk
 from outrider.decoding.sequence import Sequence
 from outrider.decoding.statistics import Statistics
 from outrider.errors import OptionError, PromptError
@@ -90,13 +90,17 @@ class Outrider:
         config: EngineConfig,
         alignments: AlignmentFile | None = None,
         map_name: str | None = None,
+        *,
+        read: ReadChunk = read_chunk,
     ) -> None:
+        """`read` puts a chunk of a prompt into a cache: another one serves measurements."""
         self.target = target
         self.draft = draft
         self.config = config
         self.alignments = alignments
         self.map_name = map_name
-        self._engine = Engine(target, draft, config, self._alignment())
+        self._read = read
+        self._engine = Engine(target, draft, config, self._alignment(), read=read)
 
     @classmethod
     def load(
@@ -127,7 +131,8 @@ class Outrider:
         budget = {f.name: getattr(self.config.budget, f.name) for f in fields(Budget)}
         if {"keep", "top_p"} & options.keys():
             budget |= {"keep": None, "top_p": None}
-        return Outrider(self.target, self.draft, engine_config(**(named | budget | options)), self.alignments, self.map_name)
+        config = engine_config(**(named | budget | options))
+        return Outrider(self.target, self.draft, config, self.alignments, self.map_name, read=self._read)
 
     def generate(
         self,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from outrider.config import Budget
+from outrider.config import Budget, check
 from outrider.decoding.pair import make_selector as pair_selector
 from outrider.decoding.teacher_forced import Run, TeacherForced
 from outrider.errors import OptionError, PromptError
-from outrider.eval.rows import Case
+from outrider.eval.rows import DENSE, Case
 from outrider.guidance.alignment import AlignmentFile
 from outrider.guidance.rivals import RIVALS, Rival, Target, build_rival
 from outrider.guidance.selectors import SELECTORS
@@ -14,8 +14,6 @@ from outrider.guidance.selectors.base import Selector
 from outrider.models import LanguageModel, ModelSpec
 
 __all__ = ["DENSE", "Run", "TeacherForced", "budget_of", "check_context", "make_selector", "tokenize"]
-
-DENSE = "dense"
 
 
 def make_selector(
@@ -52,6 +50,11 @@ def _target(spec: ModelSpec) -> Target:
         scales=tuple(layer.scale for layer in spec.layers),
         value_bytes=spec.cache_dtype.itemsize,
     )
+
+
+def check_generates(case: Case) -> None:
+    """Raise OptionError for a method that the engine does not generate with: an unknown one, or a rival."""
+    check("method", case.method, case.method in (DENSE, *SELECTORS), ", ".join((DENSE, *SELECTORS)))
 
 
 def budget_of(case: Case) -> Budget:
