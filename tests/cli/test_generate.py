@@ -245,5 +245,7 @@ def test_caches_in_8_bits_are_used_and_named(outrider, fails, pair, prompt, tmp_
     path = tmp_path / "stats.json"
     flags = ["generate", *pair, *prompt, *SHORT, "--mode", "dense", "--kv-dtype"]
     assert outrider(*flags, "fp8", "--stats-json", path).code == 0
-    assert json.loads(path.read_text())["conditions"]["kv_dtype"] == "fp8"
+    conditions = json.loads(path.read_text())["conditions"]
+    assert conditions["kv_dtype"] == "fp8"
+    assert (conditions["graphs"], conditions["fused_target_layers"], conditions["fused_draft_layers"]) == (False, 0, 0)
     assert fails(*flags, "int8") == "kv-dtype: got 'int8'; allowed: auto, fp8"

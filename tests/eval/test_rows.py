@@ -52,3 +52,28 @@ def test_means_are_over_texts_by_method_and_budget():
     assert means[0].recalled is None
     facts = summarize([row("a", recalled=1, asked=2), row("b", recalled=2, asked=2)])
     assert (facts[0].recalled, facts[0].asked) == (3, 4)
+
+
+def test_parts_of_a_task_are_kept_apart():
+    means = summarize([row("a", part="single"), row("a", part="multi-key"), row("b", part="single")])
+    assert [(mean.part, mean.text) for mean in means] == [("single", "mean of 2"), ("multi-key", "mean of 1")]
+
+
+def test_intervals_are_over_documents():
+    [mean] = summarize([row("a", ppl=20.2, recalled=1, asked=2), row("b", ppl=20.6, recalled=2, asked=2, agreement=0.8)])
+    assert mean.delta_percent == pytest.approx(2)
+    assert {name: pytest.approx(interval) for name, interval in mean.intervals.items()} == {
+        "delta_percent": (1, 3),
+        "agreement": (0.8, 0.9),
+        "recall": (0.5, 1),
+    }
+    assert json.loads(json.dumps(mean.as_dict()))["intervals"]["recall"] == [0.5, 1]
+    [scored] = summarize([row("a", f1=0.5, rouge_l=0.25), row("b", f1=0.7, rouge_l=0.35)])
+    assert (scored.f1, scored.rouge_l) == (pytest.approx(0.6), pytest.approx(0.3))
+    assert scored.intervals["f1"] == pytest.approx((0.5, 0.7)) and scored.intervals["rouge_l"] == pytest.approx((0.25, 0.35))
+
+
+def test_one_document_has_no_interval_nor_has_dense_against_itself():
+    assert summarize([row("a", recalled=1, asked=2)])[0].intervals == {}
+    rows = [row(text, method="dense", keep=None, recalled=2, asked=4) for text in "ab"]
+    assert summarize(rows)[0].intervals == {"recall": (0.5, 0.5)}

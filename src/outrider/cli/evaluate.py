@@ -1,11 +1,12 @@
-"""outrider eval perplexity | facts"""
+"""outrider eval perplexity | facts | ruler | qa"""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,13 +16,15 @@ from outrider.cli.files import read_text
 from outrider.cli.options import Flags, ModelOptions, takes
 from outrider.cli.screen import Screen
 from outrider.cli.tables import evaluation_table
-from outrider.config import Budget, EngineConfig, option
+from outrider.config import Budget, EngineConfig, check, option
 from outrider.errors import OptionError
 
 if TYPE_CHECKING:
-    from outrider.eval.rows import Row
+    from outrider.eval.rows import Row, Text
 
 DENSE = "dense"
+BUILTIN = "builtin"  # the target that comes with Outrider
+Task = Callable[..., "Iterable[Row]"]  # of a pair, alignments, cases and options
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,14 +32,26 @@ class EvaluationOptions:
     """What every task is given."""
 
     text: tuple[Path, ...] = field(metadata={"help": "file of UTF-8 text to evaluate on"})
-    method: tuple[str, ...] = option(("outrider",), "dense, sts, specattn or outrider")
+    method: tuple[str, ...] = option(
+        ("outrider",), "dense, outrider, sts, specattn; oracle, streaming, h2o, snapkv, quest, tidal or spatten"
+    )
     context: int = option(16384, "tokens of each text that are read")
     json: Path | None = field(
         default=None, metadata={"help": "append one JSON line for every text, method and budget to this file"}
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerOptions(EvaluationOptions):
+    """Where answers are generated, the dense ones stand beside them unless asked otherwise."""
+
+    method: tuple[str, ...] = option((DENSE, "outrider"), "dense, sts, specattn or outrider")
+    context: int = option(16384, "tokens of a prompt and its answer together")
+
+
 EVALUATION = Flags(source=EvaluationOptions, panel="Evaluation")
+ANSWERS = Flags(source=AnswerOptions, panel="Evaluation")
+ANSWERS_TO_DATA = Flags(source=AnswerOptions, panel="Evaluation", skip=("text",))
 BUDGET = Flags(source=Budget, panel="Budget", repeat=("keep", "top_p"))
 MODELS = Flags(source=ModelOptions, panel="Models")
 ENGINE = Flags(
@@ -46,7 +61,7 @@ ENGINE = Flags(
     short={"draft_tokens": "-K"},
 )
 
-app = typer.Typer(help="Measure what a method costs, teacher-forced through the same stages as generation.")
+app = typer.Typer(help="Measure what a method costs: on given tokens (perplexity, facts), in generated answers (ruler, qa).")
 
 
 @app.command()
@@ -56,13 +71,14 @@ def perplexity(
     **values: Any,
 ) -> None:
     """How well the target predicts a text when it reads only its lists."""
+    contents = _contents(values["text"])
 
-    def task() -> Callable[..., Iterable[Row]]:
+    def task() -> Task:
         from outrider.eval.perplexity import evaluate
 
-        return evaluate
+        return partial(evaluate, texts=_texts(contents), scored_tokens=scored_tokens)
 
-    _evaluate(task, values, scored_tokens=scored_tokens)
+    _evaluate(task, values)
 
 
 @app.command()
@@ -73,41 +89,127 @@ def facts(
     **values: Any,
 ) -> None:
     """How many facts planted in a text the target recalls."""
+    contents = _contents(values["text"])
 
-    def task() -> Callable[..., Iterable[Row]]:
+    def task() -> Task:
         from outrider.eval.facts_task import evaluate
 
-        return evaluate
+        return partial(evaluate, texts=_texts(contents), facts=facts, seed=seed)
 
-    _evaluate(task, values, facts=facts, seed=seed)
+    _evaluate(task, values)
 
 
-def _evaluate(task: Callable[[], Callable[..., Iterable[Row]]], values: dict[str, Any], **own: Any) -> None:
-    """Check, load, run the task."""
-    options, models, engine = EVALUATION.pick(values), MODELS.pick(values), ENGINE.pick(values)
+@app.command()
+@takes(ANSWERS, BUDGET, MODELS, ENGINE)
+def ruler(
+    family: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="single, multi-key, multi-value, multi-query, variable-tracking, common-words or frequent-words "
+            "(repeatable; default: all)"
+        ),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(help="samples of each family from each text, their needles at evenly spread depths")
+    ] = 5,
+    style: Annotated[
+        str | None,
+        typer.Option(
+            help="how needles are stated and asked for: ruler (in RULER's words) or facts (as the built-in pair knows them); "
+            "default: facts for target builtin, else ruler"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="seed of all that is drawn")] = 0,
+    **values: Any,
+) -> None:
+    """RULER's synthetic families (arXiv 2404.06654) in a given text: what generated answers hold of what was asked for."""
+    from outrider.eval.ruler.families import FAMILIES, check_ruler
+
+    families = tuple(dict.fromkeys(family or FAMILIES))
+    style = style or ("facts" if values["target"] == BUILTIN else "ruler")
+    check_ruler(families, style, samples)
+    contents = _contents(values["text"])
+
+    def task() -> Task:
+        from outrider.eval.ruler_task import evaluate
+
+        return partial(evaluate, texts=_texts(contents), families=families, samples=samples, style=style, seed=seed)
+
+    _evaluate(task, values, each=False)
+
+
+@app.command()
+@takes(ANSWERS_TO_DATA, BUDGET, MODELS, ENGINE)
+def qa(
+    data: Annotated[Path, typer.Option(help="documents with questions: .jsonl, or .parquet where pyarrow is installed")],
+    context_field: Annotated[str, typer.Option(help="field with a record's text, or a list of its parts")] = "context",
+    question_field: Annotated[
+        str, typer.Option(help="field with the question; dots lead deeper, as in questions.question, a list of questions")
+    ] = "question",
+    answers_field: Annotated[str, typer.Option(help="field with the answer, or a list of answers")] = "answers",
+    documents: Annotated[int | None, typer.Option(help="ask about the first documents only, this many")] = None,
+    questions: Annotated[int | None, typer.Option(help="ask the first questions of each document only, this many")] = None,
+    plant_in: Annotated[
+        Path | None, typer.Option(help="book to plant each document in, at a drawn depth; it fills the context")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="end an answer, at the latest, after this many tokens")] = 32,
+    seed: Annotated[int, typer.Option(help="seed of the places in the book")] = 0,
+    **values: Any,
+) -> None:
+    """Questions about local documents: token F1 and ROUGE-L of generated answers, each against the best reference."""
+    from outrider.eval.qa_data import Fields, read_documents
+
+    for name, value in (("documents", documents), ("questions", questions), ("max-new-tokens", max_new_tokens)):
+        check(name, value, value is None or value >= 1, "a whole number >= 1")
+    fields = Fields(context=context_field, question=question_field, answers=answers_field)
+    found = read_documents(data, fields, documents, questions)
+    books = _contents([] if plant_in is None else [plant_in], "--plant-in")
+
+    def task() -> Task:
+        from outrider.eval.qa_task import evaluate
+
+        book = next(iter(_texts(books)), None)
+        return partial(evaluate, documents=found, plant_in=book, max_new_tokens=max_new_tokens, seed=seed)
+
+    _evaluate(task, values, each=False)
+
+
+def _contents(files: Sequence[Path], option: str = "--text") -> list[tuple[str, str]]:
+    """Name and text of every file."""
+    return [(file.stem, read_text(option, file)) for file in files]
+
+
+def _texts(contents: list[tuple[str, str]]) -> list[Text]:
+    from outrider.eval.rows import Text
+
+    return [Text(name=name, text=text) for name, text in contents]
+
+
+def _evaluate(task: Callable[[], Task], values: dict[str, Any], *, each: bool = True) -> None:
+    """Check, load, run the task. With `each`, every text gets a table of its own before the means."""
+    # flags that all tasks have
+    options, models, engine = ANSWERS_TO_DATA.pick(values), MODELS.pick(values), ENGINE.pick(values)
     EngineConfig(**engine)
     budgets = _budgets(BUDGET.pick(values))
-    contents = [(file.stem, read_text("--text", file)) for file in options["text"]]
     screen = Screen()
     with screen.waiting("loading models"):
         from outrider.decoding.pair import find_alignment, load_pair
-        from outrider.eval.rows import Case, Text, check_rows_path
+        from outrider.eval.rows import Case, check_rows_path
 
         evaluate = task()
         if options["json"] is not None:
             check_rows_path(options["json"])
-        texts = [Text(name=name, text=text) for name, text in contents]
         # every method with every budget; dense has none
         cases = [Case(method=m, budget=one) for m in options["method"] for one in (budgets if m != DENSE else [None])]
-        own |= {"context": options["context"], "map_name": models.pop("map"), "progress": screen.progress}
+        given = {"cases": cases, "context": options["context"], "map_name": models.pop("map"), "progress": screen.progress}
         alignment = models.pop("alignment")
         pair = load_pair(**models, backend=engine.pop("backend"), kv_dtype=engine.pop("kv_dtype"))
-        rows = evaluate(pair, find_alignment(alignment, *pair), texts, cases, **engine, **own)
-    _report(rows, len(cases), options["json"], screen)
+        rows = evaluate(pair, find_alignment(alignment, *pair), **given, **engine)
+    _report(rows, len(cases) if each else None, options["json"], screen)
 
 
-def _report(work: Iterable[Row], per_text: int, path: Path | None, screen: Screen) -> None:
-    """Append rows as they come; print a table when a text is done, and the means in the end."""
+def _report(work: Iterable[Row], per_text: int | None, path: Path | None, screen: Screen) -> None:
+    """Append rows as they come; print a table after every `per_text` of them (None: not at all), and the means in the end."""
     from outrider.eval.rows import append_rows, summarize
 
     rows: list[Row] = []
@@ -118,14 +220,15 @@ def _report(work: Iterable[Row], per_text: int, path: Path | None, screen: Scree
                 rows.append(row)
                 if path is not None:
                     append_rows(path, [row], command=shlex.join(["outrider", *sys.argv[1:]]))
-                if len(rows) == shown + per_text:
+                if len(rows) - shown == per_text:
                     screen.show(evaluation_table(row.text, rows[shown:]))
                     shown = len(rows)
     except KeyboardInterrupt:
-        if rows[shown:]:
-            screen.show(evaluation_table(f"{rows[-1].text}, interrupted", rows[shown:]))
+        left = summarize(rows) if per_text is None else rows[shown:]
+        if left:
+            screen.show(evaluation_table(f"{left[-1].text}, interrupted", left))
         raise
-    if len(rows) > per_text:
+    if len(rows) > (per_text or 0):
         means = summarize(rows)
         screen.show(evaluation_table(means[0].text, means))
 

@@ -102,11 +102,11 @@ def _tokens(engine: Outrider, name: str, text: str, limit: int | None) -> list[i
 
 
 def _conditions(engine: Outrider) -> dict[str, str | int]:
-    """What the figures depend on: models, versions, device, command."""
+    """What the figures depend on: models, versions, device, how rounds run, command."""
     from outrider.eval.rows import conditions
 
     made = conditions((engine.target, engine.draft), engine.config.draft_tokens, engine.map_name, engine.config.score_keys)
-    return made | {"command": shlex.join(["outrider", *sys.argv[1:]])}
+    return made | engine.execution | {"command": shlex.join(["outrider", *sys.argv[1:]])}
 
 
 def _run(

@@ -52,21 +52,31 @@ def quality_table(file: AlignmentFile) -> Group:
 
 
 def evaluation_table(title: str, rows: Sequence[Row]) -> Table:
-    """One row a method and budget; columns that the task does not measure are left out."""
+    """One row a method and budget (and part of the task); columns that the task does not measure are left out.
+
+    Behind a mean over documents stands its 95% bootstrap interval.
+    """
     columns: list[tuple[str, Callable[[Row], str]]] = [
+        ("family", lambda r: r.part or NONE),
         ("method", lambda r: r.method),
         ("budget", _budget),
         ("ppl", lambda r: _number(r.ppl, ".3f")),
-        ("vs dense", lambda r: _number(r.delta_percent, "+.2f", "%")),
-        ("recalled", lambda r: NONE if r.recalled is None else f"{r.recalled}/{r.asked}"),
-        ("agreement", lambda r: _number(r.agreement, ".4f")),
+        ("vs dense", lambda r: _number(r.delta_percent, "+.2f", "%") + _interval(r, "delta_percent", ".1f")),
+        ("recalled", lambda r: NONE if r.recalled is None else f"{r.recalled}/{r.asked}{_interval(r, 'recall', '.0%')}"),
+        ("questions", lambda r: NONE if r.f1 is None else str(r.asked)),
+        ("token F1", lambda r: _number(r.f1, ".3f") + _interval(r, "f1", ".3f")),
+        ("ROUGE-L", lambda r: _number(r.rouge_l, ".3f") + _interval(r, "rouge_l", ".3f")),
+        ("agreement", lambda r: _number(r.agreement, ".4f") + _interval(r, "agreement", ".3f")),
         ("kept", lambda r: _percent(r.kept_fraction)),
         ("KV read", lambda r: _percent(r.kv_read_fraction)),
         ("seconds", lambda r: f"{r.seconds:.1f}"),
     ]
     cells = [[cell(row) for row in rows] for _, cell in columns]
     shown = [i for i, column in enumerate(cells) if any(cell != NONE for cell in column) or columns[i][0] == "budget"]
-    return _table(title, [columns[i][0] for i in shown], [[cells[i][at] for i in shown] for at in range(len(rows))], names=2)
+    names = sum(columns[i][0] in ("family", "method", "budget") for i in shown)
+    return _table(
+        title, [columns[i][0] for i in shown], [[cells[i][at] for i in shown] for at in range(len(rows))], names=names
+    )
 
 
 def decode_table(rows: Sequence[BenchRow]) -> Table:
@@ -125,6 +135,12 @@ def _percent(share: float) -> str:
 
 def _number(value: float | None, form: str, unit: str = "") -> str:
     return NONE if value is None else f"{value:{form}}{unit}"
+
+
+def _interval(row: Row, figure: str, form: str) -> str:
+    """ " [0.1, 0.9]", nothing where the row has no such interval."""
+    found = row.intervals.get(figure)
+    return "" if found is None else f" [{found[0]:{form}}, {found[1]:{form}}]"
 
 
 def _ratio(value: float | None, base: float | None) -> str:

@@ -11,7 +11,7 @@ from outrider.config import Budget, EngineConfig, SamplingParams, check, engine_
 from outrider.decoding.engine import Engine
 from outrider.decoding.loop import Event
 from outrider.decoding.pair import BUILTIN, find_alignment, load_pair
-from outrider.decoding.prefill import ProgressCallback
+from outrider.decoding.prefill import ProgressCallback, ReadChunk, read_chunk
 from outrider.decoding.sequence import Sequence
 from outrider.decoding.statistics import Statistics
 from outrider.errors import OptionError, PromptError
@@ -90,13 +90,17 @@ class Outrider:
         config: EngineConfig,
         alignments: AlignmentFile | None = None,
         map_name: str | None = None,
+        *,
+        read: ReadChunk = read_chunk,
     ) -> None:
+        """`read` puts a chunk of a prompt into a cache: another one serves measurements."""
         self.target = target
         self.draft = draft
         self.config = config
         self.alignments = alignments
         self.map_name = map_name
-        self._engine = Engine(target, draft, config, self._alignment())
+        self._read = read
+        self._engine = Engine(target, draft, config, self._alignment(), read=read)
 
     @classmethod
     def load(
@@ -127,7 +131,8 @@ class Outrider:
         budget = {f.name: getattr(self.config.budget, f.name) for f in fields(Budget)}
         if {"keep", "top_p"} & options.keys():
             budget |= {"keep": None, "top_p": None}
-        return Outrider(self.target, self.draft, engine_config(**(named | budget | options)), self.alignments, self.map_name)
+        config = engine_config(**(named | budget | options))
+        return Outrider(self.target, self.draft, config, self.alignments, self.map_name, read=self._read)
 
     def generate(
         self,
@@ -155,6 +160,19 @@ class Outrider:
     def release(self) -> None:
         """Give back the memory that the last run's caches and graphs hold for the next one."""
         self._engine.release()
+
+    @property
+    def execution(self) -> dict[str, int | bool]:
+        """How rounds run here: as CUDA graphs or not, and how many layers of target and draft in fused launches.
+
+        A layer that is not fused runs as transformers has it: compiled in graphs, else as it is.
+        """
+        engine = self._engine
+        fused = {
+            f"fused_{role}_layers": len(model.fused_layers)
+            for role, model in (("target", engine.target), ("draft", engine.draft))
+        }
+        return {"graphs": engine.captures} | fused
 
     def tokenize(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt as the target sees it. Raises PromptError when it is empty or no tokenizer is at hand."""

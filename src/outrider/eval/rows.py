@@ -16,7 +16,10 @@ import torch
 
 from outrider.config import Budget
 from outrider.errors import OptionError
+from outrider.eval.bootstrap import Interval, change_interval, mean_interval
 from outrider.models import LanguageModel
+
+DENSE = "dense"  # the method without lists
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +55,13 @@ class Row:
     agreement: float | None = None  # share of scored tokens whose most probable token is the dense target's
     recalled: int | None = None
     asked: int | None = None
+    part: str | None = None  # of the task, such as RULER's family
+    f1: float | None = None  # of words, the mean over questions: see eval/scores.py
+    rouge_l: float | None = None
     kept_fraction: float = 1.0
     kv_read_fraction: float = 1.0
     seconds: float = 0.0
+    intervals: dict[str, Interval] = field(default_factory=dict)  # of a mean over documents, by figure: see `summarize`
     conditions: dict[str, str | int] = field(default_factory=dict)  # models, versions, device: see `conditions`
 
     def as_dict(self) -> dict[str, Any]:
@@ -110,14 +117,18 @@ def append_rows(path: str | Path, rows: Iterable[Row], command: str | None = Non
 
 
 def summarize(rows: list[Row]) -> list[Row]:
-    """The mean over texts of every (task, method, budget), in the order of first appearance; counts are added up."""
+    """The mean over texts of every (task, part, method, budget), in the order of first appearance; counts are added up.
+
+    `intervals` holds the 95% bootstrap interval of every quality figure, in its unit ("recall": of recalled / asked), where
+    there are two documents or more. Perplexity is paired with dense, which has no interval of what compares it with itself.
+    """
     order = list(dict.fromkeys(_key(row) for row in rows))
     grouped = {key: list(group) for key, group in groupby(sorted(rows, key=lambda row: order.index(_key(row))), key=_key)}
     return [_mean(group) for group in grouped.values()]
 
 
-def _key(row: Row) -> tuple[str, str, float | None, float | None, int]:
-    return row.task, row.method, row.keep, row.top_p, row.context
+def _key(row: Row) -> tuple[str, str | None, str, float | None, float | None, int]:
+    return row.task, row.part, row.method, row.keep, row.top_p, row.context
 
 
 def _mean(rows: list[Row]) -> Row:
@@ -130,16 +141,37 @@ def _mean(rows: list[Row]) -> Row:
         return None if None in values else sum(values)
 
     first = rows[0]
-    means = ("ppl", "ppl_dense", "delta_percent", "agreement", "kept_fraction", "kv_read_fraction")
+    means = ("ppl", "ppl_dense", "delta_percent", "agreement", "f1", "rouge_l", "kept_fraction", "kv_read_fraction")
     counts = ("scored_tokens", "recalled", "asked", "seconds")
     return Row(
         task=first.task,
+        part=first.part,
         text=f"mean of {len(rows)}",
         method=first.method,
         keep=first.keep,
         top_p=first.top_p,
         context=first.context,
         conditions=first.conditions,
+        intervals=_intervals(rows),
         **{name: mean(name) for name in means},
         **{name: added(name) for name in counts},
     )
+
+
+def _intervals(rows: list[Row]) -> dict[str, Interval]:
+    def each(name: str) -> list[float] | None:
+        values = [getattr(row, name) for row in rows]
+        return None if None in values else values
+
+    found: dict[str, Interval | None] = {}
+    if rows[0].method != DENSE:
+        if (ppl := each("ppl")) and (base := each("ppl_dense")):
+            found["delta_percent"] = change_interval(ppl, base)
+        if agreement := each("agreement"):
+            found["agreement"] = mean_interval(agreement)
+    if (recalled := each("recalled")) and (asked := each("asked")):
+        found["recall"] = mean_interval(recalled, asked)
+    for name in ("f1", "rouge_l"):
+        if values := each(name):
+            found[name] = mean_interval(values)
+    return {name: interval for name, interval in found.items() if interval is not None}

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from outrider.config import Budget
+from outrider.config import Budget, check
 from outrider.decoding.pair import make_selector as pair_selector
 from outrider.decoding.teacher_forced import Run, TeacherForced
 from outrider.errors import OptionError, PromptError
-from outrider.eval.rows import Case
+from outrider.eval.rows import DENSE, Case
 from outrider.guidance.alignment import AlignmentFile
+from outrider.guidance.rivals import RIVALS, Rival, Target, build_rival
 from outrider.guidance.selectors import SELECTORS
 from outrider.guidance.selectors.base import Selector
-from outrider.models import LanguageModel
+from outrider.models import LanguageModel, ModelSpec
 
 __all__ = ["DENSE", "Run", "TeacherForced", "budget_of", "check_context", "make_selector", "tokenize"]
-
-DENSE = "dense"
 
 
 def make_selector(
@@ -24,19 +23,38 @@ def make_selector(
     map_name: str | None,
     draft_tokens: int,
     bits: int | None = None,
-) -> Selector | None:
-    """The selector of a case, None for "dense".
+) -> Selector | Rival | None:
+    """The selector of a case, or a rival; None for "dense".
 
     Raises OptionError for an unknown method or a missing alignment, and where keys in `bits` cannot be scored.
     """
     if case.method == DENSE:
         return None
+    if case.method in RIVALS:
+        return build_rival(case.method, _target(pair[0].spec), budget_of(case))
     if case.method not in SELECTORS:
-        raise OptionError("method", case.method, ", ".join((DENSE, *SELECTORS)))
+        raise OptionError("method", case.method, ", ".join((DENSE, *SELECTORS, *RIVALS)))
     if alignments is None:
         raise OptionError("alignment", None, "a file made by `outrider calibrate` for this pair")
     alignment = alignments.map(map_name or SELECTORS[case.method].default_map).alignment
     return pair_selector(*pair, case.method, alignment, budget_of(case), draft_tokens, bits)
+
+
+def _target(spec: ModelSpec) -> Target:
+    shape = spec.full_shape
+    return Target(
+        layers=spec.full_layers,
+        query_heads=shape.query_heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        scales=tuple(layer.scale for layer in spec.layers),
+        value_bytes=spec.cache_dtype.itemsize,
+    )
+
+
+def check_generates(case: Case) -> None:
+    """Raise OptionError for a method that the engine does not generate with: an unknown one, or a rival."""
+    check("method", case.method, case.method in (DENSE, *SELECTORS), ", ".join((DENSE, *SELECTORS)))
 
 
 def budget_of(case: Case) -> Budget:

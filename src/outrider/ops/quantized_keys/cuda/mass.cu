@@ -102,7 +102,7 @@ struct Place {
   __device__ __forceinline__ int item(const Arguments& a) const { return (b * a.count + layer) * a.heads + head; }
 };
 
-#define NOTHING make_float2(-1e30f, 0)  // a sum below all others
+__device__ __forceinline__ float2 nothing() { return make_float2(-1e30f, 0); }  // a sum below all others
 
 __device__ __forceinline__ float2 merge(float2 x, float2 y) {
   const float reference = fmaxf(x.x, y.x);
@@ -340,7 +340,7 @@ __global__ void __launch_bounds__(THREADS, 1) sum_powers(const __grid_constant__
 #pragma unroll
       for (int lanes = 4; lanes < 32; lanes *= 2) all[k].y += __shfl_xor_sync(~0u, all[k].y, lanes);
       if (first * BLOCK > share.here.length + step_of(quarter, k)) {  // it sees none of these tokens
-        all[k] = NOTHING;
+        all[k] = nothing();
         continue;
       }
       const int move = all[k].y > LARGEST ? 1 : all[k].y < 1 / LARGEST ? -1 : 0;
@@ -381,7 +381,7 @@ __device__ __forceinline__ void load_sums(float (&logs)[2 * EIGHTS], const Share
   const int start = (share.warp + 1) * share.size - share.left - share.here.unit, end = start + share.here.units;  // units before it
   float2 sums[2 * EIGHTS];
 #pragma unroll
-  for (int k = 0; k < 2 * EIGHTS; k++) sums[k] = NOTHING;
+  for (int k = 0; k < 2 * EIGHTS; k++) sums[k] = nothing();
   for (int warp = start / share.size + eighth; warp * share.size < end; warp += 8)
 #pragma unroll
     for (int k = 0; k < 2 * EIGHTS; k++) sums[k] = merge(sums[k], a.sums[(long long)(item + warp) * COLUMNS + column_of(quarter, k)]);
