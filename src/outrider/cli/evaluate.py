@@ -170,8 +170,7 @@ def qa(
         from outrider.eval.qa_task import evaluate
 
         book = next(iter(_texts(books)), None)
-        options = {"plant_in": book, "truncate": truncate, "max_new_tokens": max_new_tokens, "seed": seed}
-        return partial(evaluate, documents=found, **options)
+        return partial(evaluate, documents=found, plant_in=book, truncate=truncate, max_new_tokens=max_new_tokens, seed=seed)
 
     _evaluate(task, values, each=False)
 

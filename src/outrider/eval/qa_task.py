@@ -43,8 +43,8 @@ def evaluate(
 
     A document stands alone or, with `plant_in`, at a drawn place of that book, of which as much is taken as fits. With prompt
     and answer it takes at most `context` tokens; one that does not fit is refused or, with `truncate`, loses its middle.
-    agreement is the share of the answers' tokens that the dense target, given the same text, would also have chosen. All options
-    are checked, and all prompts made, before any work: OptionError, PromptError.
+    agreement is the share of the answers' tokens that the dense target, given the same text, would also have chosen. All
+    options are checked, and all prompts made, before any work: OptionError, PromptError.
     """
     check("max-new-tokens", max_new_tokens, max_new_tokens >= 1, "a whole number >= 1")
     check_context(context, pair, 2)
