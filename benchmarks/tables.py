@@ -217,6 +217,29 @@ def score_keys_table(name: str) -> str:
     return markdown(["scored keys", "kept", "KV bytes read", "perplexity", "agreement with dense", "facts recalled"], cells)
 
 
+def rivals_table(name: str) -> str:
+    """All methods on the texts that rivals were run on, those that read the least first within a budget."""
+    rivals = lines(name)
+    about = {(row["task"], row["text"], row["keep"], row["context"]) for row in rivals}
+    groups: dict[tuple[float, str], list[Line]] = {}
+    for row in (*lines("perplexity"), *lines("facts"), *lines("score-keys"), *rivals):
+        if (row["task"], row["text"], row["keep"], row["context"]) in about:
+            keys = row["conditions"].get("score_keys", "exact")
+            method = row["method"] + (f", {keys} keys" if keys != "exact" else "")
+            groups.setdefault((row["keep"], method), []).append(row)
+    cells = []
+    for (keep, method), group in sorted(groups.items(), key=lambda item: (-item[0][0], mean(item[1], "kv_read_fraction"))):
+        read, facts = ([row for row in group if row["task"] == task] for task in ("perplexity", "facts"))
+        if not read:
+            continue
+        recalled = f"{sum(row['recalled'] for row in facts)}/{sum(row['asked'] for row in facts)}" if facts else ""
+        figures = f"{mean(read, 'delta_percent'):+.2f}%", f"{mean(read, 'agreement'):.3f}"
+        shares = (f"{100 * mean(read, field):.1f}%" for field in ("kept_fraction", "kv_read_fraction"))
+        cells.append([method, f"{100 * keep:g}%", *shares, *figures, recalled])
+    header = ["method", "budget", "kept", "KV bytes read", "perplexity", "agreement with dense", "facts recalled"]
+    return markdown(header, cells)
+
+
 NOT_MEASURED = "Not measured yet.\n"
 
 
@@ -280,6 +303,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "decode-profile": decode_profile_table,
     "drafting": drafting_table,
     "score-keys": score_keys_table,
+    "rivals": rivals_table,
     "kernels": kernels_table,
     "kernels-sparse_attention": kernels_table,
     "kernels-token_select": kernels_table,

@@ -16,6 +16,7 @@ are the pending token and the K drafted ones, at positions S .. S + K.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -45,6 +46,13 @@ class Alignment:
     sources: Tensor  # [Lt, Hs, G, 2] int64: (draft layer, draft query head)
 
 
+class Lists(Protocol):
+    """Who tells a layer what to read: a `Selection`, made before the forward, or a method that chooses inside it."""
+
+    def of(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Indices [B, Hs, M] and counts [B, Hs] for a layer's queries [B, T, Hq, D]; None twice: it reads everything."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
     """The token lists of one round. Target layers that are not in `layers` read their whole cache (or window)."""
@@ -54,8 +62,8 @@ class Selection:
     counts: Tensor  # [len(layers), B, Hs] int32
     lengths: Tensor  # [B] int64, cached tokens the lists refer to: every listed token is below it
 
-    def of(self, layer: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """Indices [B, Hs, M] and counts [B, Hs] of a target layer; None twice where it has no lists."""
+    def of(self, layer: int, queries: Tensor | None = None) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Indices [B, Hs, M] and counts [B, Hs] of a target layer; None twice where it has no lists. Queries do not matter."""
         if layer not in self.layers:
             return None, None
         row = self.layers.index(layer)

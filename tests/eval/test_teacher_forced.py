@@ -15,6 +15,7 @@ from outrider.eval import facts_task, perplexity
 from outrider.eval.facts import draw_facts
 from outrider.eval.rows import Case, Text
 from outrider.eval.teacher_forced import TeacherForced, make_selector
+from outrider.guidance.rivals import RIVALS
 
 TEXT = Text(name="noise", text="".join(random.Random(3).choices("abcdefgh \n.,", k=900)))
 EVERYTHING = Budget(keep=1.0, min_context=0)
@@ -50,6 +51,38 @@ def test_a_small_budget_is_reported_as_read(pair, alignments, method):
     [row] = perplexity.evaluate(pair, alignments, [TEXT], cases, context=500, scored_tokens=40)
     assert 0.25 <= row.kept_fraction < 0.256  # the ceiling of 25% of some 460 tokens
     assert row.ppl != row.ppl_dense
+
+
+@pytest.mark.parametrize("method", RIVALS)
+class TestRivals:
+    def test_keeping_everything_changes_nothing(self, pair, method):
+        cases = [Case(method=method, budget=EVERYTHING)]
+        [row] = perplexity.evaluate(pair, None, [TEXT], cases, context=300, scored_tokens=41)
+        assert row.ppl == pytest.approx(row.ppl_dense, rel=1e-5)
+        assert (row.agreement, row.kept_fraction) == (1, 1)
+        assert row.kv_read_fraction >= 1
+
+    def test_a_document_leaves_nothing_behind(self, pair, method):
+        """The same figures whatever was read before, by the same method or another one."""
+        case = Case(method=method, budget=Budget(keep=0.2, min_context=0))
+        other = Text(name="other", text=TEXT.text[::-1])
+        rows = list(perplexity.evaluate(pair, None, [other, TEXT], [case, case], context=300, scored_tokens=23))
+        [alone] = perplexity.evaluate(pair, None, [TEXT], [case], context=300, scored_tokens=23)
+        assert [row.ppl for row in rows[2:]] == [alone.ppl] * 2
+        assert {row.kv_read_fraction for row in rows[2:]} == {alone.kv_read_fraction}
+        assert (alone.ppl != alone.ppl_dense) == (alone.kept_fraction < 1)  # of few layers all may be dense ones
+
+    def test_facts_are_asked_for(self, pair, method):
+        [row] = facts_task.evaluate(pair, None, [TEXT], [Case(method=method, budget=EVERYTHING)], facts=2, context=450)
+        assert row.agreement == 1
+
+
+def test_what_choosing_reads_is_charged(pair):
+    """The oracle reads all keys, half of the cache, to keep a tenth; both ends cost nothing to find."""
+    cases = [Case(method=method, budget=Budget(keep=0.1, min_context=0)) for method in ("oracle", "streaming")]
+    oracle, streaming = perplexity.evaluate(pair, None, [TEXT], cases, context=400, scored_tokens=25)
+    assert oracle.kept_fraction == streaming.kept_fraction
+    assert oracle.kv_read_fraction - streaming.kv_read_fraction == pytest.approx(0.5, abs=0.01)
 
 
 def test_contexts_below_min_context_stay_dense(pair, alignments):
@@ -115,8 +148,8 @@ def test_few_bits_need_heads_that_fit(pair, alignments):
 
 
 def test_selector_of_an_unknown_method_names_the_known(pair, alignments):
-    with pytest.raises(OptionError, match=r"method: got 'quest'; allowed: dense, outrider, sts, specattn"):
-        make_selector(Case(method="quest"), pair, alignments, None, 4)
+    with pytest.raises(OptionError, match=r"method: got 'quests'; allowed: dense, outrider, sts, specattn, oracle"):
+        make_selector(Case(method="quests"), pair, alignments, None, 4)
     with pytest.raises(OptionError, match="alignment"):
         make_selector(Case(method="sts"), pair, None, None, 4)
 

@@ -32,7 +32,9 @@ class EvaluationOptions:
     """What every task is given."""
 
     text: tuple[Path, ...] = field(metadata={"help": "file of UTF-8 text to evaluate on"})
-    method: tuple[str, ...] = option(("outrider",), "dense, sts, specattn or outrider")
+    method: tuple[str, ...] = option(
+        ("outrider",), "dense, outrider, sts, specattn; oracle, streaming, h2o, snapkv, quest, tidal or spatten"
+    )
     context: int = option(16384, "tokens of each text that are read")
     json: Path | None = field(
         default=None, metadata={"help": "append one JSON line for every text, method and budget to this file"}

@@ -17,7 +17,7 @@ from outrider.decoding.prefill import read_chunk
 from outrider.decoding.statistics import total
 from outrider.errors import EngineError, OptionError, PromptError
 from outrider.eval.rows import DENSE, Case
-from outrider.eval.teacher_forced import budget_of, check_method
+from outrider.eval.teacher_forced import budget_of, check_generates
 from outrider.guidance.alignment import AlignmentFile
 from outrider.models import KVCache, LanguageModel
 
@@ -53,7 +53,7 @@ class Answering:
         memory = PromptMemory()
         self._engines = []
         for case in cases:
-            check_method(case)
+            check_generates(case)
             if case.method != DENSE and alignments is None:
                 raise OptionError("alignment", None, "a file made by `outrider calibrate` for this pair")
             config = EngineConfig(

@@ -16,6 +16,7 @@ from outrider.eval.facts import Fact, draw_facts
 from outrider.eval.rows import Case, Row, Text, conditions
 from outrider.eval.teacher_forced import TeacherForced, budget_of, check_context, make_selector, tokenize
 from outrider.guidance.alignment import AlignmentFile
+from outrider.guidance.rivals import Rival
 from outrider.guidance.selectors.base import Selector
 from outrider.models import LanguageModel
 
@@ -97,7 +98,7 @@ class _Asked:
     seconds: float
 
 
-def _ask(reader: TeacherForced, questions: list[Question], selector: Selector | None, min_context: int) -> _Asked:
+def _ask(reader: TeacherForced, questions: list[Question], selector: Selector | Rival | None, min_context: int) -> _Asked:
     runs = [reader.run([*question, *answer][:-1], selector, min_context) for question, answer in questions]
     return _Asked(
         choices=[run.logits[-len(answer) :].argmax(-1).cpu() for run, (_, answer) in zip(runs, questions, strict=True)],

@@ -18,7 +18,7 @@ from outrider.errors import ModelError
 from outrider.models.cache import KVCache, LayerShape
 from outrider.models.quantization import dequantize
 from outrider.ops import sparse_attention
-from outrider.types import Selection
+from outrider.types import Lists
 
 NAME = "outrider"
 ROUND = 16  # query tokens up to which the op for rounds is used, which needs no length on the host
@@ -31,7 +31,7 @@ class Forward:
 
     cache: KVCache
     stop: int  # on the host: no sequence has more tokens, the new ones included
-    selection: Selection | None = None  # None: every layer reads its whole cache (or window)
+    selection: Lists | None = None  # None: every layer reads its whole cache (or window)
     queries: list[Tensor] | None = None  # when a list: receives [B, T, Hq, D] of every layer
     backend: str = "auto"
     ends: int | None = None  # nobody reads what this layer adds to the hidden states: a fused one stops at the cache
@@ -109,7 +109,7 @@ def attend_cached(queries: Tensor, forward: Forward, layer: int, scale: float, w
     if queries.shape[1] > ROUND:
         return _prefill_attention(queries.transpose(1, 2), forward, layer, scale, window)
     cache, selection = forward.cache, forward.selection
-    indices, counts = selection.of(layer) if selection is not None else (None, None)
+    indices, counts = selection.of(layer, queries) if selection is not None else (None, None)
     return sparse_attention(
         queries,
         cache.keys(layer),

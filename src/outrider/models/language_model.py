@@ -21,7 +21,7 @@ from outrider.models.fusion import fuse_projections
 from outrider.models.quantization import FP8, CacheScales, check_kv_dtype, probe, scale_of
 from outrider.ops.backends import device_obstacle
 from outrider.ops.fused_linear import MAX_ROWS
-from outrider.types import Selection
+from outrider.types import Lists
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +162,7 @@ class LanguageModel:
         cache: KVCache,
         *,
         stop: int | None = None,
-        selection: Selection | None = None,
+        selection: Lists | None = None,
         record_queries: bool = False,
         logits: bool = True,
     ) -> Output:

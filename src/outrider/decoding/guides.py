@@ -1,0 +1,77 @@
+"""Who makes the lists of rounds of given tokens: the draft, scored as in generation, or a rival inside the target's forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from outrider.decoding.scoring import score
+from outrider.guidance.rivals import InForward, Rival
+from outrider.guidance.selectors.base import Selector
+from outrider.models import KVCache, LanguageModel
+from outrider.models.quantization import dequantize
+from outrider.models.quantized_keys import QuantizedKeys
+from outrider.types import Selection
+
+OBSERVED = 256  # tokens of a document whose queries a rival sees at a time
+
+
+class FromDraft:
+    """Lists from the draft's scores of a round."""
+
+    touched = 0.0  # bytes read in order to choose, beside the keys that are scored
+
+    def __init__(self, selector: Selector, draft: LanguageModel, cache: KVCache, bits: int | None) -> None:
+        self._selector, self._draft, self._cache, self._bits = selector, draft, cache, bits
+        self._quantized: QuantizedKeys | None = None
+
+    def lists(self, part: Tensor, lengths: Tensor, *, sparse: bool) -> Selection | None:
+        """Run the draft over the round's tokens [1, T]; its lists, unless the round is dense."""
+        queries = self._draft.forward(part, self._cache, record_queries=True, logits=False).queries
+        if not sparse:
+            return None
+        layers = self._selector.draft_layers
+        if self._bits is not None and self._quantized is None:
+            self._quantized = QuantizedKeys(self._draft, layers, self._bits, 1, self._cache.capacity)
+            self._quantized.fill(self._cache)
+        given = self._draft, self._cache, queries, lengths, layers
+        return self._selector.select(score(*given, per_query=self._selector.per_query, quantized=self._quantized))
+
+
+class InTarget:
+    """Lists that a rival makes inside the target's forward."""
+
+    def __init__(self, rival: Rival, target: LanguageModel, cache: KVCache) -> None:
+        self._rival, self._keys = rival, partial(_keys, target, cache)
+
+    @property
+    def touched(self) -> float:
+        return self._rival.touched
+
+    def lists(self, part: Tensor, lengths: Tensor, *, sparse: bool) -> InForward | None:
+        """For a round of tokens [1, T]."""
+        return InForward(self._rival, self._keys(int(lengths) + part.shape[1]), lengths) if sparse else None
+
+
+def begin(rival: Rival, target: LanguageModel, cache: KVCache, document: list[int]) -> Rival:
+    """A copy of `rival` that has seen the document, which is cached; its state is that document's."""
+    begun = replace(rival, touched=0.0)
+    end = int(cache.lengths)
+    begun.begin(_keys(target, cache, end), cache.lengths.clone())
+    start = 0 if rival.window is None else max(end - rival.window, 0)
+    cache.truncate(start)
+    for part in torch.tensor([document[start:]]).split(OBSERVED, dim=1) if start < end else ():  # once more, for its queries
+        queries = target.forward(part, cache, record_queries=True, logits=False).queries
+        begun.observe(queries, _keys(target, cache, start + part.shape[1]), start)
+        cache.advance(part.shape[1])
+        start += part.shape[1]
+    return begun
+
+
+def _keys(target: LanguageModel, cache: KVCache, stop: int) -> Callable[[int], Tensor]:
+    """keys(layer) [B, stop, Hkv, D], as attention reads them."""
+    return lambda layer: dequantize(cache.keys(layer, stop), cache.key_scales[layer], target.spec.dtype)

@@ -1,0 +1,130 @@
+"""Decode-like reading: a dense prefix, then given tokens in rounds, through the same stages as generation.
+
+Every round feeds K + 1 given tokens to the draft, scores and selects as the engine does, and runs the target over the same
+tokens with the lists; a rival chooses inside that forward instead, without the draft. What the sparse target writes into its
+cache stays there for the next rounds, as in generation.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from outrider.decoding.guides import FromDraft, InTarget, begin
+from outrider.decoding.prefill import ProgressCallback, prefill
+from outrider.decoding.statistics import Listed, ReadCounter, Reads
+from outrider.guidance.rivals import InForward, Rival
+from outrider.guidance.selectors.base import Selector
+from outrider.models import LanguageModel
+from outrider.models.cache import aligned
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivenRound:
+    """The target's predictions behind the tokens of one round, and what it read for them."""
+
+    logits: Tensor  # [T, V] fp32: row i predicts the token behind the round's i-th
+    cached: int  # tokens in the caches before the round
+    reads: Reads
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """The target's predictions behind a prefix, and what it read for them."""
+
+    logits: Tensor  # [n, V] fp32: row i predicts the token behind the i-th given one
+    kept_fraction: float
+    kv_read_fraction: float
+    seconds: float
+
+
+class TeacherForced:
+    """A pair with one document cached in both models; `bits` are those of the keys that are scored (None: as cached).
+
+    Without a draft every round is dense.
+    """
+
+    def __init__(
+        self,
+        pair: tuple[LanguageModel, LanguageModel | None],
+        capacity: int,
+        draft_tokens: int,
+        bits: int | None = None,
+    ) -> None:
+        self.target, self.draft = pair
+        self.t, self.bits = draft_tokens + 1, bits
+        self.models = tuple(model for model in pair if model is not None)
+        self.caches = tuple(model.new_cache(1, aligned(capacity + self.t)) for model in self.models)
+
+    def read(self, tokens: list[int], chunk: int, progress: ProgressCallback | None = None) -> None:
+        """Cache `tokens` densely in both models, in place of what was there."""
+        for model, cache in zip(self.models, self.caches, strict=True):
+            cache.truncate(0)
+            prefill(model, cache, torch.tensor([tokens], dtype=torch.int64), chunk, progress)
+        self._document = tokens
+        self._begun: dict[int, Rival] = {}  # rivals that have seen it, by identity
+
+    def run(self, tokens: list[int], selector: Selector | Rival | None, min_context: int = 0) -> Run:
+        """Predict behind each of `tokens`, which follow the cached document; the caches come back as they were."""
+        started = time.perf_counter()
+        rounds = list(self.rounds(tokens, selector, min_context))
+        kept, cached = sum(one.reads.listed for one in rounds), sum(one.cached for one in rounds)
+        read, dense = sum(one.reads.bytes_read for one in rounds), sum(one.reads.bytes_dense for one in rounds)
+        return Run(
+            logits=torch.cat([one.logits for one in rounds]),
+            kept_fraction=kept / max(cached, 1),
+            kv_read_fraction=read / max(dense, 1),
+            seconds=time.perf_counter() - started,
+        )
+
+    def rounds(
+        self, tokens: list[int], selector: Selector | Rival | None, min_context: int = 0, t: int | None = None
+    ) -> Iterator[GivenRound]:
+        """`run`, round by round, so that nobody need hold all logits; `t` tokens a round, K + 1 unless given.
+
+        With a `selector` rounds behind at least `min_context` tokens are sparse. The caches come back as they were once the
+        last round has been taken.
+        """
+        target_cache, draft = self.caches[0], self.draft or self.target
+        prefix = target_cache.lengths.clone()
+        layers = selector.draft_layers if selector is not None and not isinstance(selector, Rival) else ()
+        width, specs = t or self.t, (self.target.spec, draft.spec)
+        counters = {n: ReadCounter(*specs, layers, n, self.bits) for n in {width, len(tokens) % width}}
+        guide, touched = self._guide(selector), 0.0
+        try:
+            for part in torch.tensor([tokens], dtype=torch.int64).split(width, dim=1):
+                lengths = target_cache.lengths.clone()
+                cached, lists = int(lengths), None
+                if guide is not None:
+                    lists = guide.lists(part, lengths, sparse=cached >= max(min_context, 1))
+                logits = self.target.forward(part, target_cache, selection=lists).logits[0].float()
+                selection = lists.made if isinstance(lists, InForward) else lists
+                found: tuple[Any, ...] = ()
+                if selection is not None:
+                    listed = Listed.of(selection, self.target.spec, target_cache.capacity)
+                    found = listed.layers, float(listed.tokens), float(listed.rows)
+                reads = counters[part.shape[1]].of(cached, *found)
+                if guide is not None:
+                    reads = replace(reads, bytes_read=reads.bytes_read + round(guide.touched - touched))
+                    touched = guide.touched
+                for cache in self.caches:
+                    cache.advance(part.shape[1])
+                yield GivenRound(logits=logits, cached=cached, reads=reads)
+        finally:
+            for cache in self.caches:
+                cache.truncate(prefix)
+
+    def _guide(self, selector: Selector | Rival | None) -> FromDraft | InTarget | None:
+        if selector is None:
+            return None
+        if isinstance(selector, Rival):
+            if id(selector) not in self._begun:
+                self._begun[id(selector)] = begin(selector, self.target, self.caches[0], self._document)
+            return InTarget(copy.deepcopy(self._begun[id(selector)]), self.target, self.caches[0])
+        return FromDraft(selector, self.draft or self.target, self.caches[-1], self.bits)

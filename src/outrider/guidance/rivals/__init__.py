@@ -1,0 +1,42 @@
+"""Methods that choose inside the target's forward, without a draft: what others have published, one small file each.
+
+A new method is a class with the same fields and one line here.
+"""
+
+from __future__ import annotations
+
+from outrider.config import Budget
+from outrider.errors import OptionError
+from outrider.guidance.rivals.base import InForward, Rival, Target
+from outrider.guidance.rivals.h2o import H2O
+from outrider.guidance.rivals.oracle import Oracle
+from outrider.guidance.rivals.quest import Quest
+from outrider.guidance.rivals.snapkv import SnapKV
+from outrider.guidance.rivals.spatten import SpAtten
+from outrider.guidance.rivals.streaming import Streaming
+from outrider.guidance.rivals.tidal import Tidal
+
+RIVALS: dict[str, type[Rival]] = {
+    "oracle": Oracle,
+    "streaming": Streaming,
+    "h2o": H2O,
+    "snapkv": SnapKV,
+    "quest": Quest,
+    "tidal": Tidal,
+    "spatten": SpAtten,
+}
+
+__all__ = ["RIVALS", "InForward", "Rival", "Target", "build_rival"]
+
+
+def build_rival(method: str, target: Target, budget: Budget) -> Rival:
+    """The method of that name for one target.
+
+    Raises OptionError for an unknown method, for a share of the mass where the method has none, and for a target that it does
+    not fit.
+    """
+    if method not in RIVALS:
+        raise OptionError("method", method, ", ".join(RIVALS))
+    if budget.keep is None:
+        raise OptionError("top-p", budget.top_p, f"--keep with method {method}")
+    return RIVALS[method](target=target, budget=budget)

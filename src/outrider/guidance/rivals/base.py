@@ -1,0 +1,114 @@
+"""What a method inside the target's forward is given, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from outrider.config import Budget
+from outrider.guidance.selectors.base import top_k
+from outrider.ops import TokenLists, attention_mass, token_select
+from outrider.types import Selection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """The target as far as a method knows it."""
+
+    layers: tuple[int, ...]  # with full attention, ascending
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    scales: tuple[float, ...]  # of the logits, by layer of the model
+    value_bytes: int  # of one number in the cache
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a token's keys in one layer; its values take as many."""
+        return self.kv_heads * self.head_dim * self.value_bytes
+
+
+@dataclass(kw_only=True)
+class Rival:
+    """Chooses the tokens of one layer after the other, from the layer's own queries and keys.
+
+    One object serves one document: `begin` where its prefix is cached, `observe` for what the method wants to see of it, then
+    rounds. `touched` adds up the bytes that choosing itself reads, of keys or of what the method keeps about them; rows that
+    are attended to are not in it. A round's queries share their lists, as they are read together: what a method computes for
+    one query is averaged over them.
+    """
+
+    target: Target
+    budget: Budget
+    touched: float = 0.0
+
+    window: ClassVar[int | None] = 0  # last tokens of the prefix whose queries are observed; None: all
+
+    def begin(self, keys: Callable[[int], Tensor], lengths: Tensor) -> None:
+        """A document's prefix of `lengths` [B] tokens is cached; keys(layer) [B, S, Hkv, D]."""
+
+    def observe(self, queries: tuple[Tensor, ...], keys: Callable[[int], Tensor], start: int) -> None:
+        """Queries of the prefix, T tokens from position `start` on, in order: by layer [B, T, Hq, D]; keys(layer)
+        [B, start + T, Hkv, D]."""
+
+    def choose(self, layer: int, queries: Tensor, keys: Tensor, lengths: Tensor) -> TokenLists | None:
+        """The lists of a layer's round, 1, Hkv or Hq to a sequence; None: it reads everything.
+
+        queries [B, T, Hq, D]; keys [B, S, Hkv, D], those of the round behind `lengths` [B].
+        """
+        raise NotImplementedError
+
+    def mass(self, layer: int, queries: Tensor, keys: Tensor, lengths: Tensor) -> Tensor:
+        """Softmax mass of each query head on every cached token, mean over the queries [B, Hq, S]."""
+        return attention_mass(queries, keys, lengths, scale=self.target.scales[layer])
+
+    def top(
+        self, scores: Tensor, lengths: Tensor, *, kept: Tensor | None = None, sinks: int = 0, recent: int = 0
+    ) -> TokenLists:
+        """A list for each row of `scores` [B, H, S] >= 0: its best `kept` [B] tokens, the budget's share where None."""
+        rows = torch.arange(scores.shape[1], device=scores.device).view(1, -1, 1)
+        kept = top_k(self.budget, lengths) if kept is None else kept
+        lists = token_select(scores, lengths, rows, top_k=kept, sinks=sinks, recent=recent)
+        return TokenLists(lists.indices[0], lists.counts[0])
+
+    def by_kv_head(self, scores: Tensor) -> Tensor:
+        """Sums over the query heads that share a KV head: [B, Hq, S] -> [B, Hkv, S]."""
+        return scores.unflatten(1, (self.target.kv_heads, -1)).sum(2)
+
+
+class InForward:
+    """The lists of one round, made while the target's forward runs; in place of a `Selection` there."""
+
+    def __init__(self, rival: Rival, keys: Callable[[int], Tensor], lengths: Tensor) -> None:
+        self._rival, self._keys, self._lengths = rival, keys, lengths
+        self._made: dict[int, TokenLists] = {}
+
+    def of(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Indices [B, Hs, M] and counts [B, Hs] of a layer with queries [B, T, Hq, D]; None twice where it reads everything."""
+        if layer not in self._rival.target.layers:
+            return None, None
+        lists = self._rival.choose(layer, queries, self._keys(layer), self._lengths)
+        if lists is None:
+            return None, None
+        self._made[layer] = lists
+        return lists.indices, lists.counts
+
+    @property
+    def made(self) -> Selection | None:
+        """The lists of all layers that had some, once the forward is done; None where none had."""
+        if not self._made:
+            return None
+        lists = list(self._made.values())
+        heads, width = max(x.counts.shape[-1] for x in lists), max(x.indices.shape[-1] for x in lists)
+        indices = [pad(x.indices, (0, width - x.indices.shape[-1]), value=-1) for x in lists]
+        return Selection(
+            layers=tuple(self._made),
+            indices=torch.stack([x.expand(-1, heads, -1) for x in indices]),
+            counts=torch.stack([x.counts.expand(-1, heads) for x in lists]),
+            lengths=self._lengths,
+        )

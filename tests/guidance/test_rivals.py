@@ -1,0 +1,265 @@
+"""Rivals against naive re-implementations: what each method promises of its lists, and what it is charged for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from outrider.config import Budget
+from outrider.errors import OptionError
+from outrider.guidance.rivals import RIVALS, InForward, Rival, Target, build_rival
+
+L, Hq, Hkv, D, T = 6, 4, 2, 8, 3
+TARGET = Target(
+    layers=(0, 1, 2, 3, 5),  # layer 4 has a sliding window
+    query_heads=Hq,
+    kv_heads=Hkv,
+    head_dim=D,
+    scales=(D**-0.5,) * L,
+    value_bytes=2,
+)
+LENGTHS = torch.tensor([150, 97])
+
+
+class Document:
+    """Keys of all layers, and the queries of a round, with NaN where nobody may read."""
+
+    def __init__(self, seed: int = 0, lengths: Tensor = LENGTHS) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.lengths, size = lengths, int(lengths.max()) + T
+        self.cached = torch.randn(L, len(lengths), size, Hkv, D, generator=generator)
+        self.queries = 2 * torch.randn(L, len(lengths), T, Hq, D, generator=generator)
+        self.window = 2 * torch.randn(L, len(lengths), 32, Hq, D, generator=generator)
+        behind = torch.arange(size) >= lengths[:, None] + T
+        self.cached[:, behind] = torch.nan
+
+    def keys(self, layer: int) -> Tensor:
+        return self.cached[layer]
+
+    def observe(self, rival: Rival) -> None:
+        """The prefix, of which sequence 0 is all and the others lack some: tests of what is seen look at sequence 0."""
+        start, size = (0, int(self.lengths.max())) if rival.window is None else (int(self.lengths.max()) - 32, 32)
+        whole = torch.randn(L, len(self.lengths), size, Hq, D, generator=torch.Generator().manual_seed(7))
+        self.seen = 2 * whole if rival.window is None else self.window
+        rival.observe(tuple(self.seen), lambda layer: self.cached[layer, :, : start + size].nan_to_num(), start)
+
+    def masses(self, layer: int) -> Tensor:
+        """Softmax of each query over the past and the round's own tokens up to itself, mean over the queries [B, Hq, S]."""
+        keys = self.cached[layer].nan_to_num().repeat_interleave(Hq // Hkv, 2)
+        logits = torch.einsum("bthd,bshd->bhts", self.queries[layer], keys) * D**-0.5
+        position, step = torch.arange(keys.shape[1]), torch.arange(T)[:, None]
+        length = self.lengths.view(-1, 1, 1, 1)
+        mass = logits.masked_fill(position > length + step, -torch.inf).softmax(-1).masked_fill(position >= length, 0)
+        return mass.mean(2)
+
+    def run(self, rival: Rival) -> dict[int, list[list[list[int]]]]:
+        """Layer -> sequence -> head -> listed tokens, of one round; dense layers are not there."""
+        lists = InForward(rival, self.keys, self.lengths)
+        found = {}
+        for layer in range(L):
+            indices, counts = lists.of(layer, self.queries[layer])
+            if indices is not None:
+                found[layer] = [
+                    [row[:n].tolist() for row, n in zip(*pair, strict=True)] for pair in zip(indices, counts, strict=True)
+                ]
+                assert (indices == -1).sum() == indices.numel() - counts.sum()
+        made = lists.made
+        assert (made is None) == (not found)
+        if made is not None:
+            assert made.layers == tuple(found)
+            assert made.indices.dtype == made.counts.dtype == torch.int32
+        return found
+
+
+def rival(method: str, keep: float = 0.2, document: Document | None = None, **budget) -> Rival:
+    made = build_rival(method, TARGET, Budget(keep=keep, **({"min_context": 0} | budget)))
+    if document is not None:
+        made.begin(document.keys, document.lengths)
+        if made.window != 0:
+            document.observe(made)
+    return made
+
+
+def wanted(keep: float) -> list[int]:
+    return [math.ceil(keep * int(n)) for n in LENGTHS]
+
+
+@pytest.mark.parametrize("method", RIVALS)
+def test_lists_hold_cached_tokens_once_and_in_order(method):
+    document = Document()
+    for found in document.run(rival(method, document=document)).values():
+        for b, heads in enumerate(found):
+            for tokens in heads:
+                assert tokens == sorted(set(tokens))
+                assert tokens and tokens[0] >= 0 and tokens[-1] < LENGTHS[b]
+
+
+@pytest.mark.parametrize("method", RIVALS)
+def test_keeping_everything_lists_everything(method):
+    document = Document()
+    for keep, context in ((1.0, 0), (0.1, 1000)):
+        found = document.run(rival(method, keep, document=document, min_context=context))
+        for b, heads in (pair for layer in found.values() for pair in enumerate(layer)):
+            assert all(tokens == list(range(int(LENGTHS[b]))) for tokens in heads)
+
+
+@pytest.mark.parametrize("method", sorted(RIVALS.keys() - {"quest", "spatten"}))
+def test_lists_are_as_long_as_the_budget_says(method):
+    document = Document()
+    for found in document.run(rival(method, 0.4, document)).values():
+        for b, heads in enumerate(found):
+            assert {len(tokens) for tokens in heads} == {wanted(0.4)[b]}
+
+
+def test_oracle_keeps_the_most_mass():
+    document, made = Document(), rival("oracle")
+    for layer, found in document.run(made).items():
+        mass = document.masses(layer).unflatten(1, (Hkv, -1)).sum(2)
+        for b, heads in enumerate(found):
+            for h, tokens in enumerate(heads):
+                assert set(tokens) == set(mass[b, h].topk(wanted(0.2)[b]).indices.tolist())
+    assert made.touched == len(TARGET.layers) * int(LENGTHS.sum()) * Hkv * D * 2
+
+
+def test_streaming_keeps_both_ends():
+    document, made = Document(), rival("streaming")
+    for found in document.run(made).values():
+        for b, [tokens] in enumerate(found):
+            n, k = int(LENGTHS[b]), wanted(0.2)[b]
+            assert tokens == [0, 1, 2, 3, *range(n - k + 4, n)]
+    assert made.touched == 0
+
+
+def page_bounds(document: Document, layer: int, b: int, h: int) -> list[float]:
+    keys = document.cached[layer, b, : int(document.lengths[b]), h // (Hq // Hkv)]
+    queries = document.queries[layer, b, :, h]
+    return [float(torch.maximum(queries * page.amax(0), queries * page.amin(0)).sum(-1).mean()) for page in keys.split(16)]
+
+
+def test_quest_reads_the_pages_of_the_highest_bounds():
+    document, made = Document(), rival("quest")
+    found = document.run(made)
+    assert sorted(found) == [2, 3, 5], "the first two layers are dense"
+    for layer, sequences in found.items():
+        for b, heads in enumerate(sequences):
+            assert len(heads) == Hq
+            for h, tokens in enumerate(heads):
+                bounds = page_bounds(document, layer, b, h)
+                kept = math.ceil(wanted(0.2)[b] / 16)
+                best = sorted(range(len(bounds)), key=lambda page: -bounds[page])
+                forced = len(bounds) - 1  # the newest page
+                pages = {forced, *[page for page in best if page != forced][: kept - 1]}
+                assert {token // 16 for token in tokens} == pages
+                assert len(tokens) == sum(min(16, int(LENGTHS[b]) - 16 * page) for page in pages), "whole pages"
+    pages = sum(math.ceil(int(n) / 16) for n in LENGTHS)
+    assert made.touched == 3 * 2 * pages * Hkv * D * 2
+
+
+def test_quest_bounds_are_bounds():
+    """No key of a page has a larger product than its bound: what would stand out is never left out."""
+    document = Document()
+    document.cached[2, 0, 40, 0] = 30 * document.queries[2, 0, :, 0].mean(0)
+    document.cached[2, 0, 40, 1] = 30 * document.queries[2, 0, :, 2].mean(0)
+    found = document.run(rival("quest", keep=0.15))[2][0]
+    assert 40 in found[0] and 40 in found[2]
+
+
+def test_tidal_reads_what_two_layers_have_chosen():
+    document = Document()
+    found = document.run(rival("tidal"))
+    assert sorted(found) == [5], "0 and 1 are dense, 2 and 3 choose"
+    mass = document.masses(3).unflatten(1, (Hkv, -1)).sum(2)
+    for b, heads in enumerate(found[5]):
+        assert [set(tokens) for tokens in heads] == [set(row.topk(wanted(0.2)[b]).indices.tolist()) for row in mass[b]]
+    deep = build_rival("tidal", replace(TARGET, layers=tuple(range(32)), scales=(1.0,) * 32), Budget(keep=0.2, min_context=0))
+    lists = InForward(deep, lambda layer: document.cached[layer % L], LENGTHS)
+    dense = [layer for layer in range(32) if lists.of(layer, document.queries[layer % L])[0] is None]
+    assert dense == [0, 1, 2, 13], "as published for 32 layers"
+
+
+def test_spatten_prunes_in_a_cascade():
+    document, made = Document(), rival("spatten")
+    found = document.run(made)
+    assert sorted(found) == [1, 2, 3, 5], "the front is dense"
+    for b in range(len(LENGTHS)):
+        kept = [found[layer][b] for layer in (1, 2, 3, 5)]
+        assert all(len(heads) == 1 for heads in kept)
+        for [before], [after] in pairwise(kept):
+            assert set(after) < set(before), "what is pruned is gone"
+        mean = sum(len(tokens) for [tokens] in kept) / 4
+        assert mean == pytest.approx(wanted(0.2)[b], abs=1)
+    # the second layer's list: the most attention in the first, over all heads
+    importance = document.masses(0)
+    importance = (importance / importance.sum(-1, keepdim=True)).sum(1)
+    for b, [tokens] in enumerate(found[1]):
+        assert set(tokens) == set(importance[b].topk(len(tokens)).indices.tolist())
+    assert made.touched == 0
+
+
+def test_snapkv_chooses_once():
+    document = Document()
+    made = rival("snapkv", document=document)
+    first = document.run(made)
+    for found in first.values():
+        for b, heads in enumerate(found):
+            assert all(set(tokens) >= set(range(int(LENGTHS[b]) - 32, int(LENGTHS[b]))) for tokens in heads), "the window"
+    later = Document(seed=1, lengths=LENGTHS + torch.tensor([7, 4]))  # other queries and keys: they do not matter any more
+    for layer, found in later.run(made).items():
+        for b, heads in enumerate(found):
+            new = list(range(int(LENGTHS[b]), int(later.lengths[b])))
+            assert heads == [[*tokens, *new] for tokens in first[layer][b]]
+
+
+def test_snapkv_smooths_over_neighbours():
+    """A token that stands out brings its neighbours."""
+    document = Document()
+    document.window[2, 0] = document.window[2, 0, 0, 0]
+    document.cached[2, 0, 60] = 3 * document.window[2, 0, 0, 0]
+    made = rival("snapkv", keep=0.25, document=document)
+    assert all({58, 59, 60, 61, 62} <= set(tokens) for tokens in document.run(made)[2][0])
+
+
+def test_h2o_keeps_heavy_hitters_and_recent_tokens():
+    document = Document()
+    made = rival("h2o", document=document)
+    n, k = int(LENGTHS[0]), wanted(0.2)[0]
+    recent = min(wanted(0.2)) // 2
+    keys = document.cached[2, 0, :n].repeat_interleave(Hq // Hkv, 1)
+    logits = torch.einsum("thd,shd->hts", document.seen[2, 0], keys) * D**-0.5
+    past = torch.ones(n, n, dtype=torch.bool).tril()
+    sums = logits.masked_fill(~past, -torch.inf).softmax(-1).sum(1).unflatten(0, (Hkv, -1)).sum(1)
+    for h, tokens in enumerate(document.run(made)[2][0]):
+        assert set(tokens) >= set(range(n - recent, n))
+        heavy = sums[h, : n - recent].topk(k - recent).indices.tolist()
+        assert set(tokens) == {*heavy, *range(n - recent, n)}
+
+
+def test_h2o_evicts_for_good():
+    """A token that is not kept does not come back, however much the next queries would like it."""
+    document = Document()
+    made = rival("h2o", document=document)
+    first = document.run(made)
+    for step in range(1, 4):
+        later = Document(seed=step, lengths=LENGTHS + 3 * step)
+        found = later.run(made)
+        for layer, sequences in found.items():
+            for b, heads in enumerate(sequences):
+                for h, tokens in enumerate(heads):
+                    old = {token for token in tokens if token < LENGTHS[b]}
+                    assert old <= set(first[layer][b][h])
+                    assert len(tokens) == math.ceil(0.2 * int(later.lengths[b]))
+        first = found
+
+
+def test_what_is_refused():
+    with pytest.raises(
+        OptionError, match=r"method: got 'none'; allowed: oracle, streaming, h2o, snapkv, quest, tidal, spatten"
+    ):
+        build_rival("none", TARGET, Budget())
+    with pytest.raises(OptionError, match=r"top-p: got 0\.9; allowed: --keep with method quest"):
+        build_rival("quest", TARGET, Budget(top_p=0.9))
