@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import sys
 import warnings
 from collections import Counter
 from dataclasses import dataclass, fields
@@ -28,7 +29,7 @@ from outrider.config import Budget, EngineConfig, SamplingParams, check, option
 from outrider.decoding.continuations import Continuation, Scorer
 from outrider.decoding.outrider import Outrider, Prompt
 from outrider.decoding.statistics import Statistics, total
-from outrider.errors import EngineError, PromptError
+from outrider.errors import EngineError, OutriderError, PromptError
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # what a cache knows it by, context, continuation
 
@@ -145,6 +146,7 @@ class OutriderLM(TemplateLM):
             "draft_tokens": config.draft_tokens,
             "kept_fraction": read and read.kept_fraction,
             "kv_read_fraction": read and read.kv_read_fraction,
+            "agreement": read and read.agreement,  # where audit=True asked for it
             "prompts_cut": self.cut,
         }
         return {"outrider": info}
@@ -252,7 +254,16 @@ class OutriderLM(TemplateLM):
             warnings.warn(f"{text}: the beginning of their prompt is cut off", stacklevel=3)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The harness's command line; what Outrider refuses ends it with exit code 2, as in its own."""
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except OutriderError as error:
+        print(f"outrider: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
