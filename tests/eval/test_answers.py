@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -188,10 +189,28 @@ class TestQuestions:
         list(qa_task.evaluate(pair, alignments, list(self.DOCUMENTS[:1]), [DENSE], **(options | {"seed": 3})))
         assert seen[0] == first
 
+    def test_long_documents_lose_their_middle(self, pair, alignments, monkeypatch):
+        seen: list[str] = []
+        answer = Answering.answer
+        monkeypatch.setattr(Answering, "answer", lambda self, n, asked, *o: (seen.extend(asked), answer(self, n, asked, *o))[1])
+        long = replace(self.DOCUMENTS[1], context=" ".join(f"word{n:03d}" for n in range(100)))
+        options = {"context": 500, "max_new_tokens": 5, "truncate": True}
+        rows = list(qa_task.evaluate(pair, alignments, [long, self.DOCUMENTS[1]], [DENSE], **options))
+        words = [int(word) for word in re.findall(r"word(\d+)", seen[0])]
+        assert 486 < counter(pair[0])(seen[0]) + 5 <= 500
+        head = words.index(99) + 1 - (len(words) // 2)
+        assert words == [*range(head), *range(100 - len(words) // 2, 100)] and head - len(words) // 2 in (0, 1)
+        assert "A giant slept." in seen[1] and rows[0].conditions["truncate"] == "middle"
+
     def test_refused_before_any_work(self, pair, alignments, book):
         documents = list(self.DOCUMENTS)
         for options, error, says in (
-            ({"context": 120, "max_new_tokens": 5}, PromptError, "tales 1: .* tokens with its questions; allowed: at most 115"),
+            (
+                {"context": 120, "max_new_tokens": 5},
+                PromptError,
+                r"tales 1: .* at most 115 \(.*\), or --truncate",
+            ),
+            ({"context": 120, "max_new_tokens": 5, "truncate": True}, PromptError, r"at most 115 \(context less answer\)$"),
             ({"context": 400, "max_new_tokens": 0}, OptionError, "max-new-tokens: got 0"),
             ({"context": 400, "max_new_tokens": 400}, OptionError, "context: got 400; allowed: more than max-new-tokens 400"),
             ({"context": 9000}, OptionError, "context: got 9000"),

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outrider.errors import OptionError, PromptError
-from outrider.eval.ruler.book import Book
+from outrider.eval.book import Book, longest_that_fits
 from outrider.eval.ruler.families import FAMILIES, STYLES, check_ruler, make_samples
 from outrider.eval.ruler.needles import ADJECTIVES, NEEDLES, NOUNS
-from outrider.eval.ruler.sample import Question, Sample, longest_that_fits
+from outrider.eval.ruler.sample import Question, Sample
 
 NEEDLE_FAMILIES = ("single", "multi-key", "multi-value", "multi-query")
 STATEMENTS = {  # what states a value, in the style of the needles
@@ -151,6 +151,7 @@ def test_planted_keeps_words_and_order():
     assert book.planted(2, 2, []) == 'Three four?"'
     assert Book("a b. c").planted(0, 3, [(1.0, "[A]")]) == "a b. [A]c"
     assert Book("a b c").planted(0, 3, [(1.0, "[A]")]) == "a b c [A]"
+    assert [Book("a b  c d").without_middle(n) for n in range(5)] == ["", "a", "a d", "a b  d", "a b  c d"]
     assert Book("It had been there, in the hall; NOT Here a hall").vocabulary == ["been", "hall", "there"]
 
 

@@ -152,6 +152,9 @@ def qa(
     plant_in: Annotated[
         Path | None, typer.Option(help="book to plant each document in, at a drawn depth; it fills the context")
     ] = None,
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="leave out the middle of a document that does not fit; default: refuse it")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(help="end an answer, at the latest, after this many tokens")] = 32,
     seed: Annotated[int, typer.Option(help="seed of the places in the book")] = 0,
     **values: Any,
@@ -169,7 +172,7 @@ def qa(
         from outrider.eval.qa_task import evaluate
 
         book = next(iter(_texts(books)), None)
-        return partial(evaluate, documents=found, plant_in=book, max_new_tokens=max_new_tokens, seed=seed)
+        return partial(evaluate, documents=found, plant_in=book, truncate=truncate, max_new_tokens=max_new_tokens, seed=seed)
 
     _evaluate(task, values, each=False)
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from outrider.decoding.prefill import ProgressCallback
 from outrider.eval.answers import Answering, counter
+from outrider.eval.book import Book
 from outrider.eval.rows import Case, Row, Text, conditions
-from outrider.eval.ruler.book import Book
 from outrider.eval.ruler.families import FAMILIES, check_ruler, make_samples
 from outrider.eval.teacher_forced import check_context
 from outrider.guidance.alignment import AlignmentFile

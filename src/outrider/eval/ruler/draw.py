@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from outrider.eval.ruler.book import Book
+from outrider.eval.book import Book
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

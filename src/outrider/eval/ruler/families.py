@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 
 from outrider.config import check
-from outrider.eval.ruler.book import Book
+from outrider.eval.book import Book
 from outrider.eval.ruler.counting import common_words, frequent_words
 from outrider.eval.ruler.draw import Draw
 from outrider.eval.ruler.needles import multi_key, multi_query, multi_value, single

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from outrider.errors import OptionError, PromptError
+from outrider.eval.book import longest_that_fits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +73,7 @@ def fit(plan: Plan, count: Callable[[str], int], context: int, family: str, name
     shortest = max(count(plan.build(low) + question.text) for question in plan.questions)
     if shortest > room:
         raise OptionError("context", context, f"at least {shortest + plan.new_tokens} tokens for family {family}")
-    high = min(plan.most, max(room, low))  # every step of a size is a token at least
+    high = min(plan.most, max(room, low))  # a step of size is a token or more
     if high == plan.most and length(high) <= room:
         raise PromptError(
             f"text {name}: fills {length(high) + plan.new_tokens} tokens of family {family}; allowed: at least {context} "
@@ -83,11 +84,3 @@ def fit(plan: Plan, count: Callable[[str], int], context: int, family: str, name
     while size > low and any(count(plan.build(size) + question.text) > room for question in plan.questions):
         size -= 1
     return Sample(text=plan.build(size), questions=plan.questions, new_tokens=plan.new_tokens, exact=plan.exact)
-
-
-def longest_that_fits(fits: Callable[[int], bool], low: int, high: int) -> int:
-    """The largest size in low .. high that fits, where larger ones fit less; `low` is known to. Bisection."""
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low

@@ -1,10 +1,10 @@
-"""The text that needles are hidden in: a book, word by word."""
+"""The text that needles, or whole documents, are hidden in: a book, word by word, and how much of it fits."""
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 _WORD = re.compile(r"\S+\s*")
@@ -50,3 +50,17 @@ class Book:
     def _ends(self) -> list[int]:
         """Places behind the last word of a sentence."""
         return [i for i, word in enumerate(self.words, start=1) if _SENTENCE_END.search(word.rstrip())]
+
+    def without_middle(self, count: int) -> str:
+        """The first and last words, `count` in all, the first one more where that is odd."""
+        left = len(self.words) - count
+        head = (count + 1) // 2
+        return "".join((*self.words[:head], *self.words[head + left :])).strip()
+
+
+def longest_that_fits(fits: Callable[[int], bool], low: int, high: int) -> int:
+    """The largest size in low .. high that fits, where larger ones fit less; `low` is known to. Bisection."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
