@@ -162,8 +162,8 @@ class ReadCounter:
     """Counts what verifying `t` tokens reads, on the host.
 
     Query heads that share a KV head and own lists of their own are charged the union of their lists. Window layers are charged
-    their window in both columns. Scoring is charged the keys of the scored draft layers; with
-    `bits` the older ones as codes.
+    their window in both columns. Scoring is charged the keys of the scored draft layers, once; with `bits` the older
+    ones as codes.
     """
 
     def __init__(

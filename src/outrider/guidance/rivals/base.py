@@ -67,14 +67,18 @@ class Rival:
         """Softmax mass of each query head on every cached token, mean over the queries [B, Hq, S]."""
         return attention_mass(queries, keys, lengths, scale=self.target.scales[layer])
 
-    def top(
-        self, scores: Tensor, lengths: Tensor, *, kept: Tensor | None = None, sinks: int = 0, recent: int = 0
-    ) -> TokenLists:
+    def top(self, scores: Tensor, lengths: Tensor, *, kept: Tensor | None = None, recent: int = 0) -> TokenLists:
         """A list for each row of `scores` [B, H, S] >= 0: its best `kept` [B] tokens, the budget's share where None."""
         rows = torch.arange(scores.shape[1], device=scores.device).view(1, -1, 1)
         kept = top_k(self.budget, lengths) if kept is None else kept
-        lists = token_select(scores, lengths, rows, top_k=kept, sinks=sinks, recent=recent)
+        lists = token_select(scores, lengths, rows, top_k=kept, recent=recent)
         return TokenLists(lists.indices[0], lists.counts[0])
+
+    def marks(self, lists: TokenLists, size: int) -> Tensor:
+        """Which of `size` tokens are listed, [B, H, size] bool."""
+        places = torch.where(lists.indices >= 0, lists.indices, size).long()  # padding goes to a place of its own
+        marked = torch.zeros(*lists.counts.shape, size + 1, dtype=torch.bool, device=places.device)
+        return marked.scatter_(2, places, True)[..., :size]
 
     def by_kv_head(self, scores: Tensor) -> Tensor:
         """Sums over the query heads that share a KV head: [B, Hq, S] -> [B, Hkv, S]."""

@@ -49,8 +49,7 @@ class H2O(Rival):
         assert budget is not None
         recent = int(budget.min()) // 2
         lists = self.top((sums + LEAST) * kept, lengths, recent=recent)
-        listed = torch.zeros_like(kept).scatter_(2, lists.indices.clamp(min=0).long(), lists.indices >= 0)
-        listed[..., 0] = (lists.indices == 0).any(-1)  # where padding has pointed
+        listed = self.marks(lists, keys.shape[1])
         mass = self.mass(layer, queries, keys, lengths).unflatten(1, (self.target.kv_heads, -1)) * listed[:, :, None]
         share = mass / mass.sum(-1, keepdim=True).clamp(min=LEAST)  # of the attention over what is kept
         later = torch.arange(keys.shape[1], device=keys.device) >= lengths.view(-1, 1, 1)

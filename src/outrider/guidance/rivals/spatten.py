@@ -37,8 +37,7 @@ class SpAtten(Rival):
             assert wanted is not None
             kept = torch.where(wanted < lengths, (wanted * falls).ceil().long(), lengths)
             lists = self.top((self._importance + LEAST) * self._left, lengths, kept=kept)
-            self._left = torch.zeros_like(self._left)
-            self._left.scatter_(2, lists.indices.clamp(min=0).long(), lists.indices >= 0)
+            self._left = self.marks(lists, keys.shape[1])
         probabilities = self.mass(layer, queries, keys, lengths) * self._left  # of all tokens; those that are left share them
         self._importance += (probabilities / probabilities.sum(-1, keepdim=True).clamp(min=LEAST)).sum(1, keepdim=True)
         return lists
