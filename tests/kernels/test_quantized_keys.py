@@ -242,6 +242,7 @@ def test_channels_of_all_kinds(backend, device, bits):
     channels += [(place - 32) * x for x in (1e3, 1e4, 1e30, 1e-7)]
     channels += [torch.where(place == 5, x, 0.0) for x in (1.0, -1.0, 1e5, -1e-5)]  # one token apart
     channels += [torch.where(place % 2 == 0, place % levels + 0.5, place % 3 / 2 * levels)]  # ties; 0 and the last code
+    channels += [torch.where(place % 2 == 0, zero, -zero) for zero in (0.0, -0.0)]  # both of them
     rows = torch.stack([channels[d % len(channels)].roll(d) for d in range(64)], -1)
     values = torch.zeros(1, 136, 1, 64, device=device)
     values[:, :64, 0] = rows

@@ -35,6 +35,7 @@ def coded_blocks(lengths: Tensor) -> Tensor:
 
 def encode(keys: Tensor, bits: int) -> Tensor:
     """keys [..., 64, D] float32 -> records [..., W] int32."""
+    keys = keys + 0.0  # no -0: which of two zeros is the smaller one is nobody's business
     low, factor = keys.amin(-2, keepdim=True), _factors(keys.shape[-1], bits, keys.device)
     levels = low.new_full((), 2**bits - 1)  # on a GPU torch divides by a tensor, but multiplies by the inverse of a number
     step = ((keys.amax(-2, keepdim=True) - low) / levels).clamp(max=LARGEST_STEP)

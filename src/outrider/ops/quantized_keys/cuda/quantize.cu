@@ -54,12 +54,14 @@ __device__ void encode(const void* keys, long long at, long long stride, float s
     }
     uint32_t lows[CHUNK / 2], steps[CHUNK / 2];
 #pragma unroll
-    for (int i = 0; i < CHUNK; i++)
+    for (int i = 0; i < CHUNK; i++) {
 #pragma unroll
       for (int lanes = 4; lanes < 32; lanes *= 2) {
         low[i] = fminf(low[i], __shfl_xor_sync(~0u, low[i], lanes));
         high[i] = fmaxf(high[i], __shfl_xor_sync(~0u, high[i], lanes));
       }
+      low[i] += 0.0f, high[i] += 0.0f;  // no -0
+    }
     auto limited = [](float x) { return fminf(fmaxf(x, -LARGEST_HALF), LARGEST_HALF); };
     auto factor = [&](int i) { return (float)(1 << 7) / (1 << (chunk * CHUNK / 2 + i / 2) * BITS % 8) / 4; };  // 2^(5 - bit)
     auto step_of = [&](int i) { return fminf(__fdiv_rn(high[i] - low[i], (float)((1 << BITS) - 1)), LARGEST_STEP) * factor(i); };
