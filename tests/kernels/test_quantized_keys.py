@@ -369,6 +369,17 @@ def test_any_number_of_multiprocessors(backend, emulated, device, case, multipro
         check(problem, problem.mass(backend=backend), record_property)
 
 
+@pytest.mark.skipif(GPU, reason="the GPU has the multiprocessors that it has")
+@pytest.mark.parametrize("case", [MEAN, APART], ids=["mean", "none"])
+@backends
+def test_the_last_share_is_a_small_one(backend, emulated, device, case, record_property):
+    """196 units for 16 warps: of 13 each, and one. Where the last item begins is not to be told from a share's usual size."""
+    problem = make(replace(case, lengths=(900, 0, 2100)), device)
+    problem.hide()
+    with emulated(multiprocessors=1):
+        check(problem, problem.mass(backend=backend), record_property)
+
+
 @pytest.mark.parametrize("case", CASES[:4], ids=str)
 @backends
 def test_the_result_goes_to_out_and_nowhere_else(backend, device, case):

@@ -244,7 +244,7 @@ struct Share {
   uint64_t* arrived;
   unsigned taken = 0;  // records from the queue
   int lane, warp;  // of the warp, of the chip
-  int size, left;  // units of every share; that this one still has
+  int size, end, left;  // units of a full share; the one behind this share, of all; those that it still has
   Place here;
 
   __device__ __forceinline__ Share(const Arguments& arguments, uint4* shared) : a(arguments), lane(threadIdx.x % 32) {
@@ -260,7 +260,8 @@ struct Share {
     for (int b = 0; b < a.B; b++) here.enter(a, b), total += here.units * a.count * a.heads;
     const int warps = gridDim.x * WARPS;
     size = (total + warps - 1) / warps;
-    left = min(size, total - warp * size);
+    end = min((warp + 1) * size, total);
+    left = end - warp * size;
     if (left > 0) here.find(a, warp * size);
   }
 
@@ -378,7 +379,7 @@ __device__ __forceinline__ void clear_rest(const Arguments& a) {
 __device__ __forceinline__ void load_sums(float (&logs)[2 * EIGHTS], const Share& share) {
   const Arguments& a = share.a;
   const int item = share.here.item(a), eighth = share.lane / 4, quarter = share.lane % 4;
-  const int start = (share.warp + 1) * share.size - share.left - share.here.unit, end = start + share.here.units;  // units before it
+  const int start = share.end - share.left - share.here.unit, end = start + share.here.units;  // among the units of all items
   float2 sums[2 * EIGHTS];
 #pragma unroll
   for (int k = 0; k < 2 * EIGHTS; k++) sums[k] = nothing();
