@@ -11,7 +11,8 @@ MODES = ("plain", "dense", "sparse")
 DRAFTING = ("auto", "dense", "sparse")
 DTYPES = ("float32", "bfloat16", "float16")
 KV_DTYPES = ("auto", "fp8")
-SCORE_KEYS: dict[str, int | None] = {"exact": None, "4bit": 4, "2bit": 2}  # bits of a code
+CODE_BITS: dict[str, int | None] = {"exact": None, "4bit": 4, "2bit": 2}
+SCORE_KEYS = ("auto", *CODE_BITS)
 BACKENDS = ("auto", "reference", "triton", "cuda")
 DEFAULT_KEEP = 0.1
 
@@ -25,12 +26,6 @@ def check(option_name: str, value: object, ok: bool, allowed: str) -> None:
     """Raise OptionError unless `ok`."""
     if not ok:
         raise OptionError(option_name, value, allowed)
-
-
-def score_bits(score_keys: str) -> int | None:
-    """Bits of a code of the keys that are scored; None where they are exact. Raises OptionError for an unknown choice."""
-    check("score-keys", score_keys, score_keys in tuple(SCORE_KEYS), ", ".join(SCORE_KEYS))
-    return SCORE_KEYS[score_keys]
 
 
 def _is_int(value: object) -> bool:
@@ -103,9 +98,9 @@ class EngineConfig:
     draft_keep: float = option(0.05, "sparse drafting: share of the cached tokens each of the draft's lists keeps, in (0, 1]")
     draft_recent: int = option(512, "sparse drafting: last cached tokens that every list of the draft keeps")
     score_keys: str = option(
-        "exact",
+        "auto",
         "what scoring reads of the draft's keys: exact (all), 4bit or 2bit (a copy in few bits: less to read each round, more "
-        "memory)",
+        "memory) or auto (4bit where a GPU has a kernel for it, else exact)",
     )
     batch_size: int = option(8, "sequences that run at the same time; more prompts wait")
     prefill_chunk: int = option(2048, "prompt tokens per forward of the prefill")
@@ -128,7 +123,7 @@ class EngineConfig:
         keep, recent = self.draft_keep, self.draft_recent
         check("draft-keep", keep, _is_number(keep) and 0 < keep <= 1, "a number in (0, 1]")
         check("draft-recent", recent, _is_int(recent) and recent >= 0, "a whole number >= 0")
-        score_bits(self.score_keys)
+        check("score-keys", self.score_keys, self.score_keys in SCORE_KEYS, ", ".join(SCORE_KEYS))
         check("batch-size", self.batch_size, _is_int(self.batch_size) and self.batch_size >= 1, "a whole number >= 1")
         chunk = self.prefill_chunk
         check("prefill-chunk", chunk, _is_int(chunk) and chunk >= 1, "a whole number >= 1")

@@ -59,7 +59,7 @@ def test_peers_come_first_and_run_what_they_can(options):
     runs = options(engine=("outrider", "transformers", "outrider"), mode=("sparse", "plain"), drafting=("dense",)).runs
     assert runs == (
         Run(engine="transformers", mode="plain", drafting=None),
-        Run(engine="outrider", mode="sparse", drafting="dense", scoring="exact"),
+        Run(engine="outrider", mode="sparse", drafting="dense", scoring="auto"),
         Run(engine="outrider", mode="plain", drafting=None),
     )
 
@@ -105,7 +105,7 @@ REAL = {"case": (), "target": "builtin", "prompt_file": "book.txt", "context": 5
         ({"engine": ("sglang",)}, "engine: got 'sglang'; allowed: outrider, vllm, transformers"),
         ({"mode": ("exact",)}, "mode: got 'exact'; allowed: plain, dense, sparse"),
         ({"drafting": ("none",)}, "drafting: got 'none'; allowed: dense, sparse"),
-        ({"score_keys": ("8bit",)}, "score-keys: got '8bit'; allowed: exact, 4bit, 2bit"),
+        ({"score_keys": ("8bit",)}, "score-keys: got '8bit'; allowed: auto, exact, 4bit, 2bit"),
         ({"kv_dtype": ("int8",)}, "kv-dtype: got 'int8'; allowed: auto, fp8"),
         ({"engine": ("transformers",), "mode": ("dense",)}, "mode: got 'dense'; allowed: plain for engine transformers"),
         ({"keep": 0.0}, "keep: got 0.0; allowed: a number in (0, 1]"),

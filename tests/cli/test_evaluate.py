@@ -97,7 +97,7 @@ def test_interrupt_before_the_first_row_leaves_no_file(outrider, flags, tmp_path
         (["--keep", "2"], "keep: got 2.0; allowed: a number in (0, 1]"),
         (["--keep", "0.1", "--top-p", "0.9"], "keep and top-p: got ((0.1,), (0.9,)); allowed: only one of the two"),
         (["-K", "0"], "K (draft-tokens): got 0; allowed: "),
-        (["--score-keys", "8bit"], "score-keys: got '8bit'; allowed: exact, 4bit, 2bit"),
+        (["--score-keys", "8bit"], "score-keys: got '8bit'; allowed: auto, exact, 4bit, 2bit"),
         (["--score-keys", "4bit"], "score-keys: got '4bit'; allowed: exact"),
         (["--context", "100000"], "context: got 100000; allowed: "),
         (["--dtype", "int8"], "dtype: got 'int8'; allowed: "),

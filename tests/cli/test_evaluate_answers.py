@@ -117,7 +117,7 @@ def test_bad_options_of_qa_are_refused_before_models_are_looked_for(fails, tales
         (["--context", "40"], "context: got 40; allowed: at least "),
         (["--method", "magic"], "method: got 'magic'; allowed: dense, outrider, sts, specattn"),
         (["--method", "h2o"], "method: got 'h2o'; allowed: dense, outrider, sts, specattn"),  # a rival, which cannot generate
-        (["--score-keys", "8bit"], "score-keys: got '8bit'; allowed: exact, 4bit, 2bit"),
+        (["--score-keys", "8bit"], "score-keys: got '8bit'; allowed: auto, exact, 4bit, 2bit"),
     ],
 )
 def test_bad_options_of_ruler_that_depend_on_the_pair(fails, flags, novel, wrong, message, tmp_path):

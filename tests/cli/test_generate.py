@@ -158,7 +158,7 @@ class TestBadInput:
             (["--method", "magic"], "method: got 'magic'; allowed: outrider, sts, specattn"),
             (["--method", "magic", "--mode", "dense"], "method: got 'magic'; allowed: outrider, sts, specattn"),
             (["--mode", "dense", "--mode", "fast"], "mode: got 'fast'; allowed: plain, dense, sparse"),
-            (["--score-keys", "8bit"], "score-keys: got '8bit'; allowed: exact, 4bit, 2bit"),
+            (["--score-keys", "8bit"], "score-keys: got '8bit'; allowed: auto, exact, 4bit, 2bit"),
             (["--dtype", "int8"], "dtype: got 'int8'; allowed: float32, bfloat16, float16"),
             (["--device", "abacus"], "device: got 'abacus'; allowed: cpu"),
             (["--backend", "magic"], "backend: got 'magic'; allowed: auto, reference, triton, cuda"),

@@ -12,7 +12,8 @@ from outrider.decoding.runner import Runner
 from outrider.decoding.scoring import score
 from outrider.decoding.statistics import ReadCounter
 from outrider.errors import OptionError
-from outrider.models.quantized_keys import QuantizedKeys, coded_bytes
+from outrider.models import quantized_keys
+from outrider.models.quantized_keys import QuantizedKeys, code_bits, coded_bytes
 from outrider.ops.quantized_keys.layout import coded_blocks
 
 WIDE = {"head_dim": 64, "num_hidden_layers": 2}  # codes of 2 bits need such heads; a layer has 2 of them for keys
@@ -224,9 +225,32 @@ def test_a_draft_with_window_layers(make_pair, make_engine, checked, random_prom
     assert result.error is None and checked[0] > 0
 
 
+def test_auto_is_exact_where_no_kernel_reads_codes(make_pair, make_engine, monkeypatch):
+    pair = make_pair("llama", **WIDE)
+    assert make_engine(pair, mode="sparse").score_bits is None, "on a CPU"
+    assert [make_engine(pair, mode="sparse", score_keys=keys).score_bits for keys in ("exact", *CODES)] == [None, 4, 2]
+    assert make_engine(pair, mode="dense", score_keys="4bit").score_bits is None, "nothing is scored"
+
+    draft, refusals = pair[1], []
+
+    def check(model, layers, bits, t):
+        assert (model, layers, bits, t) == (draft, draft.spec.full_layers, 4, 5)
+        if refusals:
+            raise OptionError("score-keys", "4bit", refusals[0])
+
+    monkeypatch.setattr(quantized_keys, "check_codes", check)
+    monkeypatch.setattr(draft, "spec", replace(draft.spec, device=torch.device("cuda")))
+    assert code_bits("auto", draft, 5) == 4
+    refusals.append("exact on this device")
+    assert code_bits("auto", draft, 5) is None
+    refusals.clear()
+    monkeypatch.setattr(draft, "backend", "reference")
+    assert code_bits("auto", draft, 5) is None
+
+
 @pytest.mark.parametrize("value", ["8bit", None, 4, ["4bit"]])
 def test_bad_options(value):
-    with pytest.raises(OptionError, match=r"score-keys: got .*; allowed: exact, 4bit, 2bit"):
+    with pytest.raises(OptionError, match=r"score-keys: got .*; allowed: auto, exact, 4bit, 2bit"):
         engine_config(score_keys=value)
 
 

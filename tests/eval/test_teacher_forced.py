@@ -143,7 +143,7 @@ def test_few_bits_need_heads_that_fit(pair, alignments):
     for evaluate, own in ((perplexity.evaluate, {"scored_tokens": 40}), (facts_task.evaluate, {})):
         with pytest.raises(OptionError, match="score-keys: got '4bit'; allowed: exact for a draft with head dim 8"):
             evaluate(pair, alignments, [TEXT], **options, **own)
-        with pytest.raises(OptionError, match="score-keys: got '8bit'; allowed: exact, 4bit, 2bit"):
+        with pytest.raises(OptionError, match="score-keys: got '8bit'; allowed: auto, exact, 4bit, 2bit"):
             evaluate(pair, alignments, [TEXT], **(options | {"score_keys": "8bit"}), **own)
 
 

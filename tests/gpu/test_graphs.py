@@ -76,6 +76,13 @@ def test_keys_in_few_bits(score_keys, kv_dtype, gpu_pair, make_engine, random_pr
     assert sum(same) > 0.5 * len(same)  # sums in another order: a text of these undecided models parts sooner or later
 
 
+def test_few_bits_are_the_default_where_a_kernel_reads_them(gpu_pair, make_engine):
+    bits = {dtype: make_engine(gpu_pair(dtype), mode="sparse").score_bits for dtype in ("bfloat16", "float32")}
+    assert bits == {"bfloat16": 4, "float32": None}
+    for options in ({"backend": "reference"}, {"draft_tokens": 40}, {"score_keys": "exact"}):
+        assert make_engine(gpu_pair("bfloat16"), mode="sparse", **options).score_bits is None
+
+
 def test_keys_in_few_bits_need_kernels(gpu_pair, make_engine):
     for options, message in (({"dtype": "float32"}, "bfloat16 or float16"), ({"draft_tokens": 40}, "queries per KV head")):
         with pytest.raises(OptionError, match=rf"score-keys: got '4bit'.*{message}"):

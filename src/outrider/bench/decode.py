@@ -17,6 +17,7 @@ from outrider.config import SamplingParams, engine_config
 from outrider.decoding.engine import Engine
 from outrider.decoding.sequence import Sequence
 from outrider.decoding.statistics import Statistics, total
+from outrider.models.quantized_keys import name_of_bits
 
 Progress = Callable[[str, int, int], None]  # what, done, of how many
 WARM_UP = 4  # rounds: run as they are, captured, replayed for the first time; and one more
@@ -126,7 +127,7 @@ def _row(work: Workload, run: Run, engine: Engine, measured: Measured, condition
         kept=kept,
         conditions={
             **conditions,
-            "score_keys": engine.config.score_keys,
+            "score_keys": name_of_bits(engine.guidance.bits if engine.guidance is not None else None),
             "kv_dtype": engine.config.kv_dtype,
             "fused_layers": [len(model.fused_layers) for model in (engine.target, engine.draft)],
         },

@@ -31,7 +31,7 @@ class Run:
     engine: str
     mode: str
     drafting: str | None  # None where there is no draft
-    scoring: str | None = None  # of SCORE_KEYS; None where nothing is scored
+    scoring: str | None = None  # of SCORE_KEYS, or of CODE_BITS once it is decided; None where nothing is scored
     kv_dtype: str | None = None  # fp8; None: as the engine does by itself, in the models' dtype
 
 
@@ -44,7 +44,8 @@ class DecodeOptions:
     mode: tuple[str, ...] = option(MODES_OF[OURS], "plain (the target alone), dense or sparse verification")
     drafting: tuple[str, ...] = option(DRAFTING, "what the draft reads: dense (all) or sparse (the kept share)")
     score_keys: tuple[str, ...] = option(
-        ("exact",), "what scoring reads of the draft's keys: exact (all), 4bit or 2bit (a copy in few bits)"
+        ("auto",),
+        "what scoring reads of the draft's keys: exact (all), 4bit or 2bit (a copy in few bits) or auto (the engine decides)",
     )
     kv_dtype: tuple[str, ...] = option(("auto",), "how we cache keys and values: auto (in the models' dtype) or fp8")
     keep: float = option(0.1, "share of the cached tokens that each list keeps, in (0, 1]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -20,6 +21,7 @@ from outrider.bench.results import Row
 from outrider.bench.stream.rate import stream_rate
 from outrider.bench.workload import DTYPES, Workload
 from outrider.errors import OptionError, OutriderError
+from outrider.models.quantized_keys import code_bits, name_of_bits
 
 
 def measure_all(options: DecodeOptions, text: str, command: str, progress: Progress) -> Iterator[Row]:
@@ -73,8 +75,15 @@ def _dummy_rows(
 def _our_rows(works: list[Workload], options: DecodeOptions, known: dict[str, Any], progress: Progress) -> Iterator[Row]:
     for work in works:
         for run in (run for run in options.runs if run.engine == OURS):
-            yield _row(work, run, options, known, progress)
+            yield _row(work, _decided(run, work, options), options, known, progress)
             _free(work.target.spec.device)
+
+
+def _decided(run: Run, work: Workload, options: DecodeOptions) -> Run:
+    """The run with what scoring `auto` is here, so that its row takes the place of an older one."""
+    if run.scoring is None:
+        return run
+    return replace(run, scoring=name_of_bits(code_bits(run.scoring, work.draft, options.draft_tokens + 1)))
 
 
 def _row(work: Workload, run: Run, options: DecodeOptions, known: dict[str, Any], progress: Progress) -> Row:

@@ -105,7 +105,7 @@ def _conditions(engine: Outrider) -> dict[str, str | int]:
     """What the figures depend on: models, versions, device, how rounds run, command."""
     from outrider.eval.rows import conditions
 
-    made = conditions((engine.target, engine.draft), engine.config.draft_tokens, engine.map_name, engine.config.score_keys)
+    made = conditions((engine.target, engine.draft), engine.config.draft_tokens, engine.map_name, engine.score_bits)
     return made | engine.execution | {"command": shlex.join(["outrider", *sys.argv[1:]])}
 
 

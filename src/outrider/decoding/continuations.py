@@ -8,13 +8,13 @@ from itertools import groupby
 
 import torch
 
-from outrider.config import score_bits
 from outrider.decoding.outrider import Outrider
 from outrider.decoding.pair import make_selector
 from outrider.decoding.statistics import Statistics
 from outrider.decoding.teacher_forced import TeacherForced
 from outrider.guidance.selectors import SELECTORS
 from outrider.guidance.selectors.base import Selector
+from outrider.models.quantized_keys import code_bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +47,7 @@ class Scorer:
     def __init__(self, engine: Outrider) -> None:
         self.engine, self.config = engine, engine.config
         self.t = engine.config.draft_tokens + 1
-        self.bits = score_bits(engine.config.score_keys)
+        self.bits = code_bits(engine.config.score_keys, engine.draft, self.t)
         self.selector = self._make_selector()
 
     def score(self, continuations: list[Continuation]) -> Iterator[tuple[Continuation, Score]]:

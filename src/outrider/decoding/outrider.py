@@ -174,6 +174,11 @@ class Outrider:
         }
         return {"graphs": engine.captures} | fused
 
+    @property
+    def score_bits(self) -> int | None:
+        """Bits of the codes that scoring reads; None where it reads the keys themselves, or where nothing is scored."""
+        return None if self._engine.guidance is None else self._engine.guidance.bits
+
     def tokenize(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt as the target sees it. Raises PromptError when it is empty or no tokenizer is at hand."""
         if isinstance(prompt, str):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from outrider.config import Budget, EngineConfig, score_bits
+from outrider.config import Budget, EngineConfig
 from outrider.decoding.scoring import score
 from outrider.errors import AlignmentError, OptionError
 from outrider.guidance.alignment import AlignmentFile, ModelIdentity, load
@@ -16,7 +16,7 @@ from outrider.guidance.selectors import build_selector
 from outrider.guidance.selectors.base import Selector
 from outrider.models import LanguageModel, ModelSpec, check_pair, load_model
 from outrider.models.cache import aligned
-from outrider.models.quantized_keys import QuantizedKeys, check_codes
+from outrider.models.quantized_keys import QuantizedKeys, check_codes, code_bits
 from outrider.ops.backends import BackendError
 from outrider.types import Alignment
 
@@ -102,7 +102,7 @@ def make_guidance(
         heads = draft.spec.full_shape.query_heads
         own = torch.cartesian_prod(torch.arange(len(draft.spec.layers)), torch.arange(heads)).view(-1, heads, 1, 2)
         drafting = _build_selector("outrider", draft, draft, Alignment(sources=own), config.draft_budget, scored)
-    bits = score_bits(config.score_keys)
+    bits = code_bits(config.score_keys, draft, config.draft_tokens + 1)
     rehearse(target, draft, choosing, config.draft_tokens + 1, drafting, bits)
     return Guidance(target=choosing, draft=drafting, bits=bits) if choosing or drafting else None
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from outrider.config import check, score_bits
+from outrider.config import check
 from outrider.decoding.prefill import ProgressCallback
 from outrider.errors import OptionError
 from outrider.eval.facts import Fact, draw_facts
@@ -19,6 +19,7 @@ from outrider.guidance.alignment import AlignmentFile
 from outrider.guidance.rivals import Rival
 from outrider.guidance.selectors.base import Selector
 from outrider.models import LanguageModel
+from outrider.models.quantized_keys import code_bits
 
 Question = tuple[list[int], list[int]]  # tokens of the question up to "Answer:", tokens of the answer
 
@@ -31,7 +32,7 @@ def evaluate(
     *,
     context: int,
     draft_tokens: int = 4,
-    score_keys: str = "exact",
+    score_keys: str = "auto",
     map_name: str | None = None,
     prefill_chunk: int = 2048,
     progress: ProgressCallback | None = None,
@@ -46,7 +47,7 @@ def evaluate(
     """
     check("facts", facts, facts >= 1, "a whole number >= 1")
     check_context(context, pair, 2)
-    bits = score_bits(score_keys)
+    bits = code_bits(score_keys, pair[1], draft_tokens + 1)
     selectors = [make_selector(case, pair, alignments, map_name, draft_tokens, bits) for case in cases]
     documents = []
     for number, text in enumerate(texts):
@@ -54,7 +55,7 @@ def evaluate(
         tokens = tokenize(pair[0], text.name, text.text, context)
         documents.append((text.name, *plant(pair[0], tokens, draw_facts(rng, facts), rng)))
 
-    common = conditions(pair, draft_tokens, map_name, score_keys)
+    common = conditions(pair, draft_tokens, map_name, bits)
 
     def rows() -> Iterator[Row]:
         reader = TeacherForced(pair, context, draft_tokens, bits)

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch.nn.functional import cross_entropy
 
-from outrider.config import check, score_bits
+from outrider.config import check
 from outrider.decoding.prefill import ProgressCallback
 from outrider.eval.rows import Case, Row, Text, conditions
 from outrider.eval.teacher_forced import Run, TeacherForced, budget_of, check_context, make_selector, tokenize
 from outrider.guidance.alignment import AlignmentFile
 from outrider.models import LanguageModel
+from outrider.models.quantized_keys import code_bits
 
 
 def evaluate(
@@ -24,7 +25,7 @@ def evaluate(
     context: int,
     scored_tokens: int,
     draft_tokens: int = 4,
-    score_keys: str = "exact",
+    score_keys: str = "auto",
     map_name: str | None = None,
     prefill_chunk: int = 2048,
     progress: ProgressCallback | None = None,
@@ -36,11 +37,11 @@ def evaluate(
     """
     check("scored-tokens", scored_tokens, 1 <= scored_tokens < context, f"1 .. context - 1 = {context - 1}")
     check_context(context, pair, 2)
-    bits = score_bits(score_keys)
+    bits = code_bits(score_keys, pair[1], draft_tokens + 1)
     selectors = [make_selector(case, pair, alignments, map_name, draft_tokens, bits) for case in cases]
     documents = [(text.name, tokenize(pair[0], text.name, text.text, context)) for text in texts]
 
-    common = conditions(pair, draft_tokens, map_name, score_keys)
+    common = conditions(pair, draft_tokens, map_name, bits)
 
     def rows() -> Iterator[Row]:
         reader = TeacherForced(pair, context, draft_tokens, bits)

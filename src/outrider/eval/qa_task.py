@@ -17,6 +17,7 @@ from outrider.eval.scores import rouge_l, token_f1
 from outrider.eval.teacher_forced import check_context
 from outrider.guidance.alignment import AlignmentFile
 from outrider.models import LanguageModel
+from outrider.models.quantized_keys import code_bits
 
 OPENING = "Read the following text and answer the question as concisely as you can, in a single phrase if possible.\n\n"
 STOP = ("\n",)  # an answer is what follows on the same line
@@ -34,7 +35,7 @@ def evaluate(
     max_new_tokens: int = 32,
     seed: int = 0,
     draft_tokens: int = 4,
-    score_keys: str = "exact",
+    score_keys: str = "auto",
     map_name: str | None = None,
     prefill_chunk: int = 2048,
     progress: ProgressCallback | None = None,
@@ -63,7 +64,7 @@ def evaluate(
     book = None if plant_in is None else Book(plant_in.text)
     room = context - max_new_tokens
     prompts = [_prompts(_fitting(document, count, room, truncate), book, count, room, seed) for document in documents]
-    common = conditions(pair, draft_tokens, map_name, score_keys)
+    common = conditions(pair, draft_tokens, map_name, code_bits(score_keys, pair[1], draft_tokens + 1))
     if plant_in is not None:
         common |= {"plant_in": plant_in.name, "seed": seed}
     if truncate:

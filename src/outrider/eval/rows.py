@@ -18,6 +18,7 @@ from outrider.config import Budget
 from outrider.errors import OptionError
 from outrider.eval.bootstrap import Interval, change_interval, mean_interval
 from outrider.models import LanguageModel
+from outrider.models.quantized_keys import name_of_bits
 
 DENSE = "dense"  # the method without lists
 
@@ -82,9 +83,9 @@ def check_rows_path(path: str | Path) -> None:
 
 
 def conditions(
-    pair: tuple[LanguageModel, LanguageModel], draft_tokens: int, map_name: str | None, score_keys: str
+    pair: tuple[LanguageModel, LanguageModel], draft_tokens: int, map_name: str | None, bits: int | None
 ) -> dict[str, str | int]:
-    """What a figure depends on beside the row's own fields."""
+    """What a figure depends on beside the row's own fields; `bits` are those of the keys that are scored."""
     target, draft = pair
     device = target.spec.device
     return {
@@ -94,7 +95,7 @@ def conditions(
         "draft_tokens": draft_tokens,
         "dtype": str(target.spec.dtype).removeprefix("torch."),
         "kv_dtype": target.spec.kv_dtype,
-        "score_keys": score_keys,
+        "score_keys": name_of_bits(bits),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
         "outrider": version("outrider"),
         "torch": torch.__version__,

@@ -12,6 +12,7 @@ from outrider.eval.ruler.families import FAMILIES, check_ruler, make_samples
 from outrider.eval.teacher_forced import check_context
 from outrider.guidance.alignment import AlignmentFile
 from outrider.models import LanguageModel
+from outrider.models.quantized_keys import code_bits
 
 
 def evaluate(
@@ -26,7 +27,7 @@ def evaluate(
     style: str = "ruler",
     seed: int = 0,
     draft_tokens: int = 4,
-    score_keys: str = "exact",
+    score_keys: str = "auto",
     map_name: str | None = None,
     prefill_chunk: int = 2048,
     progress: ProgressCallback | None = None,
@@ -55,7 +56,10 @@ def evaluate(
         for family in families:
             one = make_samples(text.name, book, family, count, context=context, samples=samples, style=style, seed=seed)
             made += [(f"{text.name} {number}", family, sample) for number, sample in enumerate(one, start=1)]
-    common = conditions(pair, draft_tokens, map_name, score_keys) | {"style": style, "seed": seed}
+    common = conditions(pair, draft_tokens, map_name, code_bits(score_keys, pair[1], draft_tokens + 1)) | {
+        "style": style,
+        "seed": seed,
+    }
 
     def rows() -> Iterator[Row]:
         for done, (name, family, sample) in enumerate(made, start=1):

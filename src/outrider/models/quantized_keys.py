@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from outrider.config import SCORE_KEYS
+from outrider.config import CODE_BITS, SCORE_KEYS, check
 from outrider.errors import OptionError
 from outrider.models.cache import KVCache, LayerShape
 from outrider.models.language_model import LanguageModel
@@ -16,6 +16,7 @@ from outrider.ops.quantized_keys import kernel_obstacle, quantize_keys, record_w
 from outrider.ops.quantized_keys.layout import BLOCK
 
 WORD = 4  # bytes
+AUTO_BITS = 4
 
 
 class QuantizedKeys:
@@ -69,19 +70,42 @@ def coded_bytes(layers: Iterable[LayerShape], bits: int) -> int:
     return sum(layer.kv_heads * record_words(layer.head_dim, bits) for layer in layers) * WORD // BLOCK
 
 
+def code_bits(score_keys: str, draft: LanguageModel, t: int) -> int | None:
+    """Bits of the codes that scoring reads under an option in rounds of `t` tokens; None where it reads the keys themselves.
+
+    auto is 4 bits where a kernel takes them on the draft's GPU: there they cost less time. Raises OptionError for an unknown
+    choice; whether scored layers take the bits that were asked for is `check_codes`'s to say.
+    """
+    check("score-keys", score_keys, score_keys in SCORE_KEYS, ", ".join(SCORE_KEYS))
+    if score_keys != "auto":
+        return CODE_BITS[score_keys]
+    if draft.spec.device.type != "cuda" or draft.backend == "reference" or not draft.spec.full_layers:
+        return None
+    try:
+        check_codes(draft, draft.spec.full_layers, AUTO_BITS, t)
+    except OptionError:
+        return None
+    return AUTO_BITS
+
+
+def name_of_bits(bits: int | None) -> str:
+    """What `bits` of a code are called among options and conditions."""
+    return next(name for name, own in CODE_BITS.items() if own == bits)
+
+
 def check_codes(draft: LanguageModel, layers: tuple[int, ...], bits: int, t: int) -> None:
     """Raise OptionError unless scoring can read keys of these layers as codes of so many bits, in rounds of `t` tokens.
 
     On a GPU that takes kernels: the reference waits for the device, and is left to those who ask for it.
     """
-    asked = next(name for name, own in SCORE_KEYS.items() if own == bits)
+    asked = name_of_bits(bits)
     shapes = {replace(draft.spec.layers[layer], scale=1.0, window=None) for layer in layers}
     if len(shapes) != 1:
         raise OptionError("score-keys", asked, "exact for a draft whose scored layers have not one shape")
     shape = shapes.pop()
     head_dim = shape.head_dim
     if head_dim * bits % 128:
-        fitting = [name for name, own in SCORE_KEYS.items() if own is None or head_dim * own % 128 == 0]
+        fitting = [name for name, own in CODE_BITS.items() if own is None or head_dim * own % 128 == 0]
         raise OptionError("score-keys", asked, f"{', '.join(fitting)} for a draft with head dim {head_dim}")
     if draft.backend == "triton":
         raise OptionError("score-keys", asked, "exact with backend triton, which has no kernel that reads codes")
