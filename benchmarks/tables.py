@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kernels.rows import best_peer
-from outrider.bench.results import drafting_of
+from outrider.bench.cases import CASES
+from outrider.bench.results import drafting_of, scoring_of
+from outrider.config import CODE_BITS, DRAFTING, MODES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -135,9 +137,20 @@ def pair_gpu_table(name: str) -> str:
 STAGES = ("propose", "score", "select", "verify", "accept")
 
 
+def decode_rows() -> list[dict]:
+    """Lines of decoding by case, then peers, our modes, and what the draft and scoring read."""
+    orders = {"case": list(CASES), "engine": ["transformers", "vllm", "outrider"], "mode": MODES, "drafting": [None, *DRAFTING]}
+
+    def place(row: dict) -> tuple[int, ...]:
+        scoring = [None, *CODE_BITS].index(scoring_of(row))
+        return (*(order.index(row[name]) for name, order in orders.items()), scoring)
+
+    return sorted(lines_if_any("decode"), key=place)
+
+
 def decode_table(name: str) -> str:
     """Name "decode": tokens a second of every case, beside vLLM's plain and speculative decoding and our dense speculation."""
-    found = lines_if_any("decode")
+    found = decode_rows()
     by_key = {(row["case"], row["engine"], row["mode"], row["drafting"]): row for row in found}
     rows = []
     for row in found:
@@ -164,7 +177,7 @@ def decode_table(name: str) -> str:
 def decode_stages_table(name: str) -> str:
     """The stages of our sparse rounds: ms, and the share of the floor."""
     rows = []
-    for row in lines_if_any("decode"):
+    for row in decode_rows():
         if row["engine"] == "outrider" and row["mode"] == "sparse":
             cells = [f"{row['stages'][s]:.2f} ({row['floors'][s]['percent']:.0f}%)" for s in STAGES[:4]]
             rows.append([row["case"], drafting_of(row), *cells, f"{row['stages']['accept']:.2f}", f"{row['round_ms']:.2f}"])

@@ -121,12 +121,13 @@ def test_interrupt_prints_what_there_is(outrider, pair, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_interrupt_of_a_real_process(spawn, pair, prompt):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_of_a_real_process(spawn, pair, prompt, number):
     """Text streams while it is generated: some is there before the signal, more work would follow it."""
     process = spawn("generate", *pair, *prompt, "--mode", "dense", "--max-new-tokens", "1800", "--ignore-eos")
     early = process.stdout.read(5)
     assert process.poll() is None
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     rest, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert len(early) == 5 and rest.endswith("\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -41,7 +42,8 @@ def outrider(
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and leave with its exit code: 0, 2 for bad input, 130 when interrupted."""
+    """Run the command line and leave with its exit code: 0, 2 for bad input, 130 when interrupted, by Ctrl-C or SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started ends with it, what is half done is put away
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
