@@ -86,9 +86,9 @@ def _prompts(texts: list[str], files: list[Path]) -> dict[str, str]:
 def _load(modes: tuple[str, ...], models: dict[str, Any], options: dict[str, Any]) -> list[Outrider]:
     """One engine a mode, all on the same models: what is wrong with a later mode shows before the first one runs."""
     from outrider.decoding.outrider import Outrider
-    from outrider.guidance.selectors import SELECTORS
+    from outrider.decoding.pair import METHODS
 
-    check("method", options["method"], options["method"] in SELECTORS, ", ".join(SELECTORS))
+    check("method", options["method"], options["method"] in METHODS, ", ".join(METHODS))
     first = Outrider.load(**models, **(options | {"mode": modes[0]}))
     return [first, *(first.with_options(mode=mode) for mode in modes[1:])]
 

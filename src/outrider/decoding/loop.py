@@ -111,6 +111,7 @@ class Loop:
         sparse = self._is_sparse(running, 1)
         known = (
             self.runner.device.type == "cuda"
+            and self.runner.rivals is None  # these look at the text, so they need its tokens
             and running == ahead_of.sequences
             and sparse == self._is_sparse(running, most)
             and all(len(s.tokens) + most < s.params.max_new_tokens for s in running)
@@ -128,14 +129,14 @@ class Loop:
         """Emit the accepted tokens and the recovered or bonus one; finished sequences leave their slots."""
         outcomes, seconds, now = flight.land(), flight.clock.settle(), time.perf_counter()
         events = []
-        for sequence, outcome in zip(flight.sequences, outcomes, strict=True):
+        for sequence, outcome, touched in zip(flight.sequences, outcomes, flight.touched, strict=True):
             if sequence.finish_reason is not None:  # it ended while this round was under way
                 continue
             if not outcome.finite:
                 sequence.end("error", "the target's logits are not finite numbers")
                 events.append(Event(sequence=sequence, tokens=[]))
                 continue
-            self._record(sequence, outcome, flight.layers, {name: x / len(outcomes) for name, x in seconds.items()})
+            self._record(sequence, outcome, flight.layers, touched, {name: x / len(outcomes) for name, x in seconds.items()})
             events.append(Event(sequence=sequence, tokens=sequence.extend(outcome.tokens)))
             sequence.statistics.generated_tokens = len(sequence.tokens)
             sequence.statistics.decode_seconds = now - (sequence.statistics.began or now)
@@ -144,7 +145,9 @@ class Loop:
         self._release()
         yield from events
 
-    def _record(self, sequence: Sequence, outcome: RowOutcome, layers: tuple[int, ...], spent: dict[str, float]) -> None:
+    def _record(
+        self, sequence: Sequence, outcome: RowOutcome, layers: tuple[int, ...], touched: float, spent: dict[str, float]
+    ) -> None:
         statistics, length = sequence.statistics, sequence.cached
         reads = self.reads.of(length, layers, outcome.listed_tokens, outcome.listed_rows)
         accepted = len(outcome.tokens) - 1
@@ -155,7 +158,7 @@ class Loop:
             statistics.accepted_at[position] += 1
         statistics.listed += reads.listed
         statistics.cached += length
-        statistics.bytes_read += reads.bytes_read
+        statistics.bytes_read += reads.bytes_read + round(touched)
         statistics.bytes_dense += reads.bytes_dense
         for stage, seconds in spent.items():
             statistics.seconds[stage] += seconds
