@@ -138,12 +138,12 @@ STAGES = ("propose", "score", "select", "verify", "accept")
 
 
 def decode_rows() -> list[dict]:
-    """Lines of decoding by case, then peers, our modes, and what the draft and scoring read."""
+    """Lines of decoding by case, real models last, then peers, our modes, and what the draft and scoring read."""
     orders = {"case": list(CASES), "engine": ["transformers", "vllm", "outrider"], "mode": MODES, "drafting": [None, *DRAFTING]}
 
     def place(row: dict) -> tuple[int, ...]:
         scoring = [None, *CODE_BITS].index(scoring_of(row))
-        return (*(order.index(row[name]) for name, order in orders.items()), scoring)
+        return (*(order.index(row[name]) if row[name] in order else len(order) for name, order in orders.items()), scoring)
 
     return sorted(lines_if_any("decode"), key=place)
 
