@@ -393,7 +393,7 @@ def prepare(
 ) -> tuple[Document, list[int], list[Question]]:
     """The document before the last `scored` of `tokens`, with facts planted in it; those last ones, and the questions."""
     rng = random.Random(seed)
-    text, questions = plant(pair[0], tokens[:-scored], draw_facts(rng, facts), rng)
+    text, questions = plant(pair[0], tokens[:-scored], draw_facts(rng, facts), rng) if facts else (tokens[:-scored], [])
     following = tokens[len(text) : len(text) + scored]
     return Document(pair, text, max(scored, len(tokens) - len(text)), draft_tokens), following, questions
 
