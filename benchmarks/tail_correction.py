@@ -13,7 +13,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -28,6 +28,7 @@ from outrider.decoding.statistics import ReadCounter
 from outrider.eval.facts import draw_facts
 from outrider.eval.facts_task import Question, plant
 from outrider.guidance.selectors.base import query_mean
+from outrider.guidance.selectors.outrider import Outrider
 from outrider.models import LanguageModel, attention
 from outrider.models.cache import aligned
 
@@ -150,9 +151,8 @@ class Reader:
         n, (t, query_heads, d) = self.given.length, queries.shape[1:]
         k, v = (x[0].transpose(0, 1)[:, : n + t] for x in (keys, values))  # [Hkv, n + T, D]
         q = queries[0].transpose(0, 1).reshape(len(k), -1, d) * scale  # [Hkv, g T, D]
-        dense = total = None
-        if self.fitting or self.compares or self.case.correction.summary == "bound":
-            dense, total = dense_attention(q, k, v, t)
+        known = self.fitting or self.compares or self.case.correction.summary == "bound"
+        dense = dense_attention(q, k, v, t) if known else None
         mass = self.given.mass[self.layer, :, :n] if self.case.lists == "draft" else own_mass(q, k, t)[:, :n]
 
         listed = top(mass, self.listed, self.budget)  # [Hkv, k]
@@ -167,11 +167,11 @@ class Reader:
         out = logits.softmax(-1) @ take(v, rows)  # [Hkv, g T, D]
         if self.case.correction.summary is not None:
             unlisted = 1 - mass.gather(1, listed).sum(1) / mass.sum(1)
-            out = self._mixed(q, k[:, :n], v[:, :n], mass, listed, unlisted, out, logits.logsumexp(-1), dense, total)
+            out = self._mixed(q, k[:, :n], v[:, :n], mass, listed, unlisted, out, logits.logsumexp(-1), dense)
         if dense is not None and self.compares:
-            self.errors.setdefault(self.layer, []).append(float((out - dense).norm() / dense.norm()))
+            self.errors.setdefault(self.layer, []).append(float((out - dense[0]).norm() / dense[0].norm()))
         if dense is not None and self.fitting:
-            out = dense
+            out = dense[0]
         return out.reshape(query_heads, t, d).transpose(0, 1)[None]
 
     def _sample(self, mass: Tensor, listed: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,8 +191,7 @@ class Reader:
         unlisted: Tensor,
         out: Tensor,
         mass: Tensor,
-        dense: Tensor | None,
-        total: Tensor | None,
+        dense: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         """`out` [Hkv, g T, D], of rows with log mass [Hkv, g T], with a share of the tail's mean value; `out` while fitting."""
         kind, fitted, t = self.case.correction.summary, self.case.correction.fitted, self.given.tokens.shape[1]
@@ -209,24 +208,24 @@ class Reader:
             return x.repeat_interleave(t, dim=1)
 
         if kind == "mean" and fitted == "fixed":
-            if self.fitting:
-                x, y = mean_value - out, dense - out
+            if dense is not None and self.fitting:
+                x, y = mean_value - out, dense[0] - out
                 self.fit.add(self.layer, by_head((x * y).sum(-1)), by_head((x * x).sum(-1)))
                 return out
             xy, xx = self.fit.sums[self.layer]
             share = by_query((xy / xx).clamp(0, 1))
         elif kind == "mean":
             seen = unlisted[:, None].expand(mass.shape)
-            if self.fitting:
-                x, y = mean_value - out, dense - out
+            if dense is not None and self.fitting:
+                x, y = mean_value - out, dense[0] - out
                 xx, xy = (x * x).sum(-1), (x * y).sum(-1)
                 self.fit.add(self.layer, *map(by_head, (xx, seen * xx, seen * seen * xx, xy, seen * xy)))
                 return out
             xx, sxx, ssxx, xy, sxy = self.fit.sums[self.layer]
             slope = (xx * sxy - sxx * xy) / (xx * ssxx - sxx * sxx).clamp(min=1e-12)
             share = (by_query((xy - slope * sxx) / xx) + by_query(slope) * seen).clamp(0, 1)
-        elif kind == "bound":
-            share = -torch.expm1(mass - total).clamp(max=0)
+        elif dense is not None and kind == "bound":
+            share = -torch.expm1(mass - dense[1]).clamp(max=0)
         else:
             mean = self._unlisted("keys", k, listed, row_sum) / left
             guess = (q @ mean.transpose(1, 2))[..., 0] + math.log(left)
@@ -237,8 +236,8 @@ class Reader:
                 products = self._unlisted("products", k, listed, lambda x: x.transpose(1, 2) @ x) / left
                 spread = products - mean.transpose(1, 2) @ mean
                 guess += ((q @ spread) * q).sum(-1) / 2
-            if self.fitting:
-                missing = torch.expm1((total - mass).clamp(min=1e-6)).log() + mass - guess
+            if dense is not None and self.fitting:
+                missing = torch.expm1((dense[1] - mass).clamp(min=1e-6)).log() + mass - guess
                 self.fit.add(self.layer, by_head(missing), by_head(torch.ones_like(missing)))
                 return out
             if fitted == "offset":
@@ -326,7 +325,7 @@ def inclusion(size: Tensor, count: int) -> Tensor:
     certain = torch.zeros_like(size, dtype=torch.bool)
     while True:
         rest = size.masked_fill(certain, 0)
-        chance = rest * ((count - certain.sum(1, keepdim=True)) / rest.sum(1, keepdim=True))
+        chance = rest * ((count - certain.sum(1, keepdim=True)) / rest.sum(1, keepdim=True).clamp(min=1e-300))
         more = chance >= 1
         if not bool(more.any()):
             return chance.masked_fill(certain, 1)
@@ -352,8 +351,9 @@ class Document:
         for model, cache in zip(pair, self.caches, strict=True):
             prefill(model, cache, torch.tensor([tokens]), CHUNK)
         alignments = find_alignment(None, *pair)
-        alignment = alignments.map("joint+divergence").alignment
-        self.selector = make_selector(*pair, "outrider", alignment, Budget(), draft_tokens)
+        assert alignments is not None  # of the built-in pair
+        alignment = alignments.map(Outrider.default_map).alignment
+        self.selector = cast(Outrider, make_selector(*pair, "outrider", alignment, Budget(), draft_tokens))
         self.counter = ReadCounter(self.target.spec, self.draft.spec, self.selector.draft_layers, self.t)
 
     def rounds(self, tokens: list[int]) -> list[Given]:
