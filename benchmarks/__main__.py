@@ -147,27 +147,32 @@ def tail_correction(
 
     import torch
 
-    from benchmarks.tail_correction import CORRECTIONS, LISTS, Case, compare, fit, prepare
+    from benchmarks.tail_correction import CORRECTIONS, LISTS, Case, check_budgets, compare, fit, prepare
     from outrider.decoding.pair import BUILTIN, load_pair
 
     for name in correction or ():
         if name not in CORRECTIONS:
             raise OptionError("--correction", name, ", ".join(CORRECTIONS))
+    counts = ("--scored", scored, 2), ("--calibrated", calibrated, 1), ("--facts", facts, 0), ("-K", draft_tokens, 1)
+    for option, count, least in counts:
+        if count < least:
+            raise OptionError(option, count, f"a whole number >= {least}")
     if lists not in LISTS:
         raise OptionError("--lists", lists, ", ".join(LISTS))
     for share in keep or ():
         if not 0 < share < 1:
             raise OptionError("--keep", share, "a number in (0, 1)")
+    cases = [
+        Case(name=name, keep=share, lists=lists) for share in keep or (0.1, 0.05, 0.02) for name in correction or CORRECTIONS
+    ]
+    check_budgets(cases, (context - max(scored, calibrated)) * 9 // 10)  # facts take some room, too
     if calibrate in text:
         raise OptionError("--calibrate", str(calibrate), "a text that is not among those compared")
     pair = load_pair(BUILTIN, None)
     tokens = {path: pair[0].tokenizer(found, verbose=False)["input_ids"][:context] for path, found in words.items()}
     shortest = min(map(len, tokens.values()))
-    if not 2 <= max(scored, calibrated) < context <= min(shortest, pair[0].spec.context):
+    if not max(scored, calibrated) < context <= min(shortest, pair[0].spec.context):
         raise OptionError("--context", context, f"more than --scored, at most the {shortest} tokens of the shortest text")
-    cases = [
-        Case(name=name, keep=share, lists=lists) for share in keep or (0.1, 0.05, 0.02) for name in correction or CORRECTIONS
-    ]
     known = conditions(torch.device("cpu"), shlex.join([*PROGRAM.split(), *sys.argv[1:]])) | {"calibrate": calibrate.stem}
     screen = Screen()
     with screen.working():

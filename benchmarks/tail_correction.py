@@ -25,6 +25,7 @@ from outrider.decoding.pair import find_alignment, make_selector
 from outrider.decoding.prefill import prefill
 from outrider.decoding.scoring import score
 from outrider.decoding.statistics import ReadCounter
+from outrider.errors import OptionError
 from outrider.eval.facts import draw_facts
 from outrider.eval.facts_task import Question, plant
 from outrider.guidance.selectors.base import query_mean
@@ -121,6 +122,19 @@ class Case:
     def correction(self) -> Correction:
         return CORRECTIONS[self.name]
 
+    def entries(self, length: int) -> int:
+        """Listed and sampled tokens among `length` cached ones: what the budget has left beside a summary."""
+        return math.ceil(length * self.keep - 1e-9) - math.ceil(self.correction.rows(length))
+
+
+def check_budgets(cases: Sequence[Case], length: int) -> None:
+    """Raise OptionError unless each case can list, behind `length` tokens, all that every list holds, and sample something."""
+    least = Budget().sinks + Budget().recent
+    for case in cases:
+        if case.entries(length) < least + (case.correction.sampled > 0):
+            allowed = f"enough for {least} tokens beside what correction {case.name!r} reads of {length}"
+            raise OptionError("--keep", case.keep, allowed)
+
 
 class Reader:
     """Says that every layer has lists (`types.Lists`), and attends to them with a correction in place of `sparse_attention`."""
@@ -135,10 +149,9 @@ class Reader:
         """The next round; returns the cached rows that it reads, of all layers and KV heads, summaries among them."""
         self.given, self.compares = given, number % EVERY == 0
         correction, forced = self.case.correction, self.budget.sinks + self.budget.recent
-        entries = math.ceil(given.length * self.case.keep - 1e-9)
-        summary = math.ceil(correction.rows(given.length))
-        self.listed = max(round((entries - summary) * (1 - correction.sampled)), forced)
-        self.sampled = entries - summary - self.listed if correction.sampled else 0
+        rows = self.case.entries(given.length)
+        self.listed = max(round(rows * (1 - correction.sampled)), forced)
+        self.sampled = rows - self.listed if correction.sampled else 0
         return (self.listed + self.sampled + correction.rows(given.length)) * given.mass.shape[0] * given.mass.shape[1]
 
     def of(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor]:
