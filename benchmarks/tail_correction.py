@@ -40,6 +40,19 @@ EVERY = 8  # rounds, of which one is also attended to densely, for the error of 
 Note = Callable[[str, int, int], None]
 
 
+# what a summary reads a KV head, in rows of keys and values of head dim 64
+SUMMARY_ROWS = {
+    None: 0.0,
+    "constant": 0.0,
+    "mean": 0.5,
+    "all": 0.5,
+    "bound": 0.5,
+    "centroid": 1.0,
+    "diagonal": 1.5,
+    "covariance": 33.0,
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Correction:
     """What is read in place of some listed tokens. Sampling and a summary exclude each other."""
@@ -49,15 +62,17 @@ class Correction:
     power: float = 1.0  # of the draft's mass
     blend: float = 0.0  # share of the sample that is spread evenly, whatever the mass
     shrink: float = 1.0  # weights are the inverse probabilities to this power; 0: no weights
-    summary: str | None = None  # of the tail: mean, centroid, diagonal, covariance, or bound (not affordable)
+    # of the tail: mean (value), all (listed ones in it), constant (the mean of the text calibrated on), centroid (mean key and
+    # value), diagonal or covariance (of keys, besides), bound (the mean with the tail's true share, which nobody knows)
+    summary: str | None = None
     fitted: str | None = None  # the summary's weight: fixed (by head), draft (from its tail mass) or offset (to the log mass)
 
     page: int | None = None  # the mean is that of pages of so many tokens, weighted by the draft's mass; None: of all alike
 
     def rows(self, length: int) -> float:
         """Bytes of the summary of one KV head with `length` tokens, in rows of keys and values of head dim 64."""
-        numbers = {None: 0, "mean": 0.5, "bound": 0.5, "centroid": 1, "diagonal": 1.5, "covariance": 33}[self.summary]
-        return numbers if self.page is None else numbers * math.ceil(length / self.page)
+        rows = SUMMARY_ROWS[self.summary]
+        return rows if self.page is None else rows * math.ceil(length / self.page)
 
 
 CORRECTIONS = {
@@ -71,6 +86,9 @@ CORRECTIONS = {
     "mean, fixed share": Correction(summary="mean", fitted="fixed"),
     "mean, share from the draft": Correction(summary="mean", fitted="draft"),
     "mean, true share": Correction(summary="bound"),
+    "mean of all, share from the draft": Correction(summary="all", fitted="draft"),
+    "constant, share from the draft": Correction(summary="constant", fitted="draft"),
+    "constant, fixed share": Correction(summary="constant", fitted="fixed"),
     **{f"pages of {page}, fixed share": Correction(summary="mean", fitted="fixed", page=page) for page in (1024, 256, 64)},
     **{
         f"pages of {page}, share from the draft": Correction(summary="mean", fitted="draft", page=page)
@@ -102,6 +120,7 @@ class Fit:
     """What calibration finds for one correction and budget, by layer: sums over queries, by query head."""
 
     sums: dict[int, list[Tensor]] = field(default_factory=dict)
+    means: dict[int, tuple[Tensor, int]] = field(default_factory=dict)  # sum of mean values [Hkv, 1, D], and how many
 
     def add(self, layer: int, *terms: Tensor) -> None:
         """Adds terms [Hkv, g, T], summed over T."""
@@ -209,10 +228,7 @@ class Reader:
         """`out` [Hkv, g T, D], of rows with log mass [Hkv, g T], with a share of the tail's mean value; `out` while fitting."""
         kind, fitted, t = self.case.correction.summary, self.case.correction.fitted, self.given.tokens.shape[1]
         left = k.shape[1] - listed.shape[1]
-        if self.case.correction.page is None:
-            mean_value = self._unlisted("values", v, listed, row_sum) / left  # [Hkv, 1, D]
-        else:
-            mean_value = paged_mean(v, draft, listed, self.case.correction.page)
+        mean_value = self._mean_value(v, draft, listed)
 
         def by_head(x: Tensor) -> Tensor:  # [Hkv, g T] -> [Hkv, g, T]
             return x.view(len(q), -1, t)
@@ -220,14 +236,14 @@ class Reader:
         def by_query(x: Tensor) -> Tensor:  # [Hkv, g] -> [Hkv, g T]
             return x.repeat_interleave(t, dim=1)
 
-        if kind == "mean" and fitted == "fixed":
+        if fitted == "fixed":
             if dense is not None and self.fitting:
                 x, y = mean_value - out, dense[0] - out
                 self.fit.add(self.layer, by_head((x * y).sum(-1)), by_head((x * x).sum(-1)))
                 return out
             xy, xx = self.fit.sums[self.layer]
             share = by_query((xy / xx).clamp(0, 1))
-        elif kind == "mean":
+        elif fitted == "draft":
             seen = unlisted[:, None].expand(mass.shape)
             if dense is not None and self.fitting:
                 x, y = mean_value - out, dense[0] - out
@@ -258,6 +274,22 @@ class Reader:
                 guess += by_query(sums / count)
             share = (guess - mass).sigmoid()
         return torch.lerp(out, mean_value.expand_as(out), share[..., None])
+
+    def _mean_value(self, v: Tensor, draft: Tensor, listed: Tensor) -> Tensor:
+        """[Hkv, 1, D]: what stands for the tail's values, of cached rows [Hkv, n, D]."""
+        kind, page = self.case.correction.summary, self.case.correction.page
+        if kind == "constant" and not self.fitting:
+            total, count = self.fit.means[self.layer]
+            return total / count
+        if page is not None:
+            return paged_mean(v, draft, listed, page)
+        if kind == "all":
+            listed = listed[:, :0]
+        mean = self._unlisted("values", v, listed, row_sum) / (v.shape[1] - listed.shape[1])
+        if kind == "constant":
+            total, count = self.fit.means.get(self.layer, (torch.zeros(()), 0))
+            self.fit.means[self.layer] = total + mean, count + 1
+        return mean
 
     def _unlisted(self, kind: str, x: Tensor, listed: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
         """`total` of the rows [Hkv, n, D] that are not listed: of all, kept up as they come, less that of the listed ones."""

@@ -64,9 +64,9 @@ def test_a_tail_of_one_token_repeated_is_what_its_centroid_says(attend, cache):
     assert (plain - dense).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("name", ["mean, fixed share", "mean, share from the draft", "centroid, offset"])
+@pytest.mark.parametrize("name", [name for name, each in tail.CORRECTIONS.items() if each.fitted and not each.page])
 def test_what_is_fitted_on_a_round_serves_that_round_better(attend, cache, name):
-    """Least squares, so never worse where it is fitted; an offset need not be, and is exact for one query."""
+    """Shares are least squares, so never worse where they are fitted; offsets need not be, but are here."""
     fit = tail.Fit()
     out, dense, _ = attend(name, 0.3, *cache, fit, fitting=True)
     assert torch.allclose(out, dense, atol=1e-5)  # while fitting, what follows sees dense outputs
