@@ -17,6 +17,7 @@ from benchmarks.kernels.rows import best_peer
 from outrider.bench.cases import CASES
 from outrider.bench.results import drafting_of, scoring_of
 from outrider.config import CODE_BITS, DRAFTING, MODES
+from outrider.eval.bootstrap import mean_interval
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -253,6 +254,34 @@ def rivals_table(name: str) -> str:
     return markdown(header, cells)
 
 
+def tail_correction_table(name: str) -> str:
+    """Corrections at one budget side by side, on the texts that "none" was run on too: change, and difference to it."""
+    groups: dict[tuple[str, str, float, int], dict[str, dict[str, Line]]] = {}
+    for row in lines(name):
+        about = row.get("stage", ""), row["lists"], row["keep"], row["scored"]
+        groups.setdefault(about, {}).setdefault(row["correction"], {})[row["text"]] = row
+    cells = []
+    for (stage, lists, keep, scored), corrections in sorted(groups.items(), key=lambda item: item[0]):
+        for correction, by_text in corrections.items():
+            rows, plain = list(by_text.values()), [corrections["none"][text] for text in by_text]
+            gains = [row["delta_percent"] - other["delta_percent"] for row, other in zip(rows, plain, strict=True)]
+            interval = mean_interval(gains) if len(gains) > 2 and correction != "none" else None
+            asked = sum(row["asked"] for row in rows)
+            cells.append([
+                f"{correction} ({lists} lists)" if lists != "draft" else correction,
+                f"{100 * keep:g}%",
+                f"{100 * mean(rows, 'kv_read_fraction'):.1f}%",
+                f"{len(rows)} x {scored:,}" + (f", {stage}" if stage else ""),
+                f"{mean(rows, 'output_error'):.4f}",
+                f"{mean(rows, 'delta_percent'):+.2f}%",
+                "" if correction == "none" else f"{sum(gains) / len(gains):+.2f}",
+                "" if interval is None else f"{interval[0]:+.2f} .. {interval[1]:+.2f}",
+                f"{sum(row['recalled'] for row in rows)}/{asked}" if asked else "",
+            ])  # fmt: skip
+    header = ["correction", "budget", "KV bytes read", "texts x tokens", "output error", "perplexity", "against none", "95%"]
+    return markdown([*header, "facts recalled"], cells)
+
+
 NOT_MEASURED = "Not measured yet.\n"
 
 
@@ -317,6 +346,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "drafting": drafting_table,
     "score-keys": score_keys_table,
     "rivals": rivals_table,
+    "tail-correction": tail_correction_table,
     "kernels": kernels_table,
     "kernels-sparse_attention": kernels_table,
     "kernels-token_select": kernels_table,
