@@ -255,31 +255,32 @@ def rivals_table(name: str) -> str:
 
 
 def tail_correction_table(name: str) -> str:
-    """Corrections at one budget side by side, on the texts that "none" was run on too: change, and difference to it."""
-    groups: dict[tuple[str, str, float, int], dict[str, dict[str, Line]]] = {}
+    """Corrections of one budget side by side, paired with "none" text by text. Lines of a stage of development are left out."""
+    groups: dict[tuple[str, float, int], dict[str, dict[str, Line]]] = {}
     for row in lines(name):
-        about = row.get("stage", ""), row["lists"], row["keep"], row["scored"]
-        groups.setdefault(about, {}).setdefault(row["correction"], {})[row["text"]] = row
+        if "stage" not in row:
+            about = row["lists"], row["keep"], row["scored"]
+            groups.setdefault(about, {}).setdefault(row["correction"], {})[row["text"]] = row
     cells = []
-    for (stage, lists, keep, scored), corrections in sorted(groups.items(), key=lambda item: item[0]):
+    for (lists, keep, scored), corrections in groups.items():
         for correction, by_text in corrections.items():
             rows, plain = list(by_text.values()), [corrections["none"][text] for text in by_text]
             gains = [row["delta_percent"] - other["delta_percent"] for row, other in zip(rows, plain, strict=True)]
-            interval = mean_interval(gains) if len(gains) > 2 and correction != "none" else None
-            asked = sum(row["asked"] for row in rows)
+            interval = None if correction == "none" else mean_interval(gains)
             cells.append([
-                f"{correction} ({lists} lists)" if lists != "draft" else correction,
+                correction if lists == "draft" else f"{correction}, {lists}'s lists",
                 f"{100 * keep:g}%",
                 f"{100 * mean(rows, 'kv_read_fraction'):.1f}%",
-                f"{len(rows)} x {scored:,}" + (f", {stage}" if stage else ""),
+                f"{len(rows)} x {scored:,}",
                 f"{mean(rows, 'output_error'):.4f}",
                 f"{mean(rows, 'delta_percent'):+.2f}%",
                 "" if correction == "none" else f"{sum(gains) / len(gains):+.2f}",
                 "" if interval is None else f"{interval[0]:+.2f} .. {interval[1]:+.2f}",
-                f"{sum(row['recalled'] for row in rows)}/{asked}" if asked else "",
+                f"{mean(rows, 'agreement'):.3f}",
+                f"{sum(row['recalled'] for row in rows)}/{sum(row['asked'] for row in rows)}",
             ])  # fmt: skip
     header = ["correction", "budget", "KV bytes read", "texts x tokens", "output error", "perplexity", "against none", "95%"]
-    return markdown([*header, "facts recalled"], cells)
+    return markdown([*header, "agreement with dense", "facts recalled"], cells)
 
 
 NOT_MEASURED = "Not measured yet.\n"
