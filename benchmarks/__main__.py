@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 PROGRAM = "python -m benchmarks"
 RESULTS = Path(__file__).parent / "results" / "kernels.jsonl"
 DRAFTING_RESULTS = RESULTS.with_name("drafting.jsonl")
+TAIL_RESULTS = RESULTS.with_name("tail-correction.jsonl")
 BACKENDS = ("auto", "triton", "cuda", "reference")
 BAD_INPUT = 2
 
@@ -119,6 +120,71 @@ def drafting(
         print(f"{row['reads']:24s} {row['agreement']:.3f}", *(f"{x:.3f}" for x in row["by_position"]))
     made = [{"text": text.stem, "context": context, "scored": scored} | row | {"conditions": known} for row in rows]
     replace_rows(output, made, ("text", "context", "scored", "reads"))
+
+
+@app.command()
+def tail_correction(
+    text: Annotated[list[Path], typer.Option(help="file of UTF-8 text that neither model has seen; can be repeated")],
+    calibrate: Annotated[Path, typer.Option(help="another one, which shares and offsets are fitted on")],
+    correction: Annotated[list[str] | None, typer.Option(help="its name, all unless given; can be repeated")] = None,
+    keep: Annotated[list[float] | None, typer.Option(help="what may be read, in listed tokens; can be repeated")] = None,
+    lists: Annotated[str, typer.Option(help="who chooses: draft, or oracle (the target's own attention)")] = "draft",
+    context: Annotated[int, typer.Option(help="tokens of a text, those that are scored among them")] = 16384,
+    scored: Annotated[int, typer.Option(help="last tokens that are predicted")] = 1280,
+    calibrated: Annotated[int, typer.Option(help="tokens that shares and offsets are fitted on")] = 320,
+    facts: Annotated[int, typer.Option(help="facts planted in each text")] = 20,
+    draft_tokens: Annotated[int, typer.Option("--draft-tokens", "-K", help="tokens of a round, but one")] = 4,
+    seed: Annotated[int, typer.Option(help="of facts and of sampled tokens")] = 0,
+    output: Annotated[Path, typer.Option(help="file of JSON lines; same rows are replaced")] = TAIL_RESULTS,
+) -> None:
+    """What estimates of the unlisted tokens are worth, at equal bytes, to the built-in pair on a CPU."""
+    from outrider.bench.conditions import conditions
+    from outrider.bench.results import replace_rows
+    from outrider.cli.files import read_text, writable_file
+    from outrider.cli.screen import Screen
+
+    words, output = {path: read_text("--text", path) for path in (calibrate, *text)}, writable_file("--output", output)
+
+    import torch
+
+    from benchmarks.tail_correction import CORRECTIONS, LISTS, Case, check_budgets, compare, fit, prepare
+    from outrider.decoding.pair import BUILTIN, load_pair
+
+    for name in correction or ():
+        if name not in CORRECTIONS:
+            raise OptionError("--correction", name, ", ".join(CORRECTIONS))
+    counts = ("--scored", scored, 2), ("--calibrated", calibrated, 1), ("--facts", facts, 0), ("-K", draft_tokens, 1)
+    for option, count, least in counts:
+        if count < least:
+            raise OptionError(option, count, f"a whole number >= {least}")
+    if lists not in LISTS:
+        raise OptionError("--lists", lists, ", ".join(LISTS))
+    for share in keep or ():
+        if not 0 < share < 1:
+            raise OptionError("--keep", share, "a number in (0, 1)")
+    cases = [
+        Case(name=name, keep=share, lists=lists) for share in keep or (0.1, 0.05, 0.02) for name in correction or CORRECTIONS
+    ]
+    check_budgets(cases, (context - max(scored, calibrated)) * 9 // 10)  # facts take some room, too
+    if calibrate in text:
+        raise OptionError("--calibrate", str(calibrate), "a text that is not among those compared")
+    pair = load_pair(BUILTIN, None)
+    tokens = {path: pair[0].tokenizer(found, verbose=False)["input_ids"][:context] for path, found in words.items()}
+    shortest = min(map(len, tokens.values()))
+    if not max(scored, calibrated) < context <= min(shortest, pair[0].spec.context):
+        raise OptionError("--context", context, f"more than --scored, at most the {shortest} tokens of the shortest text")
+    known = conditions(torch.device("cpu"), shlex.join([*PROGRAM.split(), *sys.argv[1:]])) | {"calibrate": calibrate.stem}
+    screen = Screen()
+    with screen.working():
+        document, following, _ = prepare(pair, tokens[calibrate], calibrated, 0, draft_tokens, seed)
+        fits = fit(document, following, cases, seed, screen.progress)
+        for path in text:
+            given = prepare(pair, tokens[path], scored, facts, draft_tokens, seed)
+            for row in compare(*given, fits, seed, screen.progress):
+                made = {"text": path.stem, "context": context} | row | {"conditions": known}
+                replace_rows(output, [made], ("text", "context", "scored", "correction", "keep", "lists", "seed"))
+                shown = f"{row['delta_percent']:+.2f}% {row['output_error']:.3f} {row['recalled']}/{row['asked']}"
+                print(f"{path.stem:40s} {row['keep']:<5g} {row['correction']:44s} {shown}", flush=True)
 
 
 def run_cases(cases: Sequence[Case], bench: Bench, output: Path, screen: Screen) -> bool:

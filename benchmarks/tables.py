@@ -17,6 +17,7 @@ from benchmarks.kernels.rows import best_peer
 from outrider.bench.cases import CASES
 from outrider.bench.results import drafting_of, scoring_of
 from outrider.config import CODE_BITS, DRAFTING, MODES
+from outrider.eval.bootstrap import mean_interval
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -253,6 +254,35 @@ def rivals_table(name: str) -> str:
     return markdown(header, cells)
 
 
+def tail_correction_table(name: str) -> str:
+    """Corrections of one budget side by side, paired with "none" text by text. Lines of a stage of development are left out."""
+    groups: dict[tuple[str, float, int], dict[str, dict[str, Line]]] = {}
+    for row in lines(name):
+        if "stage" not in row:
+            about = row["lists"], row["keep"], row["scored"]
+            groups.setdefault(about, {}).setdefault(row["correction"], {})[row["text"]] = row
+    cells = []
+    for (lists, keep, scored), corrections in groups.items():
+        for correction, by_text in corrections.items():
+            rows, plain = list(by_text.values()), [corrections["none"][text] for text in by_text]
+            gains = [row["delta_percent"] - other["delta_percent"] for row, other in zip(rows, plain, strict=True)]
+            interval = None if correction == "none" else mean_interval(gains)
+            cells.append([
+                correction if lists == "draft" else f"{correction}, {lists}'s lists",
+                f"{100 * keep:g}%",
+                f"{100 * mean(rows, 'kv_read_fraction'):.1f}%",
+                f"{len(rows)} x {scored:,}",
+                f"{mean(rows, 'output_error'):.4f}",
+                f"{mean(rows, 'delta_percent'):+.2f}%",
+                "" if correction == "none" else f"{sum(gains) / len(gains):+.2f}",
+                "" if interval is None else f"{interval[0]:+.2f} .. {interval[1]:+.2f}",
+                f"{mean(rows, 'agreement'):.3f}",
+                f"{sum(row['recalled'] for row in rows)}/{sum(row['asked'] for row in rows)}",
+            ])  # fmt: skip
+    header = ["correction", "budget", "KV bytes read", "texts x tokens", "output error", "perplexity", "against none", "95%"]
+    return markdown([*header, "agreement with dense", "facts recalled"], cells)
+
+
 NOT_MEASURED = "Not measured yet.\n"
 
 
@@ -317,6 +347,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "drafting": drafting_table,
     "score-keys": score_keys_table,
     "rivals": rivals_table,
+    "tail-correction": tail_correction_table,
     "kernels": kernels_table,
     "kernels-sparse_attention": kernels_table,
     "kernels-token_select": kernels_table,

@@ -74,3 +74,22 @@ def test_the_table_of_the_test_matrix(results):
     assert tables.kernel_matrix_table("kernel-matrix").splitlines()[-1] == (
         "| token_select | cuda | 812 | 0 | 3 | 0.51 | NVIDIA H200 |"
     )
+
+
+def test_corrections_are_compared_with_none_text_by_text(results):
+    def line(correction, text, change, **more):
+        return {
+            "correction": correction, "text": text, "keep": 0.05, "lists": "draft", "scored": 1279, "kv_read_fraction": 0.217,
+            "output_error": 0.1, "delta_percent": change, "agreement": 0.9, "recalled": 9, "asked": 10,
+        } | more  # fmt: skip
+
+    rows = [line("none", text, change) for text, change in (("a", 1.0), ("b", 2.0), ("c", 6.0))]
+    rows += [line("mean", text, change, output_error=0.07) for text, change in (("a", 0.0), ("b", 1.0), ("c", 5.0))]
+    rows += [
+        line(name, "d", 3.0, stage="development", scored=160, agreement=None, recalled=0, asked=0) for name in ("none", "mean")
+    ]
+    (results / "tail-correction.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert tables.tail_correction_table("tail-correction").splitlines()[2:] == [
+        "| none | 5% | 21.7% | 3 x 1,279 | 0.1000 | +3.00% |  |  | 0.900 | 27/30 |",
+        "| mean | 5% | 21.7% | 3 x 1,279 | 0.0700 | +2.00% | -1.00 | -1.00 .. -1.00 | 0.900 | 27/30 |",
+    ]
