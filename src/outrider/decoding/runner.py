@@ -25,7 +25,7 @@ class Flight:
     """A round under way."""
 
     sequences: list[Sequence]  # by row
-    layers: tuple[int, ...]  # target layers that have lists in it
+    selection: Selection | None  # its lists; those of a captured round are overwritten by the next
     clock: StageClock
     numbers: Tensor  # on the host, once `arrived`
     arrived: torch.cuda.Event | None
@@ -127,7 +127,7 @@ class Runner:
         if self.device.type == "cuda":
             arrived = torch.cuda.Event()
             arrived.record()
-        return Flight(sequences=list(running), layers=outcome.layers, clock=clock, numbers=host, arrived=arrived)
+        return Flight(sequences=list(running), selection=outcome.selection, clock=clock, numbers=host, arrived=arrived)
 
     def _follow(self, kind: RoundKind, running: int) -> None:
         """Give rows that come from a prefill or a dense round draft lists and records to begin with."""
