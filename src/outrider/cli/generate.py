@@ -37,7 +37,9 @@ def generate(
     stats_json: Annotated[Path | None, typer.Option(help="write the figures of the run to this file")] = None,
     trace: Annotated[
         Path | None,
-        typer.Option(help="write to this file, for `outrider report`, what every round of mode sparse drafted, accepted and kept"),
+        typer.Option(
+            help="write to this file, for `outrider report`, what every round of mode sparse drafted, accepted and kept"
+        ),
     ] = None,
     trace_rounds: Annotated[int, typer.Option(help="rounds of each prompt that a trace holds, from the first on")] = 64,
     **values: Any,
@@ -68,7 +70,9 @@ def generate(
         recorder = _recorder(trace_rounds) if trace and engine.config.mode == "sparse" else None
         run, interrupted, failed = _run(engine, tokens, params, screen, recorder)
         if trace and recorder and not interrupted:
-            names = [f"prompt {number}" for number in range(1, len(prompt or []) + 1)] + [path.stem for path in prompt_file or []]
+            names = [f"prompt {number}" for number in range(1, len(prompt or []) + 1)] + [
+                path.stem for path in prompt_file or []
+            ]
             _write_trace(trace, recorder, engine, names)
         failures += failed
         engine.release()  # the next mode's caches need the memory

@@ -17,7 +17,9 @@ from outrider.errors import OptionError
 def report(
     results: Annotated[
         list[Path],
-        typer.Argument(help="files of JSON lines that `outrider eval` or `generate --trace` wrote, or folders of `outrider eval sweep`"),
+        typer.Argument(
+            help="files of JSON lines that `outrider eval` or `generate --trace` wrote, or folders of `outrider eval sweep`"
+        ),
     ],
     output: Annotated[Path, typer.Option(help="folder for the page, index.html, and its figures as PNG files")],
 ) -> None:

@@ -64,9 +64,7 @@ class Recorder:
             }
         )
 
-    def lines(
-        self, names: list[str], tokenizer: Any, config: EngineConfig, conditions: dict[str, Any]
-    ) -> list[dict[str, Any]]:
+    def lines(self, names: list[str], tokenizer: Any, config: EngineConfig, conditions: dict[str, Any]) -> list[dict[str, Any]]:
         """One document for each prompt that ran, `names[i]` for prompt i, ready for JSON."""
         common = {"method": config.method, "keep": config.budget.keep, "top_p": config.budget.top_p}
         return [

@@ -6,9 +6,11 @@ import base64
 import itertools
 import json
 import os
+import random
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,9 +19,16 @@ from typing import Any
 
 import pytest
 
+from outrider.eval.report.page import make
 from outrider.eval.rows import Row
 
-CONDITIONS: dict[str, Any] = {"target": "tiny 01", "draft": "small 02", "draft_tokens": 3, "device": "CPU", "command": "outrider eval"}
+CONDITIONS: dict[str, Any] = {
+    "target": "tiny 01",
+    "draft": "small 02",
+    "draft_tokens": 3,
+    "device": "CPU",
+    "command": "outrider eval",
+}
 PATIENCE = 60.0  # seconds
 
 
@@ -54,12 +63,19 @@ class Chromium:
         self._profile = tempfile.TemporaryDirectory(prefix="chromium-")
         to_browser, self._to = os.pipe()
         self._from, from_browser = os.pipe()
-        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--hide-scrollbars"]
+        flags = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--no-first-run",
+            "--hide-scrollbars",
+        ]
         flags += ["--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe"]
         command = [program, *flags, f"--user-data-dir={self._profile.name}", "about:blank"]
-        shell = f'exec "$@" 3<&{to_browser} 4>&{from_browser}'
+        become = f"import os, sys; os.dup2({to_browser}, 3); os.dup2({from_browser}, 4); os.execvp(sys.argv[1], sys.argv[1:])"
         self._process = subprocess.Popen(
-            ["sh", "-c", shell, "sh", *command],
+            [sys.executable, "-c", become, *command],
             pass_fds=(to_browser, from_browser),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -141,3 +157,58 @@ def browser() -> Iterator[Chromium]:
     chromium = Chromium(program)
     yield chromium
     chromium.close()
+
+
+HOSTILE = '</script><script>alert(1)</script><img src=x onerror=alert(2)> & "quoted" '
+
+
+@pytest.fixture(scope="session")
+def trace() -> dict[str, Any]:
+    """A trace of 400 one-character tokens, hostile ones first: two layers with two lists each, four rounds, one of them dense."""
+    draw = random.Random(7)
+    text = HOSTILE + "".join(draw.choice("abcdef    \n") for _ in range(400 - len(HOSTILE)))
+    rounds, cached = [], len(text) - 1
+    for accepted, drafted in ((2, "xyz"), (3, "uvw"), (0, "<b>"), (1, "pqr")):
+        lists = [[draw.sample(range(cached), cached // 5) for _ in range(2)] for _ in range(2)]
+        one = {"cached": cached, "drafted": [1, 2, 3], "drafted_pieces": list(drafted), "accepted": accepted, "next": 4}
+        packed = [[packed_bits(own, cached) for own in layer] for layer in lists]
+        rounds.append(one | {"next_piece": "N", "lists": packed if accepted else None, "kept": lists})
+        cached += accepted + 1
+    pieces = [*text, *"xyN", *"uvwN", "N", *"pN"]
+    return {
+        "task": "trace", "text": HOSTILE, "method": "outrider", "keep": 0.2, "top_p": None, "prompt_tokens": len(text),
+        "tokens": [0] * len(pieces), "pieces": pieces, "layers": [1, 3], "rounds": rounds, "all_rounds": 9, "conditions": CONDITIONS,
+    }  # fmt: skip
+
+
+def packed_bits(kept: list[int], cached: int) -> str:
+    data = bytearray(-(-cached // 8))
+    for place in kept:
+        data[place // 8] |= 1 << place % 8
+    return base64.b64encode(bytes(data)).decode()
+
+
+@pytest.fixture(scope="session")
+def report(row: Callable[..., Row], trace: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a report on two methods, a map of heads and a trace; `lines.jsonl` in it is what it is made of."""
+    folder = tmp_path_factory.mktemp("report")
+    rows = [
+        row(text, method, keep, ppl=20 + bad + (text == "b"), kv_read_fraction=keep + 0.1, agreement=0.9 - bad / 50)
+        for text in ("a", "b")
+        for method, off in ((HOSTILE, 1), ("sts", 2))
+        for keep, bad in ((0.1, off), (0.05, 2 * off))
+    ]
+    heads = {
+        "task": "heads",
+        "text": "a",
+        "method": "outrider",
+        "keep": 0.1,
+        "layers": [0, 1],
+        "recall": [[0.5, 0.75], [1, 0.25]],
+    }
+    lines = [*(one.as_dict() for one in rows), heads | {"conditions": CONDITIONS}, trace]
+    path = folder / "lines.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, content in make([path], "0.0").items():
+        (folder / name).write_bytes(content)
+    return folder

@@ -60,9 +60,8 @@ def _map(number: int, group: list[Diagnostic]) -> Plot:
     first, matrices = group[0], [_matrix(one) for one in group]
     assert isinstance(first, (Heads, Overlap))
     mean = [[sum(cells) / len(cells) for cells in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)]
-    recall = isinstance(first, Heads)
-    heads = "query head" if recall else "KV head"
-    what = "share of attention mass in the list" if recall else f"overlap between {getattr(first, 'between', '')}"
+    heads = "query head" if isinstance(first, Heads) else "list"
+    what = f"overlap of lists, {first.between}" if isinstance(first, Overlap) else "share of attention mass in the list"
     cells = [(value, layer, head) for layer, row in zip(first.layers, mean, strict=True) for head, value in enumerate(row)]
     lowest, layer, head = min(cells)
     texts = sorted({one.text for one in group if one.text})
@@ -122,22 +121,25 @@ def _acceptance(found: list[Acceptance]) -> Plot:
 
 def _disagreement(found: list[Disagreement]) -> Plot:
     def draw(axes: Any, palette: Palette) -> None:
-        methods: dict[str, list[Disagreement]] = {}
-        for one in sorted(found, key=lambda one: one.kept_fraction):
-            methods.setdefault(one.method, []).append(one)
-        for number, (label, group) in enumerate(methods.items()):
-            kept, share = [100 * one.kept_fraction for one in group], [one.disagreement for one in group]
-            axes.plot(kept, share, label=label, **Style(number).of(palette))
+        methods: dict[str, list[tuple[float, float]]] = {}
+        for label, group in _by_case(found).items():
+            shares = [(one.kept_fraction, one.disagreement) for one in group]
+            kept, disagreed = (100 * sum(column) / len(group) for column in zip(*shares, strict=True))
+            methods.setdefault(label.replace(case(group[0]), group[0].method), []).append((kept, disagreed))
+        for number, (label, points) in enumerate(methods.items()):
+            axes.plot(*zip(*sorted(points), strict=True), label=label, **Style(number).of(palette))
         axes.set_xlabel("kept, % of cached tokens")
-        axes.set_ylabel("disagreement with dense")
+        axes.set_ylabel("tokens chosen otherwise, %")
 
     return _lines("disagreement", "Disagreement with the dense target", found, draw)
 
 
 def _by_case(found: list[Any]) -> dict[str, list[Any]]:
+    """The texts of every method and budget, and of every context where there are several."""
+    several = len({one.context for one in found}) > 1
     groups: dict[str, list[Any]] = {}
     for one in found:
-        groups.setdefault(case(one), []).append(one)
+        groups.setdefault(case(one) + (f", {one.context} tokens" if several else ""), []).append(one)
     return groups
 
 

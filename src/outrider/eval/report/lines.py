@@ -36,11 +36,11 @@ class Heads(Diagnostic):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overlap(Diagnostic):
-    """Task "overlap": how far two choices of tokens are the same."""
+    """Task "overlap": how alike lists are: Jaccard index, with the round before or with what the target would have listed."""
 
     between: str  # "rounds" or "draft and target"
     layers: list[int]
-    overlap: Matrix  # [layers][KV heads], 0 .. 1
+    overlap: Matrix  # [layers][lists], 0 .. 1
 
     def __post_init__(self) -> None:
         _check_matrix("overlap", self.layers, self.overlap)
@@ -149,7 +149,9 @@ def _check_shares(name: str, values: list[float]) -> None:
 
 
 def _check_matrix(name: str, layers: list[int], values: Matrix) -> None:
-    _check(name, f"{len(values)} layers", len(values) == len(layers) > 0, f"one list for each of {len(layers)} layers, 1 or more")
+    _check(
+        name, f"{len(values)} layers", len(values) == len(layers) > 0, f"one list for each of {len(layers)} layers, 1 or more"
+    )
     widths = sorted({len(row) for row in values})
     _check(name, f"lists of {widths} heads", len(widths) == 1 and widths[0] > 0, "equally many heads in every layer, 1 or more")
     for row in values:

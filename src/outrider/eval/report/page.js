@@ -39,8 +39,9 @@
     trace = traces[number];
     const origin = origins(trace);
     spans = trace.pieces.map((piece, i) => {
-      const made = span(piece, i < trace.prompt ? "t" : "t " + origin[i - trace.prompt]);
+      const made = span(piece, "t");
       made.place = i;
+      made.origin = i < trace.prompt ? "" : origin[i - trace.prompt];
       return made;
     });
     el("now").remove();
@@ -83,9 +84,8 @@
     const number = +el("round").value, round = trace.rounds[number - 1];
     counted(round);
     spans.forEach((one, i) => {
-      const origin = one.classList[1] && !/^k\d|pending|at|part/.test(one.classList[1]) ? " " + one.classList[1] : "";
       const shade = i < round.cached && counts[i] ? " k" + level(counts[i]) : "";
-      one.className = "t" + origin + shade + (i === round.cached ? " pending" : "") + (trace.pieces[i] === "" ? " part" : "");
+      one.className = `t ${one.origin}${shade}` + (i === round.cached ? " pending" : "") + (trace.pieces[i] === "" ? " part" : "");
       one.hidden = i > round.cached;
     });
     const bonus = round.accepted === round.drafted.length;
@@ -163,7 +163,7 @@
     const kept = place < counts.length
       ? (total ? `kept by ${counts[place]} of ${total} ${total === 1 ? "list" : "lists"}` : "dense round: read by all")
       : "pending: emitted, not cached yet";
-    const origin = place >= trace.prompt ? `, ${spans[place].classList[1]} in an earlier round` : "";
+    const origin = spans[place].origin ? `, ${spans[place].origin} in an earlier round` : "";
     return `token ${count(place)}${origin}: ${kept}`;
   }
 

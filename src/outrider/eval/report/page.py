@@ -79,7 +79,12 @@ def _curves(drawn: list[Panel], styles: dict[str, Style]) -> str:
     figures = "".join(
         _figure(
             f"{panel.title}: {quality.title}",
-            svg(curves.curves(panel, quality, styles, legend=False), curves.SIZE, _anchor(panel.name, quality.name), quality.title),
+            svg(
+                curves.curves(panel, quality, styles, legend=False),
+                curves.SIZE,
+                _anchor(panel.name, quality.name),
+                quality.title,
+            ),
             f"{_texts(panel)} {_file(panel.name, quality.name)}",
         )
         for panel in drawn

@@ -82,7 +82,9 @@ def svg(draw: Draw, size: tuple[float, float], name: str, title: str) -> str:
     text = text[text.index("<svg ") :]
     for unwanted in (r"<metadata>.*?</metadata>", r"<style.*?</style>", r"<!--.*?-->", r' xmlns(:xlink)?="[^"]*"'):
         text = re.sub(unwanted, "", text, flags=re.DOTALL)
-    text = re.sub(r'^<svg [^>]*?(viewBox="[^"]*")[^>]*>', lambda found: f'<svg {found[1]} role="img" aria-label="{escape(title)}">', text)
+    text = re.sub(
+        r'^<svg [^>]*?(viewBox="[^"]*")[^>]*>', lambda found: f'<svg {found[1]} role="img" aria-label="{escape(title)}">', text
+    )
     text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 var(--font)", text)
     text = re.sub(r'xlink:href="', 'href="', text)
     for reference in (r'\bid="', r'href="#', r"url\(#"):
