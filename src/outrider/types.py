@@ -49,6 +49,10 @@ class Alignment:
 class Lists(Protocol):
     """Who tells a layer what to read: a `Selection`, made before the forward, or a method that chooses inside it."""
 
+    @property
+    def made(self) -> Selection | None:
+        """All lists, once the forward is done; None where no layer had some."""
+
     def of(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Indices [B, Hs, M] and counts [B, Hs] for a layer's queries [B, T, Hq, D]; None twice: it reads everything."""
 
@@ -61,6 +65,11 @@ class Selection:
     indices: Tensor  # [len(layers), B, Hs, M] int32, ascending; entries at and past the count are -1
     counts: Tensor  # [len(layers), B, Hs] int32
     lengths: Tensor  # [B] int64, cached tokens the lists refer to: every listed token is below it
+
+    @property
+    def made(self) -> Selection:
+        """Itself."""
+        return self
 
     def of(self, layer: int, queries: Tensor | None = None) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Indices [B, Hs, M] and counts [B, Hs] of a target layer; None twice where it has no lists. Queries do not matter."""

@@ -116,7 +116,6 @@ def test_bad_options_of_qa_are_refused_before_models_are_looked_for(fails, tales
         (["--context", "100000"], "context: got 100000; allowed: "),
         (["--context", "40"], "context: got 40; allowed: at least "),
         (["--method", "magic"], "method: got 'magic'; allowed: dense, outrider, sts, specattn"),
-        (["--method", "h2o"], "method: got 'h2o'; allowed: dense, outrider, sts, specattn"),  # a rival, which cannot generate
         (["--score-keys", "8bit"], "score-keys: got '8bit'; allowed: auto, exact, 4bit, 2bit"),
     ],
 )

@@ -144,10 +144,10 @@ def test_bad_sampling_params(options, message):
 
 @pytest.mark.parametrize("mode", ["dense", "sparse"])
 def test_unknown_method_is_refused_in_every_mode(mode, text_pair, engine):
-    with pytest.raises(OptionError, match=r"method: got 'quest'; allowed: outrider, sts, specattn"):
-        Outrider.load("nowhere", "nowhere", mode=mode, method="quest")
-    with pytest.raises(OptionError, match=r"method: got 'quest'; allowed: outrider, sts, specattn"):
-        engine.with_options(mode=mode, method="quest")
+    with pytest.raises(OptionError, match=r"method: got 'magic'; allowed: outrider, sts, specattn, oracle"):
+        Outrider.load("nowhere", "nowhere", mode=mode, method="magic")
+    with pytest.raises(OptionError, match=r"method: got 'magic'; allowed: outrider, sts, specattn, oracle"):
+        engine.with_options(mode=mode, method="magic")
 
 
 def test_unknown_map_names_those_present(text_pair, align):

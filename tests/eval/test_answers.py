@@ -91,8 +91,8 @@ def test_a_prompt_that_fails_is_no_answer(pair, alignments, monkeypatch):
 
 
 def test_what_engines_refuse(pair, alignments):
-    with pytest.raises(OptionError, match="method: got 'quest'; allowed: dense, outrider, sts, specattn"):
-        Answering(pair, alignments, [Case(method="quest")], **OPTIONS)
+    with pytest.raises(OptionError, match="method: got 'magic'; allowed: dense, outrider, sts, specattn"):
+        Answering(pair, alignments, [Case(method="magic")], **OPTIONS)
     with pytest.raises(OptionError, match="alignment: got None"):
         Answering(pair, None, [CASES[0]], **OPTIONS)
     Answering(pair, None, [DENSE], **OPTIONS)

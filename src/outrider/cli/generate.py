@@ -38,7 +38,7 @@ def generate(
     trace: Annotated[
         Path | None,
         typer.Option(
-            help="write to this file, for `outrider report`, what every round of mode sparse drafted, accepted and kept"
+            help="write what every round of mode sparse drafted, accepted and kept to this file, for `outrider report`"
         ),
     ] = None,
     trace_rounds: Annotated[int, typer.Option(help="rounds of each prompt that a trace holds, from the first on")] = 64,
@@ -70,9 +70,8 @@ def generate(
         recorder = _recorder(trace_rounds) if trace and engine.config.mode == "sparse" else None
         run, interrupted, failed = _run(engine, tokens, params, screen, recorder)
         if trace and recorder and not interrupted:
-            names = [f"prompt {number}" for number in range(1, len(prompt or []) + 1)] + [
-                path.stem for path in prompt_file or []
-            ]
+            files = [path.stem for path in prompt_file or []]
+            names = [f"prompt {number}" for number, _ in enumerate(prompt or [], start=1)] + files
             _write_trace(trace, recorder, engine, names)
         failures += failed
         engine.release()  # the next mode's caches need the memory
@@ -125,9 +124,9 @@ def _prompts(texts: list[str], files: list[Path]) -> dict[str, str]:
 def _load(modes: tuple[str, ...], models: dict[str, Any], options: dict[str, Any]) -> list[Outrider]:
     """One engine a mode, all on the same models: what is wrong with a later mode shows before the first one runs."""
     from outrider.decoding.outrider import Outrider
-    from outrider.guidance.selectors import SELECTORS
+    from outrider.decoding.pair import METHODS
 
-    check("method", options["method"], options["method"] in SELECTORS, ", ".join(SELECTORS))
+    check("method", options["method"], options["method"] in METHODS, ", ".join(METHODS))
     first = Outrider.load(**models, **(options | {"mode": modes[0]}))
     return [first, *(first.with_options(mode=mode) for mode in modes[1:])]
 

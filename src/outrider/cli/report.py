@@ -23,7 +23,7 @@ def report(
     ],
     output: Annotated[Path, typer.Option(help="folder for the page, index.html, and its figures as PNG files")],
 ) -> None:
-    """Write results as one HTML page that loads nothing: trade-off curves, tables, maps of heads, and the tokens that were kept."""
+    """Write results as one HTML page that loads nothing: trade-off curves, tables, maps of heads, the tokens that were kept."""
     folder = writable_folder("output", output)
     screen = Screen()
     with screen.waiting("drawing"):

@@ -9,9 +9,10 @@ from itertools import groupby
 import torch
 
 from outrider.decoding.outrider import Outrider
-from outrider.decoding.pair import make_selector
+from outrider.decoding.pair import make_rival, make_selector
 from outrider.decoding.statistics import Statistics
 from outrider.decoding.teacher_forced import TeacherForced
+from outrider.guidance.rivals import RIVALS, Rival
 from outrider.guidance.selectors import SELECTORS
 from outrider.guidance.selectors.base import Selector
 from outrider.models.quantized_keys import code_bits
@@ -90,8 +91,10 @@ class Scorer:
             statistics.bytes_dense += rounds * part.reads.bytes_dense
         return Score(logprob=logprob, is_greedy=is_greedy, statistics=statistics)
 
-    def _make_selector(self) -> Selector | None:
+    def _make_selector(self) -> Selector | Rival | None:
         engine, config = self.engine, self.config
+        if config.mode == "sparse" and config.method in RIVALS:
+            return make_rival(config.method, engine.target.spec, config.budget)
         if config.mode != "sparse" or engine.alignments is None:
             return None
         alignment = engine.alignments.map(engine.map_name or SELECTORS[config.method].default_map).alignment

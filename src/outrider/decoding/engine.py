@@ -65,9 +65,9 @@ class Engine:
         A sequence that fails, for want of memory or because the target's logits are not finite, ends with `error` set and the
         others go on. An error of the device ends all of them; then the engine cannot be used again.
 
-        Raises, before any work, EngineError when it cannot be used, OptionError when captured rounds are to be watched (the next
-        one overwrites their lists) and PromptError when a sequence does not fit into the memory that is free; warns when fewer
-        fit at the same time than the batch size says.
+        `watch` is told of every round. Raises, before any work, EngineError when it cannot be used, OptionError when captured
+        rounds are to be watched (the next one overwrites their lists) and PromptError when a sequence does not fit into the
+        memory that is free; warns when fewer fit at the same time than the batch size says.
         """
         if self.broken is not None:
             raise EngineError(

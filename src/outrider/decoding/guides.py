@@ -8,13 +8,15 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from outrider.decoding.scoring import score
-from outrider.guidance.rivals import InForward, Rival
+from outrider.guidance.rivals import InForward, Rival, as_selection
 from outrider.guidance.selectors.base import Selector
 from outrider.models import KVCache, LanguageModel
 from outrider.models.quantization import dequantize
 from outrider.models.quantized_keys import QuantizedKeys
+from outrider.ops import TokenLists
 from outrider.types import Selection
 
 OBSERVED = 256  # tokens of a document whose queries a rival sees at a time
@@ -55,6 +57,61 @@ class InTarget:
     def lists(self, part: Tensor, lengths: Tensor, *, sparse: bool) -> InForward | None:
         """For a round of tokens [1, T]."""
         return InForward(self._rival, self._keys(int(lengths) + part.shape[1]), lengths) if sparse else None
+
+
+class ByRow:
+    """A rival for each slot of a batch, none of which knows of the others."""
+
+    def __init__(self, rival: Rival, target: LanguageModel, cache: KVCache) -> None:
+        self._rival, self._target, self._cache = rival, target, cache
+        self._begun: dict[int, Rival] = {}
+
+    def begin(self, row: int, document: list[int]) -> None:
+        """Row `row` holds these tokens in the cache; its rounds choose for themselves from now on."""
+        self._begun[row] = begin(self._rival, self._target, self._cache.rows(row, row + 1), document)
+
+    def move(self, source: int, row: int) -> None:
+        """A sequence changes its row."""
+        self._begun[row] = self._begun.pop(source)
+
+    def touched(self, rows: int) -> list[float]:
+        """Bytes read so far in order to choose, by row."""
+        return [self._begun[row].touched for row in range(rows)]
+
+    def lists(self, rows: int, running: int, t: int) -> RowsInForward:
+        """For a round of `t` tokens in `rows` rows, of which the last ones may be idle."""
+        lengths = self._cache.lengths[:rows].clone()
+        parts = []
+        for row, length in enumerate(lengths[:running].tolist()):
+            keys = _keys(self._target, self._cache.rows(row, row + 1), length + t)
+            parts.append(InForward(self._begun[row], keys, lengths[row : row + 1]))
+        return RowsInForward(parts, lengths)
+
+
+class RowsInForward:
+    """The lists of a batch's round; those of each row are made by its own rival. Idle rows, the last ones, have none."""
+
+    def __init__(self, parts: list[InForward], lengths: Tensor) -> None:
+        self._parts, self._lengths = parts, lengths
+        self._made: dict[int, TokenLists] = {}
+
+    def of(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Like `InForward.of`."""
+        found = [part.of(layer, queries[row : row + 1]) for row, part in enumerate(self._parts)]
+        rows = [(indices, counts) for indices, counts in found if indices is not None and counts is not None]
+        if not rows:
+            return None, None
+        width, idle = max(indices.shape[-1] for indices, _ in rows), len(self._lengths) - len(rows)
+        indices = torch.cat([pad(one, (0, width - one.shape[-1]), value=-1) for one, _ in rows])
+        counts = torch.cat([one for _, one in rows])
+        indices, counts = pad(indices, (0, 0, 0, 0, 0, idle), value=-1), pad(counts, (0, 0, 0, idle))
+        self._made[layer] = TokenLists(indices, counts)
+        return indices, counts
+
+    @property
+    def made(self) -> Selection | None:
+        """Like `InForward.made`."""
+        return as_selection(self._made, self._lengths)
 
 
 def begin(rival: Rival, target: LanguageModel, cache: KVCache, document: list[int]) -> Rival:

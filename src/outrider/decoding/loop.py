@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from outrider.decoding.engine import Engine
 
 
-# told of every round of every sequence, before its tokens are emitted: its lists [L, 1, Hs, M], over `sequence.cached` tokens (the
-# cache, whose lengths they may share, has gone on by then), are None in a dense round
+# told of every round of every sequence before its tokens are emitted: its lists [L, 1, Hs, M] are over `sequence.cached` tokens
+# (the cache, whose lengths they may share, has gone on by then), None in a dense round
 Watch = Callable[[Sequence, RowOutcome, Selection | None], None]
 
 
@@ -125,6 +125,7 @@ class Loop:
         sparse = self._is_sparse(running, 1)
         known = (
             self.runner.device.type == "cuda"
+            and self.runner.rivals is None  # these look at the text, so they need its tokens
             and running == ahead_of.sequences
             and sparse == self._is_sparse(running, most)
             and all(len(s.tokens) + most < s.params.max_new_tokens for s in running)
@@ -151,7 +152,8 @@ class Loop:
                 sequence.end("error", "the target's logits are not finite numbers")
                 events.append(Event(sequence=sequence, tokens=[]))
                 continue
-            self._record(sequence, outcome, layers, {name: x / len(outcomes) for name, x in seconds.items()})
+            spent = {name: x / len(outcomes) for name, x in seconds.items()}
+            self._record(sequence, outcome, layers, flight.touched[row], spent)
             if self.watch is not None:
                 self.watch(sequence, outcome, selection.rows(row, row + 1) if selection is not None else None)
             events.append(Event(sequence=sequence, tokens=sequence.extend(outcome.tokens)))
@@ -162,7 +164,9 @@ class Loop:
         self._release()
         yield from events
 
-    def _record(self, sequence: Sequence, outcome: RowOutcome, layers: tuple[int, ...], spent: dict[str, float]) -> None:
+    def _record(
+        self, sequence: Sequence, outcome: RowOutcome, layers: tuple[int, ...], touched: float, spent: dict[str, float]
+    ) -> None:
         statistics, length = sequence.statistics, sequence.cached
         reads = self.reads.of(length, layers, outcome.listed_tokens, outcome.listed_rows)
         accepted = len(outcome.tokens) - 1
@@ -173,7 +177,7 @@ class Loop:
             statistics.accepted_at[position] += 1
         statistics.listed += reads.listed
         statistics.cached += length
-        statistics.bytes_read += reads.bytes_read
+        statistics.bytes_read += reads.bytes_read + round(touched)
         statistics.bytes_dense += reads.bytes_dense
         for stage, seconds in spent.items():
             statistics.seconds[stage] += seconds

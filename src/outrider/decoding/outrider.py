@@ -10,7 +10,7 @@ from typing import Any, cast
 from outrider.config import Budget, EngineConfig, SamplingParams, check, engine_config
 from outrider.decoding.engine import Engine
 from outrider.decoding.loop import Event, Watch
-from outrider.decoding.pair import BUILTIN, find_alignment, load_pair
+from outrider.decoding.pair import BUILTIN, METHODS, find_alignment, load_pair
 from outrider.decoding.prefill import ProgressCallback, ReadChunk, read_chunk
 from outrider.decoding.sequence import Sequence
 from outrider.decoding.statistics import Statistics
@@ -121,7 +121,7 @@ class Outrider:
         Raises OptionError, ModelError, PairError or AlignmentError before any work starts.
         """
         config = engine_config(**options)
-        check("method", config.method, config.method in SELECTORS, ", ".join(SELECTORS))
+        check("method", config.method, config.method in METHODS, ", ".join(METHODS))
         models = load_pair(target, draft, dtype=dtype, device=device, backend=config.backend, kv_dtype=config.kv_dtype)
         return cls(*models, config, find_alignment(alignment, *models), map)
 
@@ -232,8 +232,8 @@ class Outrider:
         return sequences
 
     def _alignment(self) -> Alignment | None:
-        check("method", self.config.method, self.config.method in SELECTORS, ", ".join(SELECTORS))
-        if self.config.mode != "sparse" or self.alignments is None:
+        check("method", self.config.method, self.config.method in METHODS, ", ".join(METHODS))
+        if self.config.mode != "sparse" or self.config.method not in SELECTORS or self.alignments is None:
             return None
         return self.alignments.map(self.map_name or SELECTORS[self.config.method].default_map).alignment
 

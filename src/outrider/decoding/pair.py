@@ -12,7 +12,8 @@ from outrider.config import Budget, EngineConfig
 from outrider.decoding.scoring import score
 from outrider.errors import AlignmentError, OptionError
 from outrider.guidance.alignment import AlignmentFile, ModelIdentity, load
-from outrider.guidance.selectors import build_selector
+from outrider.guidance.rivals import RIVALS, Rival, Target, build_rival
+from outrider.guidance.selectors import SELECTORS, build_selector
 from outrider.guidance.selectors.base import Selector
 from outrider.models import LanguageModel, ModelSpec, check_pair, load_model
 from outrider.models.cache import aligned
@@ -20,6 +21,7 @@ from outrider.models.quantized_keys import QuantizedKeys, check_codes, code_bits
 from outrider.ops.backends import BackendError
 from outrider.types import Alignment
 
+METHODS = (*SELECTORS, *RIVALS)
 BUILTIN = "builtin"  # the name of the pair that ships with Outrider
 PAIR_FOLDER = Path(__file__).parents[1] / "pair"
 BUILTIN_ALIGNMENT = PAIR_FOLDER / "alignment.json"
@@ -54,16 +56,22 @@ def load_pair(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guidance:
-    """Who chooses tokens in a round, for whom, from which scores. At least one of the two selectors is there."""
+    """Who chooses tokens in a round, for whom, from which scores. At least one of the three is there."""
 
-    target: Selector | None  # lists for verification; None: dense
+    target: Selector | None  # lists for verification; None: dense, or a rival's
     draft: Selector | None  # lists for the next round's drafting; None: dense
+    rival: Rival | None = None  # makes lists inside the target's forward
     bits: int | None = None  # of the keys that are scored; None: the cache's own
+
+    @property
+    def scores(self) -> bool:
+        """Somebody chooses from the draft's scores."""
+        return self.target is not None or self.draft is not None
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The draft layers that are scored."""
-        return next(selector.draft_layers for selector in (self.target, self.draft) if selector is not None)
+        return next((selector.draft_layers for selector in (self.target, self.draft) if selector is not None), ())
 
     @property
     def per_query(self) -> bool:
@@ -81,19 +89,21 @@ class Guidance:
     @property
     def waits(self) -> bool:
         """Selecting waits for the device."""
-        return self.target is not None and self.target.waits
+        return self.rival is not None or (self.target is not None and self.target.waits)
 
 
 def make_guidance(
     target: LanguageModel, draft: LanguageModel, config: EngineConfig, alignment: Alignment | None
 ) -> Guidance | None:
-    """The selectors that `config` asks for; None where target and draft read all.
+    """The selectors or the rival that `config` asks for; None where target and draft read all.
 
-    Raises like `make_selector`, and OptionError where sparse verification lacks its alignment.
+    Raises like `make_selector` and `make_rival`, and OptionError where sparse verification lacks its alignment.
     """
-    choosing = drafting = None
+    choosing = drafting = rival = None
     scored = draft.spec.full_layers if config.drafts_sparsely else ()
-    if config.mode == "sparse":
+    if config.mode == "sparse" and config.method in RIVALS:
+        rival = make_rival(config.method, target.spec, config.budget)
+    elif config.mode == "sparse":
         if alignment is None:
             raise OptionError("alignment", None, "a file made by `outrider calibrate` for this pair (mode dense needs none)")
         choosing = _build_selector(config.method, target, draft, alignment, config.budget, scored)
@@ -104,7 +114,9 @@ def make_guidance(
         drafting = _build_selector("outrider", draft, draft, Alignment(sources=own), config.draft_budget, scored)
     bits = code_bits(config.score_keys, draft, config.draft_tokens + 1)
     rehearse(target, draft, choosing, config.draft_tokens + 1, drafting, bits)
-    return Guidance(target=choosing, draft=drafting, bits=bits) if choosing or drafting else None
+    if not (choosing or drafting or rival):
+        return None
+    return Guidance(target=choosing, draft=drafting, rival=rival, bits=bits)
 
 
 def make_selector(
@@ -124,6 +136,20 @@ def make_selector(
     selector = _build_selector(method, target, draft, alignment, budget, ())
     rehearse(target, draft, selector, draft_tokens + 1, bits=bits)
     return selector
+
+
+def make_rival(method: str, target: ModelSpec, budget: Budget) -> Rival:
+    """The method of that name inside this target. Raises OptionError for an unknown one, and for what it does not take."""
+    shape = target.full_shape
+    known = Target(
+        layers=target.full_layers,
+        query_heads=shape.query_heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        scales=tuple(layer.scale for layer in target.layers),
+        value_bytes=target.cache_dtype.itemsize,
+    )
+    return build_rival(method, known, budget)
 
 
 def _build_selector(

@@ -14,7 +14,7 @@ from outrider.decoding.statistics import Listed
 from outrider.models import KVCache, LanguageModel, ModelSpec
 from outrider.ops import token_verify
 from outrider.ops.token_verify import Verified
-from outrider.types import DraftTrace, Selection
+from outrider.types import DraftTrace, Lists, Selection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +110,7 @@ def propose_nothing(inputs: Inputs, vocabulary: int) -> DraftTrace:
     return DraftTrace(tokens=torch.zeros(rows, 0, dtype=torch.int64, device=device), probs=probs, queries=())
 
 
-def verify(target: LanguageModel, cache: KVCache, pending: Tensor, drafted: Tensor, selection: Selection | None) -> Tensor:
+def verify(target: LanguageModel, cache: KVCache, pending: Tensor, drafted: Tensor, selection: Lists | None) -> Tensor:
     """The target's logits [B, K + 1, V] over the pending and the drafted tokens, over the lists or, without any, densely."""
     return target.forward(torch.cat([pending[:, None], drafted], dim=1), cache, selection=selection).logits
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from outrider.decoding.drafting import DraftLists, propose
 from outrider.decoding.graphs import Stages
+from outrider.decoding.guides import ByRow
 from outrider.decoding.pair import Guidance
 from outrider.decoding.rounds import InputBuffer, Inputs, Judge, Outcome, RoundKind, RowOutcome, accept, propose_nothing, verify
 from outrider.decoding.scoring import score
@@ -17,7 +18,7 @@ from outrider.decoding.sequence import Sequence
 from outrider.decoding.statistics import StageClock
 from outrider.models import KVCache, LanguageModel
 from outrider.models.quantized_keys import QuantizedKeys
-from outrider.types import DraftScores, DraftTrace, Selection
+from outrider.types import DraftScores, DraftTrace, Lists, Selection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,7 @@ class Flight:
 
     sequences: list[Sequence]  # by row
     selection: Selection | None  # its lists; those of a captured round are overwritten by the next
+    touched: list[float]  # bytes that a rival has read in order to choose, by row
     clock: StageClock
     numbers: Tensor  # on the host, once `arrived`
     arrived: torch.cuda.Event | None
@@ -66,7 +68,9 @@ class Runner:
         self.caches = [model.new_cache(slots, capacity) for model in self.models]
         self.inputs = InputBuffer(slots, self.k, self.device)
         self.stages = Stages(capture=capture)
-        self._begun: set[int] = set()  # rows whose draft lists and records follow their rounds
+        rival = guidance.rival if guidance is not None else None
+        self.rivals = None if rival is None else ByRow(rival, target, self.caches[0])
+        self._begun: set[int] = set()  # rows whose draft lists, records and rivals follow their rounds
         pinned = self.device.type == "cuda"
         shape = slots, self.k + 5
         self._landing = [torch.zeros(shape, dtype=torch.float64, pin_memory=pinned) for _ in range(2)]  # in turn, as inputs
@@ -101,7 +105,7 @@ class Runner:
         self.inputs.pending[slot] = self.inputs.pending[source]
         self._begun.discard(slot)
         if source in self._begun:
-            for followed in (self.drafting, self.quantized):
+            for followed in (self.drafting, self.quantized, self.rivals):
                 if followed is not None:
                     followed.move(source, slot)
             self._begun.symmetric_difference_update({source, slot})
@@ -118,28 +122,44 @@ class Runner:
     def launch(self, running: list[Sequence], kind: RoundKind) -> Flight:
         """Start a round of the sequences in rows 0 .. n - 1, without waiting for it."""
         clock = StageClock(self.device)
-        self._follow(kind, len(running))
+        self._follow(kind, running)
         self.inputs.load(running, kind.rows)
+        before = self._touched(kind, running)
         outcome = self._run_stages(kind, clock)
+        touched = [after - x for x, after in zip(before, self._touched(kind, running), strict=True)]
         host, arrived = self._landing[0], None
         self._landing.reverse()
         host[: kind.rows].copy_(outcome.numbers, non_blocking=True)
         if self.device.type == "cuda":
             arrived = torch.cuda.Event()
             arrived.record()
-        return Flight(sequences=list(running), selection=outcome.selection, clock=clock, numbers=host, arrived=arrived)
+        return Flight(
+            sequences=list(running),
+            selection=outcome.selection,
+            touched=touched,
+            clock=clock,
+            numbers=host,
+            arrived=arrived,
+        )
 
-    def _follow(self, kind: RoundKind, running: int) -> None:
-        """Give rows that come from a prefill or a dense round draft lists and records to begin with."""
+    def _touched(self, kind: RoundKind, running: list[Sequence]) -> list[float]:
+        if self.rivals is None or not kind.sparse:
+            return [0.0] * len(running)
+        return self.rivals.touched(len(running))
+
+    def _follow(self, kind: RoundKind, running: list[Sequence]) -> None:
+        """Give rows that come from a prefill or a dense round draft lists, records and rivals to begin with."""
         if not kind.sparse:
             self._begun.clear()
             return
-        for row in set(range(running)) - self._begun:
+        for row in set(range(len(running))) - self._begun:
             if self.drafting is not None:
                 self.drafting.rows(row, row + 1).begin(self.caches[0].lengths[row : row + 1])
             if self.quantized is not None:
                 self.quantized.rows(row, row + 1).fill(self.caches[1].rows(row, row + 1))
-        self._begun.update(range(running))
+            if self.rivals is not None:
+                self.rivals.begin(row, running[row].text_cached)
+        self._begun.update(range(len(running)))
 
     def _run_stages(self, kind: RoundKind, clock: StageClock) -> Outcome:
         """Propose, score, select, verify and accept over the first `kind.rows` rows, without waiting for the device."""
@@ -167,17 +187,20 @@ class Runner:
             return guidance.target.select(scores) if guidance.target is not None else None
 
         def accepted() -> Outcome:
+            selection = chosen.made if chosen is not None else None
             return accept(trace, logits, inputs, selection, spec, caches, self.judge)
 
-        selection = None
+        chosen: Lists | None = None
         with clock.stage("propose"):
             inputs, trace = run("propose", proposed)
-        if guidance is not None and (draft := self.draft) is not None:
+        if guidance is not None and guidance.scores and (draft := self.draft) is not None:
             with clock.stage("score"):
                 scores = run("score", lambda: scored(draft, guidance))
             with clock.stage("select"):
-                selection = run("select", lambda: selected(guidance))
+                chosen = run("select", lambda: selected(guidance))
+        if self.rivals is not None and kind.sparse:
+            chosen = self.rivals.lists(kind.rows, len(self._begun), self.k + 1)
         with clock.stage("verify"):
-            logits = run("verify", lambda: verify(self.target, caches[0], inputs.pending, trace.tokens, selection))
+            logits = run("verify", lambda: verify(self.target, caches[0], inputs.pending, trace.tokens, chosen))
         with clock.stage("accept"):
             return run("accept", accepted)

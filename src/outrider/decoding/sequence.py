@@ -48,6 +48,11 @@ class Sequence:
         """Tokens in the caches: all but the pending one."""
         return len(self.prompt) + len(self.tokens) - 1
 
+    @property
+    def text_cached(self) -> list[int]:
+        """The tokens in the caches."""
+        return (self.prompt + self.tokens)[: self.cached]
+
     def uniforms(self, count: int) -> Tensor:
         """The next `count` random numbers of this sequence, [count] fp32 in [0, 1)."""
         return torch.rand(count, generator=self._generator)

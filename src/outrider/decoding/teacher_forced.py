@@ -19,7 +19,7 @@ from torch import Tensor
 from outrider.decoding.guides import FromDraft, InTarget, begin
 from outrider.decoding.prefill import ProgressCallback, prefill
 from outrider.decoding.statistics import Listed, ReadCounter, Reads
-from outrider.guidance.rivals import InForward, Rival
+from outrider.guidance.rivals import Rival
 from outrider.guidance.selectors.base import Selector
 from outrider.models import LanguageModel
 from outrider.models.cache import aligned
@@ -104,7 +104,7 @@ class TeacherForced:
                 if guide is not None:
                     lists = guide.lists(part, lengths, sparse=cached >= max(min_context, 1))
                 logits = self.target.forward(part, target_cache, selection=lists).logits[0].float()
-                selection = lists.made if isinstance(lists, InForward) else lists
+                selection = lists.made if lists is not None else None
                 found: tuple[Any, ...] = ()
                 if selection is not None:
                     listed = Listed.of(selection, self.target.spec, target_cache.capacity)

@@ -11,14 +11,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from outrider.config import Budget, EngineConfig, SamplingParams
+from outrider.config import Budget, EngineConfig, SamplingParams, check
 from outrider.decoding.outrider import Outrider, Prompt
+from outrider.decoding.pair import METHODS
 from outrider.decoding.prefill import read_chunk
 from outrider.decoding.statistics import total
 from outrider.errors import EngineError, OptionError, PromptError
 from outrider.eval.rows import DENSE, Case
-from outrider.eval.teacher_forced import budget_of, check_generates
+from outrider.eval.teacher_forced import budget_of
 from outrider.guidance.alignment import AlignmentFile
+from outrider.guidance.rivals import RIVALS
+from outrider.guidance.selectors import SELECTORS
 from outrider.models import KVCache, LanguageModel
 
 
@@ -53,14 +56,15 @@ class Answering:
         memory = PromptMemory()
         self._engines = []
         for case in cases:
-            check_generates(case)
-            if case.method != DENSE and alignments is None:
+            check("method", case.method, case.method in (DENSE, *METHODS), ", ".join((DENSE, *METHODS)))
+            if case.method in SELECTORS and alignments is None:
                 raise OptionError("alignment", None, "a file made by `outrider calibrate` for this pair")
             config = EngineConfig(
                 mode="dense" if case.method == DENSE else "sparse",
                 method=EngineConfig().method if case.method == DENSE else case.method,
                 budget=Budget() if case.method == DENSE else budget_of(case),
                 draft_tokens=draft_tokens,
+                drafting="dense" if case.method in RIVALS else "auto",  # a rival has no scores to draft from
                 score_keys=score_keys,
                 batch_size=1,  # prompts one after another: memory for one, and what they share is read once
                 prefill_chunk=prefill_chunk,

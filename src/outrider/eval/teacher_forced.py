@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from outrider.config import Budget, check
+from outrider.config import Budget
+from outrider.decoding.pair import make_rival
 from outrider.decoding.pair import make_selector as pair_selector
 from outrider.decoding.teacher_forced import Run, TeacherForced
 from outrider.errors import OptionError, PromptError
 from outrider.eval.rows import DENSE, Case
 from outrider.guidance.alignment import AlignmentFile
-from outrider.guidance.rivals import RIVALS, Rival, Target, build_rival
+from outrider.guidance.rivals import RIVALS, Rival
 from outrider.guidance.selectors import SELECTORS
 from outrider.guidance.selectors.base import Selector
-from outrider.models import LanguageModel, ModelSpec
+from outrider.models import LanguageModel
 
 __all__ = ["DENSE", "Run", "TeacherForced", "budget_of", "check_context", "make_selector", "tokenize"]
 
@@ -31,30 +32,13 @@ def make_selector(
     if case.method == DENSE:
         return None
     if case.method in RIVALS:
-        return build_rival(case.method, _target(pair[0].spec), budget_of(case))
+        return make_rival(case.method, pair[0].spec, budget_of(case))
     if case.method not in SELECTORS:
         raise OptionError("method", case.method, ", ".join((DENSE, *SELECTORS, *RIVALS)))
     if alignments is None:
         raise OptionError("alignment", None, "a file made by `outrider calibrate` for this pair")
     alignment = alignments.map(map_name or SELECTORS[case.method].default_map).alignment
     return pair_selector(*pair, case.method, alignment, budget_of(case), draft_tokens, bits)
-
-
-def _target(spec: ModelSpec) -> Target:
-    shape = spec.full_shape
-    return Target(
-        layers=spec.full_layers,
-        query_heads=shape.query_heads,
-        kv_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        scales=tuple(layer.scale for layer in spec.layers),
-        value_bytes=spec.cache_dtype.itemsize,
-    )
-
-
-def check_generates(case: Case) -> None:
-    """Raise OptionError for a method that the engine does not generate with: an unknown one, or a rival."""
-    check("method", case.method, case.method in (DENSE, *SELECTORS), ", ".join((DENSE, *SELECTORS)))
 
 
 def budget_of(case: Case) -> Budget:

@@ -1,6 +1,6 @@
 """A trace of generation: every round's drafted tokens, what became of them, and the tokens that each list kept.
 
-One JSON line a prompt. A list is a bit set over the cached tokens: bit p % 8 of byte p // 8 is token p, and the bytes are base64.
+One JSON line a prompt. A list is a bit set over the cached tokens: bit p % 8 of byte p // 8 is token p; the bytes are base64.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LONG = 4096  # characters after which text is decoded anew, so that time stays 
 
 
 class Recorder:
-    """Watches a run (`Outrider.stream(watch=...)`) and keeps the first `rounds` rounds of every prompt, as far as room allows."""
+    """Watches a run (`Outrider.stream(watch=...)`) and keeps the first `rounds` rounds of every prompt, where there is room."""
 
     def __init__(self, rounds: int = ROUNDS, max_bytes: int = MAX_BYTES) -> None:
         self.full = False  # rounds were left out for want of room

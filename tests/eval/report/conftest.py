@@ -164,7 +164,7 @@ HOSTILE = '</script><script>alert(1)</script><img src=x onerror=alert(2)> & "quo
 
 @pytest.fixture(scope="session")
 def trace() -> dict[str, Any]:
-    """A trace of 400 one-character tokens, hostile ones first: two layers with two lists each, four rounds, one of them dense."""
+    """A trace of 400 one-character tokens, hostile ones first: two layers of two lists, four rounds, one of them dense."""
     draw = random.Random(7)
     text = HOSTILE + "".join(draw.choice("abcdef    \n") for _ in range(400 - len(HOSTILE)))
     rounds, cached = [], len(text) - 1
@@ -177,7 +177,8 @@ def trace() -> dict[str, Any]:
     pieces = [*text, *"xyN", *"uvwN", "N", *"pN"]
     return {
         "task": "trace", "text": HOSTILE, "method": "outrider", "keep": 0.2, "top_p": None, "prompt_tokens": len(text),
-        "tokens": [0] * len(pieces), "pieces": pieces, "layers": [1, 3], "rounds": rounds, "all_rounds": 9, "conditions": CONDITIONS,
+        "tokens": [0] * len(pieces), "pieces": pieces, "layers": [1, 3], "rounds": rounds, "all_rounds": 9,
+        "conditions": CONDITIONS,
     }  # fmt: skip
 
 

@@ -166,7 +166,7 @@ def themes() -> dict[str, dict[str, str]]:
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_text_can_be_read(theme):
-    """Contrast of 4.5 : 1 for text, on the paper, on raised parts and on the darkest shade; 3 : 1 for lines (curves have an edge of ink)."""
+    """Contrast of 4.5 : 1 for text, on paper, on raised parts and on the darkest shade; 3 : 1 for lines (curves have edges)."""
     colours = themes()[theme]
 
     def rgb(name: str) -> tuple[float, ...]:

@@ -37,8 +37,8 @@ def curves(panel: Panel, quality: Quality, styles: dict[str, Style], *, legend: 
             _logarithmic(axes)
         if (dense := panel.dense(quality)) is not None:
             axes.axhline(dense, color=palette.muted, linewidth=1, linestyle=(0, (2, 2)), zorder=1)
-            place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-            axes.annotate("dense", (0, dense), xytext=(3, 3), color=palette.muted, fontsize=9, **place)
+            edge = axes.get_yaxis_transform()  # x from the left edge, y as data
+            axes.annotate("dense", (0, dense), xycoords=edge, xytext=(3, 3), textcoords="offset points", color=palette.muted)
         axes.set_xlabel("KV bytes read, % of dense")
         axes.grid(True)
         if legend:

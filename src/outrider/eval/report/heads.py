@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from outrider.eval.report.lines import Acceptance, Diagnostic, Disagreement, Heads, Matrix, Overlap
 from outrider.eval.report.plot import Draw, Palette, Style
+from outrider.eval.rows import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,7 +45,7 @@ def plots(found: list[Diagnostic]) -> list[Plot]:
     return made
 
 
-def case(one: Diagnostic) -> str:
+def case(one: Diagnostic | Row) -> str:
     """ "outrider, keep 10%" """
     if one.keep is not None:
         return f"{one.method}, keep {100 * one.keep:g}%"
@@ -67,10 +68,11 @@ def _map(number: int, group: list[Diagnostic]) -> Plot:
     texts = sorted({one.text for one in group if one.text})
     of = f"Mean of {len(group)} texts ({', '.join(texts)}). " if len(group) > 1 else f"{texts[0]}. " if texts else ""
     context = f", {first.context:,} tokens" if first.context else ""
+    average = sum(value for value, *_ in cells) / len(cells)
     return Plot(
         name=f"{first.task}-{number}-{first.method}",
         title=f"{case(first)}{context}: {what}",
-        note=f"{of}Mean {sum(value for value, *_ in cells) / len(cells):.3f}; lowest {lowest:.3f}, layer {layer}, {heads} {head}.",
+        note=f"{of}Mean {average:.3f}; lowest {lowest:.3f}, layer {layer}, {heads} {head}.",
         draw=_heat(first.layers, mean, heads),
         size=(1.9 + HEAD_INCHES * max(len(mean[0]), 5), 0.8 + LAYER_INCHES * max(len(mean), 4)),
     )

@@ -10,12 +10,15 @@ from pathlib import Path
 from string import Template
 
 from outrider.eval.report import curves, heads
+from outrider.eval.report.curves import curves as draw
 from outrider.eval.report.heads import Plot
-from outrider.eval.report.panels import Panel, Point, labels, panels
+from outrider.eval.report.lines import Diagnostic, Trace
 from outrider.eval.report.panels import Figure as Quality
+from outrider.eval.report.panels import Panel, Point, labels, panels
 from outrider.eval.report.plot import Style, check_matplotlib, png, svg
 from outrider.eval.report.read import Results, read_results
 from outrider.eval.report.tokens import page_data
+from outrider.eval.rows import Row
 
 PAGE = "index.html"
 SWATCH = 0.62, 0.2  # inches
@@ -24,8 +27,8 @@ SWATCH = 0.62, 0.2  # inches
 def make(paths: list[Path], version: str) -> dict[str, bytes]:
     """The files of a report on results files and sweep folders, by name; the page, `PAGE`, comes last.
 
-    `version` is Outrider's. Raises ResultsError for what `read_results` refuses and for traces that no page can hold, OptionError
-    where matplotlib is missing.
+    `version` is Outrider's. Raises ResultsError for what `read_results` refuses and for traces that no page can hold,
+    OptionError where matplotlib is missing.
     """
     check_matplotlib()
     results = read_results(paths)
@@ -33,7 +36,7 @@ def make(paths: list[Path], version: str) -> dict[str, bytes]:
     styles = {label: Style(number) for number, label in enumerate(labels(drawn))}
     data = page_data(results.traces) if results.traces else None
     pictures = [
-        (_file(panel.name, quality.name), png(curves.curves(panel, quality, styles, legend=True), curves.size(panel, quality)))
+        (_file(panel.name, quality.name), png(draw(panel, quality, styles, legend=True), curves.size(panel, quality)))
         for panel in drawn
         for quality in panel.figures
         if panel.curves(quality)
@@ -80,7 +83,7 @@ def _curves(drawn: list[Panel], styles: dict[str, Style]) -> str:
         _figure(
             f"{panel.title}: {quality.title}",
             svg(
-                curves.curves(panel, quality, styles, legend=False),
+                draw(panel, quality, styles, legend=False),
                 curves.SIZE,
                 _anchor(panel.name, quality.name),
                 quality.title,
@@ -92,8 +95,8 @@ def _curves(drawn: list[Panel], styles: dict[str, Style]) -> str:
         if panel.curves(quality)
     )
     return (
-        "<p>Up and to the left is better, for a change of perplexity down and to the left. Bands are 95% bootstrap intervals over "
-        "texts; a change of perplexity is paired with dense on each text. Bytes read count what a method reads in order to choose."
+        "<p>Up and to the left is better, for a change of perplexity down and to the left. Bands are 95% bootstrap intervals "
+        "over texts; a change of perplexity is paired with dense on each text. Bytes read count what a method reads to choose."
         f'</p><ul class="legend">{marks}</ul><div class="figures">{figures}</div>'
     )
 
@@ -166,7 +169,8 @@ def _box(content: str, label: str) -> str:
 def _all_conditions(results: Results) -> dict[str, list[str]]:
     """Every condition and its values, in order of first appearance."""
     found: dict[str, dict[str, None]] = {}
-    for line in (*results.rows, *results.diagnostics, *results.traces):
+    lines: list[Row | Diagnostic | Trace] = [*results.rows, *results.diagnostics, *results.traces]
+    for line in lines:
         for name, value in line.conditions.items():
             found.setdefault(name, {})[str(value)] = None
     return {name: list(values) for name, values in found.items()}
@@ -180,11 +184,9 @@ def _models(results: Results) -> str:
 def _conditions(results: Results) -> str:
     found = _all_conditions(results)
     commands = found.pop("command", [])
-    files = "<br>".join(escape(name) for name in results.files)
-    return (
-        _box(f'<table class="wrap"><tbody>{_pairs(found)}<tr><th scope="row">files</th><td>{files}</td></tr></tbody></table>', "conditions")
-        + (f"<h3>Commands</h3>{_box(''.join(f'<pre>{escape(one)}</pre>' for one in commands), 'commands')}" if commands else "")
-    )  # fmt: skip
+    table = f'<table class="wrap"><tbody>{_pairs(found | {"files": results.files})}</tbody></table>'
+    lines = "".join(f"<pre>{escape(one)}</pre>" for one in commands)
+    return _box(table, "conditions") + (f"<h3>Commands</h3>{_box(lines, 'commands')}" if commands else "")
 
 
 def _pairs(found: dict[str, list[str]]) -> str:

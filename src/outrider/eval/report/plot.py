@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import io
 import re
-from html import escape
 from collections.abc import Callable
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from outrider.errors import OptionError
@@ -96,7 +96,7 @@ def _saved(draw: Draw, palette: Palette, size: tuple[float, float], form: str, m
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    settings = {
+    settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "outrider",
         "font.family": "sans-serif",

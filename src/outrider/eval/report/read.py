@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -130,8 +129,8 @@ def _is_new(seen: dict[tuple[Any, ...], tuple[str, Row]], where: str, row: Row) 
     for name in ("ppl", "ppl_dense", "agreement", "recalled", "asked", "f1", "rouge_l"):
         if getattr(known, name) != getattr(row, name):
             raise ResultsError(
-                f"{where}, field {name}: got {getattr(row, name)!r} where {first} has {getattr(known, name)!r} for the same text, "
-                "method, budget and conditions; allowed: one result for each"
+                f"{where}, field {name}: got {getattr(row, name)!r} where {first} has {getattr(known, name)!r}; "
+                "allowed: one result for each text, method, budget and conditions"
             )
     return False
 
@@ -145,11 +144,6 @@ def variant_of(row: Row) -> tuple[Any, ...]:
     return tuple(row.conditions.get(name, before) for name, before in VARIANT.items())
 
 
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
 def _parse(kind: type[Kind], record: dict[str, Any], prefix: str = "", *, open_ended: bool) -> Kind:
     """A dataclass from a JSON object, every field of the type that it declares; `open_ended` lets other fields pass.
 
@@ -159,12 +153,12 @@ def _parse(kind: type[Kind], record: dict[str, Any], prefix: str = "", *, open_e
     for name in record:
         if name not in own and not open_ended:
             raise FieldError(prefix + name, "an unknown field", ", ".join(own))
-    values = {}
+    values, hints = {}, get_type_hints(kind)
     for name, one in own.items():
         if name in record:
-            values[name] = _typed(prefix + name, record[name], _hints(kind)[name])
+            values[name] = _typed(prefix + name, record[name], hints[name])
         elif one.default is MISSING and one.default_factory is MISSING:
-            raise FieldError(prefix + name, "nothing", _said(_hints(kind)[name]))
+            raise FieldError(prefix + name, "nothing", _said(hints[name]))
     return kind(**values)
 
 

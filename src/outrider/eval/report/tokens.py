@@ -17,8 +17,8 @@ def page_data(traces: list[Trace]) -> str:
     if (size := len(text.encode())) > MAX_BYTES:
         names = ", ".join(trace.text for trace in traces)
         raise ResultsError(
-            f"traces of {names}: got {size / 2**20:.1f} MB; allowed: {MAX_BYTES >> 20} MB in a page, by fewer of them or a smaller "
-            "`generate --trace-rounds`"
+            f"traces of {names}: got {size / 2**20:.1f} MB; allowed: {MAX_BYTES >> 20} MB in a page, by fewer of them "
+            "or a smaller `generate --trace-rounds`"
         )
     return text
 

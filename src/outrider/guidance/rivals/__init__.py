@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from outrider.config import Budget
 from outrider.errors import OptionError
-from outrider.guidance.rivals.base import InForward, Rival, Target
+from outrider.guidance.rivals.base import InForward, Rival, Target, as_selection
 from outrider.guidance.rivals.h2o import H2O
 from outrider.guidance.rivals.oracle import Oracle
 from outrider.guidance.rivals.quest import Quest
@@ -26,7 +26,7 @@ RIVALS: dict[str, type[Rival]] = {
     "spatten": SpAtten,
 }
 
-__all__ = ["RIVALS", "InForward", "Rival", "Target", "build_rival"]
+__all__ = ["RIVALS", "InForward", "Rival", "Target", "as_selection", "build_rival"]
 
 
 def build_rival(method: str, target: Target, budget: Budget) -> Rival:

@@ -105,14 +105,18 @@ class InForward:
     @property
     def made(self) -> Selection | None:
         """The lists of all layers that had some, once the forward is done; None where none had."""
-        if not self._made:
-            return None
-        lists = list(self._made.values())
-        heads, width = max(x.counts.shape[-1] for x in lists), max(x.indices.shape[-1] for x in lists)
-        indices = [pad(x.indices, (0, width - x.indices.shape[-1]), value=-1) for x in lists]
-        return Selection(
-            layers=tuple(self._made),
-            indices=torch.stack([x.expand(-1, heads, -1) for x in indices]),
-            counts=torch.stack([x.counts.expand(-1, heads) for x in lists]),
-            lengths=self._lengths,
-        )
+        return as_selection(self._made, self._lengths)
+
+
+def as_selection(made: dict[int, TokenLists], lengths: Tensor) -> Selection | None:
+    """Lists by layer, of any width and of 1 or H heads, as one; None where there are none."""
+    if not made:
+        return None
+    heads, width = max(x.counts.shape[-1] for x in made.values()), max(x.indices.shape[-1] for x in made.values())
+    indices = [pad(x.indices, (0, width - x.indices.shape[-1]), value=-1) for x in made.values()]
+    return Selection(
+        layers=tuple(made),
+        indices=torch.stack([x.expand(-1, heads, -1) for x in indices]),
+        counts=torch.stack([x.counts.expand(-1, heads) for x in made.values()]),
+        lengths=lengths,
+    )
