@@ -36,3 +36,7 @@ class PairError(OutriderError, ValueError):
 
 class AlignmentError(OutriderError, ValueError):
     """An alignment file is unreadable or was made for other models."""
+
+
+class ResultsError(OutriderError, ValueError):
+    """A results file cannot be read, or results do not belong together."""

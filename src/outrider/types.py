@@ -77,3 +77,12 @@ class Selection:
             return None, None
         row = self.layers.index(layer)
         return self.indices[row], self.counts[row]
+
+    def rows(self, start: int, stop: int) -> Selection:
+        """The lists of sequences start .. stop - 1, sharing storage with these."""
+        return Selection(
+            layers=self.layers,
+            indices=self.indices[:, start:stop],
+            counts=self.counts[:, start:stop],
+            lengths=self.lengths[start:stop],
+        )

@@ -53,11 +53,33 @@ def writable_file(option: str, path: Path) -> Path:
     return path
 
 
+def writable_folder(option: str, path: Path) -> Path:
+    """The folder `path` names, links followed, once it is certain that it can be written or made; leaves nothing behind.
+
+    Raises OptionError for a file, or a folder that is closed to us or would be made in one that is missing or closed.
+    """
+    allowed = "a folder that can be written, or made in one that can"
+    path = path.resolve()
+    if path.exists() and not path.is_dir():
+        raise OptionError(option, str(path), allowed)
+    try:
+        with tempfile.TemporaryFile(dir=path if path.exists() else path.parent):
+            pass
+    except OSError as error:
+        raise OptionError(option, str(path), f"{allowed} ({error.strerror})") from error
+    return path
+
+
 def write_json(option: str, path: Path, document: Any) -> None:
-    """Write `document` in one step: a reader sees the old file or the new one. Raises OptionError when it cannot be written."""
+    """Write `document` as `write_file` does."""
+    write_file(option, path, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_file(option: str, path: Path, content: bytes) -> None:
+    """Write a file in one step: a reader sees the old one or the new one. Raises OptionError when it cannot be written."""
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:
-        temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
         raise OptionError(option, str(path), f"a file that can be written ({error.strerror})") from error

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from outrider.cli.files import read_text, writable_file, write_json
+from outrider.cli.files import read_text, writable_file, write_file, write_json
 from outrider.cli.options import Flags, ModelOptions, takes
 from outrider.cli.screen import Screen
 from outrider.cli.tables import run_table
@@ -19,6 +21,7 @@ from outrider.errors import PromptError
 if TYPE_CHECKING:
     from outrider.decoding.outrider import Chunk, Outrider, Prompt
     from outrider.decoding.statistics import Statistics
+    from outrider.eval.trace import Recorder
 
 MODELS = Flags(source=ModelOptions, panel="Models")
 ENGINE = Flags(source=EngineConfig, panel="Engine", skip=("budget",), repeat=("mode",), short={"draft_tokens": "-K"})
@@ -32,6 +35,13 @@ def generate(
     prompt_file: Annotated[list[Path] | None, typer.Option(help="file of UTF-8 text to continue (repeatable)")] = None,
     prompt_tokens: Annotated[int | None, typer.Option(help="use only the first tokens of each prompt, this many")] = None,
     stats_json: Annotated[Path | None, typer.Option(help="write the figures of the run to this file")] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="write what every round of mode sparse drafted, accepted and kept to this file, for `outrider report`"
+        ),
+    ] = None,
+    trace_rounds: Annotated[int, typer.Option(help="rounds of each prompt that a trace holds, from the first on")] = 64,
     **values: Any,
 ) -> None:
     """Continue prompts; several run as one batch. With several modes, each runs in turn on the same models.
@@ -46,6 +56,8 @@ def generate(
     check("prompt-tokens", prompt_tokens, prompt_tokens is None or prompt_tokens >= 1, "a whole number >= 1")
     texts = _prompts(prompt or [], prompt_file or [])
     stats = writable_file("stats-json", stats_json) if stats_json else None
+    if trace is not None:
+        trace = _check_trace(trace, trace_rounds, modes, options["eager"] or values["device"] == "cpu")
 
     screen = Screen()
     with screen.waiting("loading models"):
@@ -55,7 +67,12 @@ def generate(
     for engine in engines:
         if len(engines) > 1:
             screen.heading(engine.config.mode)
-        run, interrupted, failed = _run(engine, tokens, params, screen)
+        recorder = _recorder(trace_rounds) if trace and engine.config.mode == "sparse" else None
+        run, interrupted, failed = _run(engine, tokens, params, screen, recorder)
+        if trace and recorder and not interrupted:
+            files = [path.stem for path in prompt_file or []]
+            names = [f"prompt {number}" for number, _ in enumerate(prompt or [], start=1)] + files
+            _write_trace(trace, recorder, engine, names)
         failures += failed
         engine.release()  # the next mode's caches need the memory
         runs += [run] if run is not None else []
@@ -68,6 +85,27 @@ def generate(
         screen.note(run_table(runs))
     if interrupted or failures:
         raise typer.Exit(130 if interrupted else 1)
+
+
+def _check_trace(path: Path, rounds: int, modes: tuple[str, ...], eager: bool) -> Path:
+    """The file that a trace goes to, once it is certain that there will be one."""
+    check("trace-rounds", rounds, rounds >= 1, "a whole number >= 1")
+    check("mode (of a trace)", ", ".join(modes), modes.count("sparse") == 1, "sparse, once, among others or alone")
+    check("trace", str(path), eager, "--eager on a GPU: CUDA graphs overwrite the lists of a round")
+    return writable_file("trace", path)
+
+
+def _recorder(rounds: int) -> Recorder:
+    from outrider.eval.trace import Recorder
+
+    return Recorder(rounds)
+
+
+def _write_trace(path: Path, recorder: Recorder, engine: Outrider, names: list[str]) -> None:
+    lines = recorder.lines(names, engine.target.tokenizer, engine.config, _conditions(engine))
+    write_file("trace", path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    if recorder.full:
+        warnings.warn(f"trace: {path} holds fewer rounds than asked for, as lists of long prompts need room", stacklevel=2)
 
 
 def _prompts(texts: list[str], files: list[Path]) -> dict[str, str]:
@@ -110,11 +148,11 @@ def _conditions(engine: Outrider) -> dict[str, str | int]:
 
 
 def _run(
-    engine: Outrider, prompts: list[Prompt], params: SamplingParams, screen: Screen
+    engine: Outrider, prompts: list[Prompt], params: SamplingParams, screen: Screen, recorder: Recorder | None
 ) -> tuple[Statistics | None, bool, int]:
     """Generate in one mode. Returns the figures, of what there is when it was interrupted, if it was, and how many failed."""
     transcript = _Transcript(screen, len(prompts))
-    chunks = engine.stream(prompts, params, progress=screen.progress)
+    chunks = engine.stream(prompts, params, progress=screen.progress, watch=recorder)
     interrupted = False
     with screen.working():
         try:

@@ -15,6 +15,7 @@ from outrider import __version__
 from outrider.cli import bench, evaluate
 from outrider.cli.calibrate import calibrate
 from outrider.cli.generate import generate
+from outrider.cli.report import report
 from outrider.errors import OutriderError
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -22,6 +23,7 @@ BAD_INPUT, INTERRUPTED = 2, 130
 app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
 app.command()(generate)
 app.command()(calibrate)
+app.command()(report)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(bench.app, name="bench")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from outrider.config import EngineConfig
 from outrider.decoding.drafting import DraftLists
-from outrider.decoding.loop import Event, Loop
+from outrider.decoding.loop import Event, Loop, Watch
 from outrider.decoding.memory import RowDemand, free_bytes, plan_rows
 from outrider.decoding.pair import make_guidance, rehearse
 from outrider.decoding.prefill import ProgressCallback, ReadChunk, read_chunk
@@ -14,7 +14,7 @@ from outrider.decoding.rounds import Judge, judge
 from outrider.decoding.runner import Runner
 from outrider.decoding.scoring import mass_dtype
 from outrider.decoding.sequence import Sequence
-from outrider.errors import EngineError
+from outrider.errors import EngineError, OptionError
 from outrider.models import LanguageModel
 from outrider.models.attention import ROUND
 from outrider.models.cache import aligned
@@ -57,27 +57,33 @@ class Engine:
         self.broken: str | None = None  # what made it unusable
         self._idle: Runner | None = None  # of the last run, with all that it has captured
 
-    def run(self, sequences: list[Sequence], progress: ProgressCallback | None = None) -> Iterator[Event]:
+    def run(
+        self, sequences: list[Sequence], progress: ProgressCallback | None = None, watch: Watch | None = None
+    ) -> Iterator[Event]:
         """Continue all sequences to their end; yields the tokens of every sequence after every round.
 
         A sequence that fails, for want of memory or because the target's logits are not finite, ends with `error` set and the
         others go on. An error of the device ends all of them; then the engine cannot be used again.
 
-        Raises, before any work, EngineError when it cannot be used and PromptError when a sequence does not fit into the
+        `watch` is told of every round. Raises, before any work, EngineError when it cannot be used, OptionError when captured
+        rounds are to be watched (the next one overwrites their lists) and PromptError when a sequence does not fit into the
         memory that is free; warns when fewer fit at the same time than the batch size says.
         """
         if self.broken is not None:
             raise EngineError(
                 f"engine: stopped by an error of the device ({self.broken}); it cannot be used again, start a new process"
             )
-        return self._run(self._runner(sequences), sequences, progress or (lambda what, done, of: None))
+        if watch is not None and self.captures:
+            raise OptionError("eager", False, "True (--eager) for rounds that are watched: CUDA graphs overwrite their lists")
+        loop = Loop(self, self._runner(sequences), sequences, progress or (lambda what, done, of: None), watch)
+        return self._run(loop)
 
-    def _run(self, runner: Runner, sequences: list[Sequence], progress: ProgressCallback) -> Iterator[Event]:
+    def _run(self, loop: Loop) -> Iterator[Event]:
         try:
-            yield from Loop(self, runner, sequences, progress).events()
+            yield from loop.events()
         finally:
             if self.captures:  # after an error of the device, too: to free graphs then would end the process
-                self._idle = runner
+                self._idle = loop.runner
 
     def release(self) -> None:
         """Give back the memory that is kept for the next run: the caches, and what rounds were captured over them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,9 +15,15 @@ from outrider.decoding.runner import Flight, Runner
 from outrider.decoding.scheduler import Scheduler
 from outrider.decoding.sequence import Sequence
 from outrider.decoding.statistics import ReadCounter
+from outrider.types import Selection
 
 if TYPE_CHECKING:
     from outrider.decoding.engine import Engine
+
+
+# told of every round of every sequence before its tokens are emitted: its lists [L, 1, Hs, M] are over `sequence.cached` tokens
+# (the cache, whose lengths they may share, has gone on by then), None in a dense round
+Watch = Callable[[Sequence, RowOutcome, Selection | None], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +37,16 @@ class Event:
 class Loop:
     """The host's side of one run: who runs, who waits, and what a round means for each."""
 
-    def __init__(self, engine: Engine, runner: Runner, sequences: list[Sequence], progress: ProgressCallback) -> None:
-        self.engine, self.runner, self.config, self.progress = engine, runner, engine.config, progress
+    def __init__(
+        self,
+        engine: Engine,
+        runner: Runner,
+        sequences: list[Sequence],
+        progress: ProgressCallback,
+        watch: Watch | None = None,
+    ) -> None:
+        self.engine, self.runner, self.config = engine, runner, engine.config
+        self.progress, self.watch = progress, watch
         self.scheduler = Scheduler(sequences, runner.slots)
         self.filling: Prefill | None = None
         layers, bits = (engine.guidance.layers, engine.guidance.bits) if engine.guidance is not None else ((), None)
@@ -128,15 +142,20 @@ class Loop:
     def _commit(self, flight: Flight) -> Iterator[Event]:
         """Emit the accepted tokens and the recovered or bonus one; finished sequences leave their slots."""
         outcomes, seconds, now = flight.land(), flight.clock.settle(), time.perf_counter()
+        selection = flight.selection
+        layers = selection.layers if selection is not None else ()
         events = []
-        for sequence, outcome, touched in zip(flight.sequences, outcomes, flight.touched, strict=True):
+        for row, (sequence, outcome) in enumerate(zip(flight.sequences, outcomes, strict=True)):
             if sequence.finish_reason is not None:  # it ended while this round was under way
                 continue
             if not outcome.finite:
                 sequence.end("error", "the target's logits are not finite numbers")
                 events.append(Event(sequence=sequence, tokens=[]))
                 continue
-            self._record(sequence, outcome, flight.layers, touched, {name: x / len(outcomes) for name, x in seconds.items()})
+            spent = {name: x / len(outcomes) for name, x in seconds.items()}
+            self._record(sequence, outcome, layers, flight.touched[row], spent)
+            if self.watch is not None:
+                self.watch(sequence, outcome, selection.rows(row, row + 1) if selection is not None else None)
             events.append(Event(sequence=sequence, tokens=sequence.extend(outcome.tokens)))
             sequence.statistics.generated_tokens = len(sequence.tokens)
             sequence.statistics.decode_seconds = now - (sequence.statistics.began or now)

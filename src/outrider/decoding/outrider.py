@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from outrider.config import Budget, EngineConfig, SamplingParams, check, engine_config
 from outrider.decoding.engine import Engine
-from outrider.decoding.loop import Event
+from outrider.decoding.loop import Event, Watch
 from outrider.decoding.pair import BUILTIN, METHODS, find_alignment, load_pair
 from outrider.decoding.prefill import ProgressCallback, ReadChunk, read_chunk
 from outrider.decoding.sequence import Sequence
@@ -152,10 +152,14 @@ class Outrider:
         params: SamplingParams | list[SamplingParams] | None = None,
         *,
         progress: ProgressCallback | None = None,
+        watch: Watch | None = None,
     ) -> Stream:
-        """Like `generate`, but yields the new text of every prompt after every round. All prompts are checked first."""
+        """Like `generate`, but yields the new text of every prompt after every round. All prompts are checked first.
+
+        `watch` is told of every round: its drafted and emitted tokens, and its lists (on a GPU with `eager` alone).
+        """
         sequences = self._sequences(prompts, params)
-        return Stream(sequences, self._engine.run(sequences, progress))
+        return Stream(sequences, self._engine.run(sequences, progress, watch))
 
     def release(self) -> None:
         """Give back the memory that the last run's caches and graphs hold for the next one."""

@@ -124,13 +124,14 @@ class Outcome:
     """
 
     numbers: Tensor  # [B, K + 5] fp64: K drafted tokens, how many are accepted, the next token, 1 if logits are finite, Listed
-    layers: tuple[int, ...]  # target layers that had lists
+    selection: Selection | None  # the lists that the target read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowOutcome:
     """What a round leaves to one sequence, on the host."""
 
+    drafted: list[int]
     tokens: list[int]  # emitted: accepted ones, then the recovered or bonus token
     finite: bool  # every logit of the target was a number
     listed_tokens: float  # see Listed
@@ -141,7 +142,13 @@ class RowOutcome:
         """From a row of `Outcome.numbers`."""
         *drafted, accepted, following, finite, tokens, rows = numbers
         emitted = [*drafted[: int(accepted)], following]
-        return cls(tokens=[int(x) for x in emitted], finite=finite == 1, listed_tokens=tokens, listed_rows=rows)
+        return cls(
+            drafted=[int(x) for x in drafted],
+            tokens=[int(x) for x in emitted],
+            finite=finite == 1,
+            listed_tokens=tokens,
+            listed_rows=rows,
+        )
 
 
 def accept(
@@ -167,4 +174,4 @@ def accept(
         cache.truncate(caches[0].lengths)
     columns = [verified.accepted, verified.next_token, finite, *listed]
     numbers = torch.cat([trace.tokens.double(), torch.stack([column.double() for column in columns], dim=1)], dim=1)
-    return Outcome(numbers=numbers, layers=selection.layers if selection is not None else ())
+    return Outcome(numbers=numbers, selection=selection)

@@ -26,7 +26,7 @@ class Flight:
     """A round under way."""
 
     sequences: list[Sequence]  # by row
-    layers: tuple[int, ...]  # target layers that have lists in it
+    selection: Selection | None  # its lists; those of a captured round are overwritten by the next
     touched: list[float]  # bytes that a rival has read in order to choose, by row
     clock: StageClock
     numbers: Tensor  # on the host, once `arrived`
@@ -134,7 +134,12 @@ class Runner:
             arrived = torch.cuda.Event()
             arrived.record()
         return Flight(
-            sequences=list(running), layers=outcome.layers, touched=touched, clock=clock, numbers=host, arrived=arrived
+            sequences=list(running),
+            selection=outcome.selection,
+            touched=touched,
+            clock=clock,
+            numbers=host,
+            arrived=arrived,
         )
 
     def _touched(self, kind: RoundKind, running: list[Sequence]) -> list[float]:
