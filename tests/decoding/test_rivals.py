@@ -83,5 +83,5 @@ def test_an_alignment_is_not_needed(make_pair, random_prompts):
     target, draft = make_pair("llama", **DEEP)
     config = engine_config(**SHORT | {"method": "streaming"})
     assert Engine(target, draft, config, None).guidance.rival is not None
-    with pytest.raises(OptionError, match="top-p: got 0.9; allowed: --keep with method streaming"):
+    with pytest.raises(OptionError, match=r"top-p: got 0\.9; allowed: --keep with method streaming"):
         Engine(target, draft, engine_config(mode="sparse", method="streaming", top_p=0.9), None)
