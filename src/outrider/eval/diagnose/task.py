@@ -47,14 +47,15 @@ def evaluate(
     least = draft_tokens + 2  # tokens of two rounds
     check("scored-tokens", scored_tokens, least <= scored_tokens < context, f"{least} .. context - 1 = {context - 1}")
     check_context(context, pair, 2)
+    bits = code_bits(score_keys, pair[1], draft_tokens + 1)
+    selectors = [make_selector(case, pair, alignments, map_name, draft_tokens, bits) for case in cases]
     prefix = context - scored_tokens - 1
     for case in cases:
         if case.method != DENSE:
             shortest = budget_of(case).min_context
             allowed = f"at most {prefix}, the tokens before the scored ones, so that all rounds have lists"
             check("min-context", shortest, shortest <= prefix, allowed)
-    bits = code_bits(score_keys, pair[1], draft_tokens + 1)
-    selectors = [make_selector(case, pair, alignments, map_name, draft_tokens, bits) for case in cases]
+    documents = [(text.name, tokenize(pair[0], text.name, text.text, context)) for text in texts]
     reader = TeacherForced(pair, context, draft_tokens, bits)
     options = {"draft_tokens": draft_tokens, "score_keys": score_keys, "prefill_chunk": prefill_chunk}
     engines = [
@@ -63,7 +64,6 @@ def evaluate(
         else None
         for case in cases
     ]
-    documents = [(text.name, tokenize(pair[0], text.name, text.text, context)) for text in texts]
     common = conditions(pair, draft_tokens, map_name, bits)
 
     def rows() -> Iterator[Diagnosis]:
