@@ -33,8 +33,8 @@ class GivenRound:
     logits: Tensor  # [T, V] fp32: row i predicts the token behind the round's i-th
     cached: int  # tokens in the caches before the round
     reads: Reads
-    lists: Selection | None  # None: every layer read everything
-    queries: tuple[Tensor, ...]  # of the target, by layer [1, T, Hq, D]; empty unless recorded
+    lists: Selection | None  # where recorded: what the target read; None: everything
+    queries: tuple[Tensor, ...]  # where recorded: of the target, by layer [1, T, Hq, D]; else empty
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,9 +99,10 @@ class TeacherForced:
         min_context: int = 0,
         t: int | None = None,
         *,
-        record_queries: bool = False,
+        record: bool = False,
     ) -> Iterator[GivenRound]:
-        """`run`, round by round, so that nobody need hold all logits; `t` tokens a round, K + 1 unless given.
+        """`run`, round by round, so that nobody need hold all logits; `t` tokens a round, K + 1 unless given. With `record`
+        rounds bring their lists and queries along.
 
         With a `selector` rounds behind at least `min_context` tokens are sparse. The caches come back as they were once the
         last round has been taken.
@@ -118,7 +119,7 @@ class TeacherForced:
                 cached, lists = int(lengths), None
                 if guide is not None:
                     lists = guide.lists(part, lengths, sparse=cached >= max(min_context, 1))
-                output = self.target.forward(part, target_cache, selection=lists, record_queries=record_queries)
+                output = self.target.forward(part, target_cache, selection=lists, record_queries=record)
                 selection = lists.made if isinstance(lists, InForward) else lists
                 found: tuple[Any, ...] = ()
                 if selection is not None:
@@ -131,7 +132,11 @@ class TeacherForced:
                 for cache in self.caches:
                     cache.advance(part.shape[1])
                 yield GivenRound(
-                    logits=output.logits[0].float(), cached=cached, reads=reads, lists=selection, queries=output.queries
+                    logits=output.logits[0].float(),
+                    cached=cached,
+                    reads=reads,
+                    lists=selection if record else None,
+                    queries=output.queries,
                 )
         finally:
             for cache in self.caches:

@@ -95,9 +95,8 @@ def _given(
     """What reading `tokens` by lists shows; both readers take every round, so that each holds its own keys of it."""
     figures = ListFigures()
     listed = cached = read = dense_read = differ = 0.0
-    for sparse, dense in zip(
-        reader.rounds(tokens, selector), twin.rounds(tokens, None, record_queries=selector is not None), strict=True
-    ):
+    readings = reader.rounds(tokens, selector, record=True), twin.rounds(tokens, None, record=True)
+    for sparse, dense in zip(*readings, strict=True):
         if sparse.lists is not None:
             figures.add(sparse.lists, dense_mass(twin.target, twin.caches[0], dense))
         listed, cached = listed + sparse.reads.listed, cached + sparse.cached
