@@ -283,6 +283,63 @@ def tail_correction_table(name: str) -> str:
     return markdown([*header, "agreement with dense", "facts recalled"], cells)
 
 
+def diagnosed(rows: list[Line], task: str, between: str | None = None) -> list[Line]:
+    """The lines of one question."""
+    return [row for row in rows if row["task"] == task and row.get("between") == between]
+
+
+def by_layer(rows: list[Line], figure: str) -> dict[int, list[float]]:
+    """Means over texts by layer and head; the texts have the same layers."""
+    found = zip(*(row[figure] for row in rows), strict=True)
+    means = [[sum(column) / len(column) for column in zip(*layer, strict=True)] for layer in found]
+    return dict(zip(rows[0]["layers"], means, strict=True)) if rows else {}
+
+
+def diagnostics_table(name: str) -> str:
+    """What was found of every method and budget, in short."""
+    cells = []
+    for (method, asked), group in grouped(lines(name)).items():
+        read, drafts = diagnosed(group, "disagreement"), diagnosed(group, "acceptance")
+        shares = (f"{100 * mean(read, field):.1f}%" for field in ("kept_fraction", "kv_read_fraction", "disagreement"))
+        figures = []
+        for task, between, figure in (
+            ("heads", None, "recall"),
+            ("overlap", "draft and target", "overlap"),
+            ("overlap", "rounds", "overlap"),
+        ):
+            values = [value for heads in by_layer(diagnosed(group, task, between), figure).values() for value in heads]
+            figures.append(f"{sum(values) / len(values):.3f}" if values else "")
+        positions = zip(*(row["by_position"] for row in drafts), strict=True)
+        accepted = " ".join(f"{sum(column) / len(column):.2f}" for column in positions)
+        cells.append([method, asked, *shares, *figures, accepted])
+    header = ["method", "budget", "kept", "KV bytes read", "disagreement", "attention held", "as the target's own"]
+    return markdown([*header, "as the round before", "accepted at 1 .. 4"], cells)
+
+
+def diagnostics_layers_table(name: str) -> str:
+    """At 5%: attention held, and overlap with the target's own lists, by layer."""
+    rows = [row for row in lines("diagnostics") if row["keep"] == 0.05]
+    layers = sorted({layer for row in rows for layer in row.get("layers", ())})
+    cells = []
+    for task, between, figure, what in (
+        ("heads", None, "recall", "attention held"),
+        ("overlap", "draft and target", "overlap", "as the target's own"),
+    ):
+        for (method, _), group in grouped(diagnosed(rows, task, between)).items():
+            found = by_layer(group, figure)
+            shown = (f"{sum(found[x]) / len(found[x]):.2f} ({min(found[x]):.2f})" if x in found else "" for x in layers)
+            cells.append([what, method, *shown])
+    return markdown(["mean (lowest)", "method", *(f"layer {layer}" for layer in layers)], cells)
+
+
+def diagnostics_heads_table(name: str) -> str:
+    """Attention held by the lists of outrider at 5%, by layer and query head."""
+    rows = [row for row in diagnosed(lines("diagnostics"), "heads") if (row["method"], row["keep"]) == ("outrider", 0.05)]
+    found = by_layer(rows, "recall")
+    cells = [[f"layer {layer}", *(f"{value:.2f}" for value in heads)] for layer, heads in found.items()]
+    return markdown(["", *(f"head {head}" for head in range(len(cells[0]) - 1))], cells)
+
+
 NOT_MEASURED = "Not measured yet.\n"
 
 
@@ -348,6 +405,9 @@ TABLES: dict[str, Callable[[str], str]] = {
     "score-keys": score_keys_table,
     "rivals": rivals_table,
     "tail-correction": tail_correction_table,
+    "diagnostics": diagnostics_table,
+    "diagnostics-layers": diagnostics_layers_table,
+    "diagnostics-heads": diagnostics_heads_table,
     "kernels": kernels_table,
     "kernels-sparse_attention": kernels_table,
     "kernels-token_select": kernels_table,

@@ -133,3 +133,51 @@ def test_caches_in_8_bits_are_used_and_named(task, outrider, flags, tmp_path):
     if task is PERPLEXITY:
         assert wide["ppl_dense"] != narrow["ppl_dense"]
         assert narrow["ppl_dense"] == pytest.approx(wide["ppl_dense"], rel=0.1)
+
+
+class TestDiagnose:
+    FLAGS = ("eval", "diagnose", "--context", "120", "--scored-tokens", "12")
+
+    def test_appends_lines_and_prints_tables_of_every_text_and_the_means(self, outrider, flags, tmp_path):
+        path = tmp_path / "rows.jsonl"
+        methods = [flag for method in ("dense", "outrider", "quest") for flag in ("--method", method)]
+        outcome = outrider(*self.FLAGS, *flags, *methods, "--keep", "0.2", "--json", path)
+        assert outcome.code == 0 and outcome.err == "", outcome.err
+        rows = lines(path)
+        lists = ["heads", "overlap", "overlap"]
+        tasks = ["disagreement", "acceptance", "disagreement", *lists, "acceptance", "disagreement", *lists]
+        assert [(row["text"], row["task"]) for row in rows] == [(text, task) for text in ("text", "other") for task in tasks]
+        assert all(row["conditions"]["command"].startswith("outrider ") for row in rows)
+        shown = [line.strip() for line in outcome.out.splitlines()]
+        assert [line for line in shown if line in ("text", "other", "mean of 2")] == ["text", "other", "mean of 2"]
+        heads = rows[3]["recall"]
+        recall = sum(map(sum, heads)) / sum(map(len, heads))
+        lowest, layer, head = min((value, layer, head) for layer, row in enumerate(heads) for head, value in enumerate(row))
+        assert f"{recall:.3f}" in outcome.out and f"{lowest:.3f} (layer {layer}, head {head})" in outcome.out
+        assert f"{100 * rows[2]['disagreement']:.1f}%" in outcome.out
+        assert " ".join(f"{share:.2f}" for share in rows[6]["by_position"]) in outcome.out
+
+    def test_interrupt_keeps_what_was_done(self, outrider, flags, tmp_path, monkeypatch):
+        path = tmp_path / "rows.jsonl"
+
+        def append_then_interrupt(path, rows, command):
+            append_rows(path, rows, command)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        monkeypatch.setattr("outrider.eval.rows.append_rows", append_then_interrupt)
+        outcome = outrider(*self.FLAGS, *flags, "--keep", "0.2", "--json", path)
+        assert outcome.code == 130 and outcome.err == "outrider: interrupted\n"
+        assert "text, interrupted" in outcome.out and [row["task"] for row in lines(path)] == ["disagreement"]
+
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [
+            (["--method", "magic"], "method: got 'magic'; allowed: dense, outrider, sts, specattn"),
+            (["--scored-tokens", "5"], "scored-tokens: got 5; allowed: 6 .. context - 1 = 119"),
+            (["--min-context", "500"], "min-context: got 500; allowed: at most 107, "),
+            (["--context", "100000"], "context: got 100000; allowed: "),
+        ],
+    )
+    def test_bad_options(self, fails, flags, wrong, message, tmp_path):
+        assert fails(*self.FLAGS, *flags, *wrong, "--json", tmp_path / "rows.jsonl").startswith(message)
+        assert list(tmp_path.iterdir()) == []

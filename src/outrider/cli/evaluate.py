@@ -1,9 +1,7 @@
-"""outrider eval perplexity | facts | ruler | qa"""
+"""outrider eval perplexity | facts | ruler | qa | diagnose"""
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,17 +12,17 @@ import typer
 
 from outrider.cli.files import read_text
 from outrider.cli.options import Flags, ModelOptions, takes
+from outrider.cli.reports import report, report_diagnosis
 from outrider.cli.screen import Screen
-from outrider.cli.tables import evaluation_table
 from outrider.config import Budget, EngineConfig, check, option
 from outrider.errors import OptionError
 
 if TYPE_CHECKING:
-    from outrider.eval.rows import Row, Text
+    from outrider.eval.rows import Text
 
 DENSE = "dense"
 BUILTIN = "builtin"  # the target that comes with Outrider
-Task = Callable[..., "Iterable[Row]"]  # of a pair, alignments, cases and options
+Task = Callable[..., "Iterable[Any]"]  # rows, of a pair, alignments, cases and options
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +59,9 @@ ENGINE = Flags(
     short={"draft_tokens": "-K"},
 )
 
-app = typer.Typer(help="Measure what a method costs: on given tokens (perplexity, facts), in generated answers (ruler, qa).")
+app = typer.Typer(
+    help="Measure what a method costs: on given tokens (perplexity, facts), in answers (ruler, qa); and where (diagnose)."
+)
 
 
 @app.command()
@@ -177,6 +177,26 @@ def qa(
     _evaluate(task, values, each=False)
 
 
+@app.command()
+@takes(EVALUATION, BUDGET, MODELS, ENGINE)
+def diagnose(
+    scored_tokens: Annotated[
+        int, typer.Option(help="last tokens of the context that are predicted; as many are generated for acceptance")
+    ] = 640,
+    **values: Any,
+) -> None:
+    """Where a method loses: attention recalled by layer and head, overlap of lists, drafts accepted by position."""
+    contents = _contents(values["text"])
+
+    def task() -> Task:
+        from outrider.eval.diagnose.task import evaluate
+
+        return partial(evaluate, texts=_texts(contents), scored_tokens=scored_tokens)
+
+    rows, _, screen = _start(task, values)
+    report_diagnosis(rows, values["json"], screen)
+
+
 def _contents(files: Sequence[Path], option: str = "--text") -> list[tuple[str, str]]:
     """Name and text of every file."""
     return [(file.stem, read_text(option, file)) for file in files]
@@ -190,6 +210,12 @@ def _texts(contents: list[tuple[str, str]]) -> list[Text]:
 
 def _evaluate(task: Callable[[], Task], values: dict[str, Any], *, each: bool = True) -> None:
     """Check, load, run the task. With `each`, every text gets a table of its own before the means."""
+    rows, cases, screen = _start(task, values)
+    report(rows, cases if each else None, values["json"], screen)
+
+
+def _start(task: Callable[[], Task], values: dict[str, Any]) -> tuple[Iterable[Any], int, Screen]:
+    """Check and load, up to the work: rows as they come, the number of cases, and the screen that shows how far it is."""
     # flags that all tasks have
     options, models, engine = ANSWERS_TO_DATA.pick(values), MODELS.pick(values), ENGINE.pick(values)
     EngineConfig(**engine)
@@ -207,33 +233,7 @@ def _evaluate(task: Callable[[], Task], values: dict[str, Any], *, each: bool = 
         given = {"cases": cases, "context": options["context"], "map_name": models.pop("map"), "progress": screen.progress}
         alignment = models.pop("alignment")
         pair = load_pair(**models, backend=engine.pop("backend"), kv_dtype=engine.pop("kv_dtype"))
-        rows = evaluate(pair, find_alignment(alignment, *pair), **given, **engine)
-    _report(rows, len(cases) if each else None, options["json"], screen)
-
-
-def _report(work: Iterable[Row], per_text: int | None, path: Path | None, screen: Screen) -> None:
-    """Append rows as they come; print a table after every `per_text` of them (None: not at all), and the means in the end."""
-    from outrider.eval.rows import append_rows, summarize
-
-    rows: list[Row] = []
-    shown = 0
-    try:
-        with screen.working():
-            for row in work:
-                rows.append(row)
-                if path is not None:
-                    append_rows(path, [row], command=shlex.join(["outrider", *sys.argv[1:]]))
-                if len(rows) - shown == per_text:
-                    screen.show(evaluation_table(row.text, rows[shown:]))
-                    shown = len(rows)
-    except KeyboardInterrupt:
-        left = summarize(rows) if per_text is None else rows[shown:]
-        if left:
-            screen.show(evaluation_table(f"{left[-1].text}, interrupted", left))
-        raise
-    if len(rows) > (per_text or 0):
-        means = summarize(rows)
-        screen.show(evaluation_table(means[0].text, means))
+        return evaluate(pair, find_alignment(alignment, *pair), **given, **engine), len(cases), screen
 
 
 def _budgets(given: dict[str, Any]) -> list[Budget]:

@@ -15,6 +15,7 @@ from outrider.bench.results import drafting_of
 if TYPE_CHECKING:
     from outrider.bench.results import Row as BenchRow
     from outrider.decoding.statistics import Statistics
+    from outrider.eval.diagnose.summary import ByLayer, Summary
     from outrider.eval.rows import Row
     from outrider.guidance.alignment import AlignmentFile
 
@@ -77,6 +78,33 @@ def evaluation_table(title: str, rows: Sequence[Row]) -> Table:
     return _table(
         title, [columns[i][0] for i in shown], [[cells[i][at] for i in shown] for at in range(len(rows))], names=names
     )
+
+
+def diagnosis_tables(title: str, found: Sequence[Summary]) -> Group:
+    """One row a method and budget: all figures in short, then recall and overlap by layer where there are lists."""
+    columns: list[tuple[str, Callable[[Summary], str]]] = [
+        ("method", lambda s: s.method),
+        ("budget", _budget),
+        ("kept", lambda s: _percent(s.kept_fraction)),
+        ("KV read", lambda s: _percent(s.kv_read_fraction)),
+        ("disagreement", lambda s: _percent(s.disagreement)),
+        ("recall", lambda s: _number(_mean(s.recall), ".3f")),
+        ("lowest head", lambda s: _lowest(s.recall)),
+        ("as the round before", lambda s: _number(_mean(s.with_previous), ".3f")),
+        ("as the target's own", lambda s: _number(_mean(s.with_target), ".3f")),
+        ("accepted at 1 .. K", lambda s: " ".join(f"{share:.2f}" for share in s.by_position) or NONE),
+    ]
+    tables = [_table(title, [name for name, _ in columns], [[cell(s) for _, cell in columns] for s in found], names=2)]
+    listed = [s for s in found if s.recall]
+    layers = sorted({layer for s in listed for layer in s.recall})
+    by_layer: list[tuple[str, Callable[[Summary], ByLayer]]] = [
+        ("share of the dense attention that lists hold, by layer: mean of heads (lowest)", lambda s: s.recall),
+        ("overlap with the target's own lists, by layer: mean of lists (lowest)", lambda s: s.with_target),
+    ]
+    for what, figures in by_layer if listed else ():
+        cells = [[s.method, _budget(s), *(_heads(figures(s).get(layer)) for layer in layers)] for s in listed]
+        tables.append(_table(what, ["method", "budget", *map(str, layers)], cells, names=2))
+    return Group(*tables)
 
 
 def decode_table(rows: Sequence[BenchRow]) -> Table:
@@ -157,7 +185,27 @@ def _agreement(statistics: Statistics) -> str:
     return f"{statistics.agreed} of {statistics.audited} ({_percent(statistics.agreement)})"
 
 
-def _budget(row: Row) -> str:
+def _mean(figures: ByLayer) -> float | None:
+    """Over the heads of all layers."""
+    values = [value for heads in figures.values() for value in heads]
+    return sum(values) / len(values) if values else None
+
+
+def _lowest(figures: ByLayer) -> str:
+    """ "0.312 (layer 4, head 1)"."""
+    places = [(value, layer, head) for layer, heads in figures.items() for head, value in enumerate(heads)]
+    if not places:
+        return NONE
+    value, layer, head = min(places)
+    return f"{value:.3f} (layer {layer}, head {head})"
+
+
+def _heads(values: Sequence[float] | None) -> str:
+    """ "0.81 (0.52)"; a layer without lists has none."""
+    return NONE if values is None else f"{sum(values) / len(values):.2f} ({min(values):.2f})"
+
+
+def _budget(row: Row | Summary) -> str:
     if row.keep is not None:
         return f"keep {row.keep:g}"
     return NONE if row.top_p is None else f"top-p {row.top_p:g}"

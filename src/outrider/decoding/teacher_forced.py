@@ -23,6 +23,7 @@ from outrider.guidance.rivals import Rival
 from outrider.guidance.selectors.base import Selector
 from outrider.models import LanguageModel
 from outrider.models.cache import aligned
+from outrider.types import Selection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,8 @@ class GivenRound:
     logits: Tensor  # [T, V] fp32: row i predicts the token behind the round's i-th
     cached: int  # tokens in the caches before the round
     reads: Reads
+    lists: Selection | None  # where recorded: what the target read; None: everything
+    queries: tuple[Tensor, ...]  # where recorded: of the target, by layer [1, T, Hq, D]; else empty
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +73,12 @@ class TeacherForced:
         self._document = tokens
         self._begun: dict[int, Rival] = {}  # rivals that have seen it, by identity
 
+    def dense_twin(self) -> TeacherForced:
+        """The target alone over a copy of its cache: dense rounds can be read there while this one's are sparse."""
+        twin = copy.copy(self)
+        twin.draft, twin.models, twin.caches = None, self.models[:1], (copy.deepcopy(self.caches[0]),)
+        return twin
+
     def run(self, tokens: list[int], selector: Selector | Rival | None, min_context: int = 0) -> Run:
         """Predict behind each of `tokens`, which follow the cached document; the caches come back as they were."""
         started = time.perf_counter()
@@ -84,9 +93,16 @@ class TeacherForced:
         )
 
     def rounds(
-        self, tokens: list[int], selector: Selector | Rival | None, min_context: int = 0, t: int | None = None
+        self,
+        tokens: list[int],
+        selector: Selector | Rival | None,
+        min_context: int = 0,
+        t: int | None = None,
+        *,
+        record: bool = False,
     ) -> Iterator[GivenRound]:
-        """`run`, round by round, so that nobody need hold all logits; `t` tokens a round, K + 1 unless given.
+        """`run`, round by round, so that nobody need hold all logits; `t` tokens a round, K + 1 unless given. With `record`
+        rounds bring their lists and queries along.
 
         With a `selector` rounds behind at least `min_context` tokens are sparse. The caches come back as they were once the
         last round has been taken.
@@ -103,7 +119,7 @@ class TeacherForced:
                 cached, lists = int(lengths), None
                 if guide is not None:
                     lists = guide.lists(part, lengths, sparse=cached >= max(min_context, 1))
-                logits = self.target.forward(part, target_cache, selection=lists).logits[0].float()
+                output = self.target.forward(part, target_cache, selection=lists, record_queries=record)
                 selection = lists.made if lists is not None else None
                 found: tuple[Any, ...] = ()
                 if selection is not None:
@@ -115,7 +131,13 @@ class TeacherForced:
                     touched = guide.touched
                 for cache in self.caches:
                     cache.advance(part.shape[1])
-                yield GivenRound(logits=logits, cached=cached, reads=reads)
+                yield GivenRound(
+                    logits=output.logits[0].float(),
+                    cached=cached,
+                    reads=reads,
+                    lists=selection if record else None,
+                    queries=output.queries,
+                )
         finally:
             for cache in self.caches:
                 cache.truncate(prefix)

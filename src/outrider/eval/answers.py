@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from outrider.config import Budget, EngineConfig, SamplingParams, check
 from outrider.decoding.outrider import Outrider, Prompt
 from outrider.decoding.pair import METHODS
-from outrider.decoding.prefill import read_chunk
+from outrider.decoding.prefill import ReadChunk, read_chunk
 from outrider.decoding.statistics import total
 from outrider.errors import EngineError, OptionError, PromptError
 from outrider.eval.rows import DENSE, Case
@@ -37,6 +38,36 @@ class Answers:
     seconds: float  # of decoding
 
 
+def make_engine(
+    case: Case,
+    pair: tuple[LanguageModel, LanguageModel],
+    alignments: AlignmentFile | None,
+    map_name: str | None,
+    read: ReadChunk,
+    **options: Any,
+) -> Outrider:
+    """The engine of a case, for one prompt after another; `options` are fields of EngineConfig.
+
+    Raises OptionError for an unknown method, a missing alignment, and what the engine refuses.
+    """
+    check("method", case.method, case.method in (DENSE, *METHODS), ", ".join((DENSE, *METHODS)))
+    dense = case.method == DENSE
+    if case.method in SELECTORS and alignments is None:
+        raise OptionError("alignment", None, "a file made by `outrider calibrate` for this pair")
+    config = EngineConfig(
+        mode="dense" if dense else "sparse",
+        method=EngineConfig().method if dense else case.method,
+        budget=Budget() if dense else budget_of(case),
+        drafting="dense" if case.method in RIVALS else "auto",  # a rival has no scores to draft from
+        batch_size=1,  # memory for one, and what prompts share is read once
+        kv_dtype=pair[0].spec.kv_dtype,
+        eager=True,  # runs are short: to capture rounds for each case and prompt would take longer than to run them
+        backend=pair[0].backend,
+        **options,
+    )
+    return Outrider(*pair, config, alignments, map_name, read=read)
+
+
 class Answering:
     """The engines of all cases."""
 
@@ -53,27 +84,9 @@ class Answering:
     ) -> None:
         """Raises OptionError for an unknown method, a missing alignment, and what the engine refuses."""
         self.cases = cases
-        memory = PromptMemory()
-        self._engines = []
-        for case in cases:
-            check("method", case.method, case.method in (DENSE, *METHODS), ", ".join((DENSE, *METHODS)))
-            if case.method in SELECTORS and alignments is None:
-                raise OptionError("alignment", None, "a file made by `outrider calibrate` for this pair")
-            config = EngineConfig(
-                mode="dense" if case.method == DENSE else "sparse",
-                method=EngineConfig().method if case.method == DENSE else case.method,
-                budget=Budget() if case.method == DENSE else budget_of(case),
-                draft_tokens=draft_tokens,
-                drafting="dense" if case.method in RIVALS else "auto",  # a rival has no scores to draft from
-                score_keys=score_keys,
-                batch_size=1,  # prompts one after another: memory for one, and what they share is read once
-                prefill_chunk=prefill_chunk,
-                kv_dtype=pair[0].spec.kv_dtype,
-                eager=True,  # answers are short: to capture rounds for each case and prompt would take longer than to run them
-                audit=True,
-                backend=pair[0].backend,
-            )
-            self._engines.append(Outrider(*pair, config, alignments, map_name, read=memory.read))
+        options = {"draft_tokens": draft_tokens, "score_keys": score_keys, "prefill_chunk": prefill_chunk, "audit": True}
+        read = PromptMemory().read
+        self._engines = [make_engine(case, pair, alignments, map_name, read, **options) for case in cases]
 
     def answer(self, number: int, prompts: Sequence[str], new_tokens: int, stop: tuple[str, ...] = ()) -> Answers:
         """Continue every prompt with the engine of case `number`. Raises EngineError where one fails."""
@@ -120,24 +133,24 @@ class PromptMemory:
         # up to `start` both are equal: a chunk that differs ends what is remembered
         same = [a == b for a, b in zip(last.tokens[start:stop], given, strict=False)]
         known = start + [*same, False].index(False)
-        _copy(last.cache, cache, start, known)
+        copy_rows(last.cache, cache, start, known)
         cache.advance(known - start)
         if known == stop:
             return
         read_chunk(model, cache, tokens[:, known - start :], stop)
-        _copy(cache, last.cache, known, stop)
+        copy_rows(cache, last.cache, known, stop)
         last.tokens[known:] = given[known - start :]
 
     def _widened(self, last: _Prompt | None, model: LanguageModel, capacity: int) -> _Prompt:
         """The same with room for `capacity` tokens."""
         wider = _Prompt(tokens=[] if last is None else last.tokens, cache=model.new_cache(1, capacity))
         if last is not None:
-            _copy(last.cache, wider.cache, 0, len(last.tokens))
+            copy_rows(last.cache, wider.cache, 0, len(last.tokens))
         return wider
 
 
-def _copy(source: KVCache, target: KVCache, start: int, stop: int) -> None:
-    """Rows start .. stop - 1 of every layer."""
+def copy_rows(source: KVCache, target: KVCache, start: int, stop: int) -> None:
+    """Rows start .. stop - 1 of every layer, from one cache to another."""
     for layer in range(len(source.layers)):
         target.keys(layer, stop)[:, start:] = source.keys(layer, stop)[:, start:]
         target.values(layer, stop)[:, start:] = source.values(layer, stop)[:, start:]

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -69,6 +69,17 @@ class Row:
         return asdict(self)
 
 
+class Line(Protocol):
+    """What can be appended to a file of result rows."""
+
+    @property
+    def conditions(self) -> dict[str, str | int]:
+        """What its figures depend on."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+
+
 def check_rows_path(path: str | Path) -> None:
     """Raise OptionError unless rows can be appended to `path`; leaves no file behind that was not there."""
     path = Path(path)
@@ -103,7 +114,7 @@ def conditions(
     }
 
 
-def append_rows(path: str | Path, rows: Iterable[Row], command: str | None = None) -> None:
+def append_rows(path: str | Path, rows: Iterable[Line], command: str | None = None) -> None:
     """Append rows as JSON lines, each in a single write, so that a line is there whole or not at all.
 
     `command` is recorded among the conditions.

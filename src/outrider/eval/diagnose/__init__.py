@@ -1,0 +1,1 @@
+"""Task "diagnose": where lists and drafts fall short, by layer, head and position."""
