@@ -36,3 +36,11 @@ class PairError(OutriderError, ValueError):
 
 class AlignmentError(OutriderError, ValueError):
     """An alignment file is unreadable or was made for other models."""
+
+
+class SweepError(OutriderError, ValueError):
+    """The plan or the result folder of a sweep cannot be used."""
+
+
+class RowError(OutriderError, ValueError):
+    """A line of a result file is no row."""

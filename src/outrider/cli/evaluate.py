@@ -1,4 +1,4 @@
-"""outrider eval perplexity | facts | ruler | qa"""
+"""outrider eval perplexity | facts | ruler | qa; sweep is in sweep.py"""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import typer
 from outrider.cli.files import read_text
 from outrider.cli.options import Flags, ModelOptions, takes
 from outrider.cli.screen import Screen
+from outrider.cli.sweep import sweep
 from outrider.cli.tables import evaluation_table
 from outrider.config import Budget, EngineConfig, check, option
 from outrider.errors import OptionError
@@ -61,7 +62,12 @@ ENGINE = Flags(
     short={"draft_tokens": "-K"},
 )
 
-app = typer.Typer(help="Measure what a method costs: on given tokens (perplexity, facts), in generated answers (ruler, qa).")
+app = typer.Typer(
+    help="Measure what a method costs: on given tokens (perplexity, facts), in generated answers (ruler, qa), in all (sweep)."
+)
+
+
+app.command()(sweep)
 
 
 @app.command()

@@ -69,7 +69,7 @@ class Answering:
                 audit=True,
                 backend=pair[0].backend,
             )
-            self._engines.append(Outrider(*pair, config, alignments, map_name, read=memory.read))
+            self._engines.append(Outrider(*pair, config, alignments, case.map or map_name, read=memory.read))
 
     def answer(self, number: int, prompts: Sequence[str], new_tokens: int, stop: tuple[str, ...] = ()) -> Answers:
         """Continue every prompt with the engine of case `number`. Raises EngineError where one fails."""
