@@ -53,9 +53,9 @@ class Store:
         with self._locked("sweep"):
             for file in sorted((self.path / "rows").glob("*.jsonl")):
                 read_rows(file)
-            stamp = {"format": FORMAT, "version": VERSION, "plan": plan.digest, "models": models, "options": plan.options}
+            stamp = {"format": FORMAT, "version": VERSION, "models": models, "options": plan.options}
             old = self._stamp()
-            merged = stamp if old is None else old | {"plan": plan.digest} | self._merged(old, stamp)
+            merged = self._merged(old or {}, stamp) | {"plan": plan.digest}
             if merged != old:
                 self._replace(self.path / STAMP, json.dumps(merged, indent=2) + "\n")
 
@@ -132,7 +132,7 @@ class Store:
                 merged[name] = value
             elif isinstance(value, dict) and isinstance(old[name], dict):
                 merged[name] = self._merged(old[name], value, where)
-            elif value != old[name] and where != "plan":
+            elif value != old[name]:
                 allowed = f"{old[name]!r}, which its results were made with, or another folder"
                 raise SweepError(f"output {self.path}: {where}: got {value!r}; allowed: {allowed}")
         return merged
