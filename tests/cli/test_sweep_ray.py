@@ -30,6 +30,14 @@ tasks:
 """
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere", "127.0.0.1:port"])
+def test_a_cluster_that_is_not_there(fails, folder, alignment, tmp_path, address):
+    (folder / "ray.yaml").write_text(PLAN.format(alignment=alignment, facts=1), encoding="utf-8")
+    message = fails("eval", "sweep", folder / "ray.yaml", "--output", tmp_path / "out", "--ray", address)
+    assert message.startswith(f"ray: got '{address}'; allowed: local, auto or host:port of a running cluster (")
+    assert list(tmp_path.iterdir()) == []
+
+
 def workers() -> list[int]:
     """Processes that run a cell at this moment."""
     found = []

@@ -34,7 +34,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def plan_of(folder) -> Callable[..., Plan]:
-    """`plan_of(yaml=PLAN, *replacements)`: the plan, after replacing (old, new) in its text."""
+    """`plan_of(*replacements, yaml=PLAN, quick=False)`: the plan, after replacing (old, new) in its text."""
 
     def make(*replacements: tuple[str, str], yaml: str = PLAN, quick: bool = False) -> Plan:
         for old, new in replacements:

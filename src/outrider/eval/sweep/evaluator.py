@@ -16,7 +16,7 @@ from outrider.models.quantized_keys import code_bits
 
 
 class Evaluator:
-    """Runs cells one after another, each from the case on that is missing."""
+    """Runs cells of a plan, on models that stay loaded."""
 
     def __init__(self, models: Models, alignment: Path | AlignmentFile | None) -> None:
         """Raises OptionError, ModelError, PairError or AlignmentError for models that cannot run."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -41,8 +42,8 @@ class _Sent:
 def run_on_ray(plan: Plan, store: Store, address: str, jobs: int) -> Iterator[Event]:
     """`run_here` on a cluster: every cell a task with one CPU, or one GPU where the plan's device is cuda.
 
-    `address`: of a running cluster, "auto" for the one of this machine, "local" for one of `jobs` CPUs that ends with the
-    sweep. Workers need the same Outrider, and models under the same names. Raises OptionError where there is no Ray or no
+    `address`: host:port of a running cluster, "auto" for the one of this machine, "local" for one of `jobs` CPUs that ends with
+    the sweep. Workers need the same Outrider, and models under the same names. Raises OptionError where there is no Ray or no
     cluster, and what a worker refuses.
     """
     alignment = None if plan.models.alignment is None else load(plan.models.alignment, target=None, draft=None)
@@ -169,9 +170,12 @@ def _cluster(address: str, jobs: int) -> Iterator[Any]:
         raise OptionError("ray", address, "an installed Ray: pip install 'outrider[ray]'") from error
     own = {"num_cpus": jobs, "include_dashboard": False} if address == LOCAL else {}
     try:
+        if address not in (LOCAL, "auto"):  # Ray itself would try for minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=5).close()
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise OptionError("ray", address, f"local, auto or the address of a running cluster ({_last_line(error)})") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise OptionError("ray", address, f"local, auto or host:port of a running cluster ({_last_line(error)})") from error
     try:
         yield ray
     finally:
