@@ -40,3 +40,11 @@ class AlignmentError(OutriderError, ValueError):
 
 class ResultsError(OutriderError, ValueError):
     """A results file cannot be read, or results do not belong together."""
+
+
+class SweepError(OutriderError, ValueError):
+    """The plan or the result folder of a sweep cannot be used."""
+
+
+class RowError(OutriderError, ValueError):
+    """A line of a result file is no row."""

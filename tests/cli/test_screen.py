@@ -57,6 +57,15 @@ def test_progress_stays_out_of_pipes(streams):
     assert out.getvalue() == err.getvalue() == ""
 
 
+def test_progress_may_say_more(streams):
+    screen, _, err = streams(stdout=True, stderr=True)
+    with screen.working():
+        screen.progress("cells", 1, 3, note="facts [one], 2 min left")
+        screen.progress("cells", 2, 3, note="facts two, 1 min left")
+    assert "facts [one], 2 min left" in err.getvalue() and "facts two, 1 min left" in err.getvalue()
+    assert err.getvalue().count("cells") >= 2
+
+
 def test_progress_on_the_terminal_does_not_swallow_text(streams):
     screen, out, err = streams(stdout=False, stderr=True)
     with screen.waiting("loading [models]"):

@@ -1,4 +1,4 @@
-"""outrider eval perplexity | facts | ruler | qa | diagnose"""
+"""outrider eval perplexity | facts | ruler | qa | diagnose; sweep is in sweep.py"""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from outrider.cli.files import read_text
 from outrider.cli.options import Flags, ModelOptions, takes
 from outrider.cli.reports import report, report_diagnosis
 from outrider.cli.screen import Screen
+from outrider.cli.sweep import sweep
 from outrider.config import Budget, EngineConfig, check, option
 from outrider.errors import OptionError
 
@@ -60,8 +61,11 @@ ENGINE = Flags(
 )
 
 app = typer.Typer(
-    help="Measure what a method costs: on given tokens (perplexity, facts), in answers (ruler, qa); and where (diagnose)."
+    help="Measure what a method costs on given tokens (perplexity, facts), in answers (ruler, qa), in all (sweep); where (diagnose)."
 )
+
+
+app.command()(sweep)
 
 
 @app.command()

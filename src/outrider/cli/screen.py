@@ -70,17 +70,21 @@ class Screen:
         finally:
             self.clear()
 
-    def progress(self, what: str, done: int, of: int) -> None:
-        """A bar that goes away when the work is done, or when something is printed."""
+    def progress(self, what: str, done: int, of: int, note: str = "") -> None:
+        """A bar that goes away when the work is done, or when something is printed; behind it `note`, which may change."""
         if not self._stderr.is_terminal:
             return
         if self._bar is None or self._what != what:
             self.clear()
             description = TextColumn("{task.description}", markup=False)
-            self._bar, self._what = self._live(description, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()), what
-            self._bar.add_task(what, total=of)
+            behind = TextColumn("{task.fields[note]}", markup=False)
+            self._bar, self._what = (
+                self._live(description, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), behind),
+                what,
+            )
+            self._bar.add_task(what, total=of, note=note)
             self._bar.start()
-        self._bar.update(self._bar.task_ids[0], completed=done, total=of)
+        self._bar.update(self._bar.task_ids[0], completed=done, total=of, note=note)
         if done >= of:
             self.clear()
 

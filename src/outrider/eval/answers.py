@@ -65,7 +65,7 @@ def make_engine(
         backend=pair[0].backend,
         **options,
     )
-    return Outrider(*pair, config, alignments, map_name, read=read)
+    return Outrider(*pair, config, alignments, case.map or map_name, read=read)
 
 
 class Answering:

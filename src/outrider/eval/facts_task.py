@@ -13,7 +13,7 @@ from outrider.config import check
 from outrider.decoding.prefill import ProgressCallback
 from outrider.errors import OptionError
 from outrider.eval.facts import Fact, draw_facts
-from outrider.eval.rows import Case, Row, Text, conditions
+from outrider.eval.rows import Case, Row, Text, conditions, with_map
 from outrider.eval.teacher_forced import TeacherForced, budget_of, check_context, make_selector, tokenize
 from outrider.guidance.alignment import AlignmentFile
 from outrider.guidance.rivals import Rival
@@ -37,7 +37,7 @@ def evaluate(
     prefill_chunk: int = 2048,
     progress: ProgressCallback | None = None,
     facts: int = 20,
-    seed: int = 0,
+    seed: int | str = 0,
 ) -> Iterator[Row]:
     """Plant `facts` facts at random places of each text and ask for each; yields one row per (text, case).
 
@@ -83,7 +83,7 @@ def evaluate(
                     kept_fraction=asked.kept_fraction,
                     kv_read_fraction=asked.kv_read_fraction,
                     seconds=asked.seconds,
-                    conditions=common,
+                    conditions=with_map(common, case),
                 )
 
     return rows()

@@ -6,16 +6,17 @@ import json
 import os
 import platform
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
+from types import NoneType
 from typing import Any, Protocol
 
 import torch
 
 from outrider.config import Budget
-from outrider.errors import OptionError
+from outrider.errors import OptionError, RowError
 from outrider.eval.bootstrap import Interval, change_interval, mean_interval
 from outrider.models import LanguageModel
 from outrider.models.quantized_keys import name_of_bits
@@ -29,6 +30,7 @@ class Case:
 
     method: str
     budget: Budget | None = None
+    map: str | None = None  # of the alignment; None: the one that all cases are given
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +116,11 @@ def conditions(
     }
 
 
+def with_map(common: dict[str, str | int], case: Case) -> dict[str, str | int]:
+    """The conditions of a case's rows: those of all, and the case's own map where it has one."""
+    return common if case.map is None else common | {"map": case.map}
+
+
 def append_rows(path: str | Path, rows: Iterable[Line], command: str | None = None) -> None:
     """Append rows as JSON lines, each in a single write, so that a line is there whole or not at all.
 
@@ -126,6 +133,53 @@ def append_rows(path: str | Path, rows: Iterable[Line], command: str | None = No
             os.write(descriptor, (json.dumps(row.as_dict() | {"conditions": row.conditions | added}) + "\n").encode())
     finally:
         os.close(descriptor)
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """The rows of a file of JSON lines; its conditions may say more than those of a new row.
+
+    Raises RowError, naming file, line and field, for a line that is no row.
+    """
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except OSError as error:
+        raise RowError(f"{path}: cannot be read ({error.strerror}); allowed: a file of result rows") from error
+    return [_read_row(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _read_row(line: bytes, where: str) -> Row:
+    try:
+        entry = json.loads(line.decode("utf-8"))
+    except ValueError as error:
+        raise RowError(f"{where}: not JSON ({error}); allowed: a row as `outrider eval` writes it") from error
+    if not isinstance(entry, dict):
+        raise RowError(f"{where}: got {entry!r}; allowed: an object")
+    known = {f.name: f for f in fields(Row)}
+    for name in entry:
+        if name not in known:
+            raise RowError(f"{where}: unknown field {name!r}; allowed: {', '.join(known)}")
+    for name, f in known.items():
+        if name not in entry and f.default is MISSING and f.default_factory is MISSING:
+            raise RowError(f"{where}: field {name!r} is missing; allowed: a row as `outrider eval` writes it")
+    for name, value in entry.items():
+        kinds = _KINDS[str(known[name].type)]
+        if type(value) not in kinds:
+            allowed = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
+            raise RowError(f"{where}: field {name!r}: got {value!r}; allowed: {allowed}")
+    return Row(**entry)
+
+
+# JSON's types for the annotations of Row's fields
+_KINDS: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (float, int),
+    "str | None": (str, NoneType),
+    "int | None": (int, NoneType),
+    "float | None": (float, int, NoneType),
+    "dict[str, Interval]": (dict,),
+    "dict[str, str | int]": (dict,),
+}
 
 
 def summarize(rows: list[Row]) -> list[Row]:

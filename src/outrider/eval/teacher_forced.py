@@ -37,7 +37,7 @@ def make_selector(
         raise OptionError("method", case.method, ", ".join((DENSE, *SELECTORS, *RIVALS)))
     if alignments is None:
         raise OptionError("alignment", None, "a file made by `outrider calibrate` for this pair")
-    alignment = alignments.map(map_name or SELECTORS[case.method].default_map).alignment
+    alignment = alignments.map(case.map or map_name or SELECTORS[case.method].default_map).alignment
     return pair_selector(*pair, case.method, alignment, budget_of(case), draft_tokens, bits)
 
 
