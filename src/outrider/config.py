@@ -89,7 +89,7 @@ class EngineConfig:
     """How rounds are run, for all prompts of an engine."""
 
     mode: str = option("sparse", "verification: dense (exact) or sparse (approximate); plain: the target alone, no draft")
-    method: str = option("outrider", "how tokens are selected: outrider, sts or specattn")
+    method: str = option("outrider", "how tokens are selected: outrider, sts, specattn or dustin")
     budget: Budget = field(default_factory=Budget)
     draft_tokens: int = option(4, "tokens the draft proposes each round (K)")
     drafting: str = option(

@@ -36,6 +36,12 @@ CALIBRATION = Flags(source=CalibrationOptions, panel="Calibration")
 def calibrate(
     text: Annotated[Path, typer.Option(help="file of UTF-8 text to calibrate on")],
     out: Annotated[Path, typer.Option(help="alignment file to write; it is there whole or not at all")],
+    channels: Annotated[
+        Path | None,
+        typer.Option(
+            help="also rank the channels of the target's keys, for eval's method double-sparsity, and write this file"
+        ),
+    ] = None,
     **values: Any,
 ) -> None:
     """Learn which draft heads show what each target head reads, and write it to an alignment file."""
@@ -43,11 +49,13 @@ def calibrate(
     EngineConfig(**engine)
     content = read_text("--text", text)
     path = writable_file("out", out)
+    ranking = None if channels is None else writable_file("channels", channels)
     screen = Screen()
     with screen.waiting("loading models"):
         from outrider.decoding.calibrate import calibrate as fit
+        from outrider.decoding.channels import rank_channels
         from outrider.decoding.pair import load_pair
-        from outrider.guidance.alignment import save
+        from outrider.guidance import alignment, channels as channel_files
 
         pair = load_pair(**MODELS.pick(values), backend=engine["backend"])
     options["maps"] = tuple(name.strip() for name in options["maps"].split(","))
@@ -55,6 +63,11 @@ def calibrate(
         file = fit(
             *pair, content, text_name=text.stem, prefill_chunk=engine["prefill_chunk"], progress=screen.progress, **options
         )
-    save(file, path)
+        ranked = None
+        if ranking is not None:
+            ranked = rank_channels(pair[0], content, text_name=text.stem, tokens=options["tokens"], progress=screen.progress)
+    alignment.save(file, path)
+    if ranked is not None:
+        channel_files.save(ranked, ranking)
     screen.show(quality_table(file))
-    screen.show(Text(f"wrote {out}"))
+    screen.show(Text(f"wrote {out}" if channels is None else f"wrote {out} and {channels}"))

@@ -11,6 +11,7 @@ import torch
 from outrider.config import Budget, EngineConfig
 from outrider.decoding.scoring import score
 from outrider.errors import AlignmentError, OptionError
+from outrider.guidance import channels
 from outrider.guidance.alignment import AlignmentFile, ModelIdentity, load
 from outrider.guidance.selectors import build_selector
 from outrider.guidance.selectors.base import Selector
@@ -23,6 +24,7 @@ from outrider.types import Alignment
 BUILTIN = "builtin"  # the name of the pair that ships with Outrider
 PAIR_FOLDER = Path(__file__).parents[1] / "pair"
 BUILTIN_ALIGNMENT = PAIR_FOLDER / "alignment.json"
+BUILTIN_CHANNELS = PAIR_FOLDER / "channels.json"
 
 
 def load_pair(
@@ -206,6 +208,17 @@ def find_alignment(
     if BUILTIN_ALIGNMENT.exists():
         shipped = load(BUILTIN_ALIGNMENT, target=None, draft=None)
         if (shipped.target, shipped.draft) == (identity(target), identity(draft)):
+            return shipped
+    return None
+
+
+def find_channels(given: str | Path | None, target: LanguageModel) -> channels.ChannelFile | None:
+    """The channels asked for, or the built-in target's own; None when there are none."""
+    if given is not None:
+        return channels.load(given, target=identity(target))
+    if BUILTIN_CHANNELS.exists():
+        shipped = channels.load(BUILTIN_CHANNELS, target=None)
+        if shipped.target == identity(target):
             return shipped
     return None
 

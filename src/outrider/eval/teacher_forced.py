@@ -8,6 +8,7 @@ from outrider.decoding.teacher_forced import Run, TeacherForced
 from outrider.errors import OptionError, PromptError
 from outrider.eval.rows import DENSE, Case
 from outrider.guidance.alignment import AlignmentFile
+from outrider.guidance.channels import ChannelFile
 from outrider.guidance.rivals import RIVALS, Rival, Target, build_rival
 from outrider.guidance.selectors import SELECTORS
 from outrider.guidance.selectors.base import Selector
@@ -23,15 +24,16 @@ def make_selector(
     map_name: str | None,
     draft_tokens: int,
     bits: int | None = None,
+    channels: ChannelFile | None = None,
 ) -> Selector | Rival | None:
     """The selector of a case, or a rival; None for "dense".
 
-    Raises OptionError for an unknown method or a missing alignment, and where keys in `bits` cannot be scored.
+    Raises OptionError for an unknown method, a missing alignment or missing channels, and where keys in `bits` cannot be scored.
     """
     if case.method == DENSE:
         return None
     if case.method in RIVALS:
-        return build_rival(case.method, _target(pair[0].spec), budget_of(case))
+        return build_rival(case.method, _target(pair[0].spec, channels), budget_of(case))
     if case.method not in SELECTORS:
         raise OptionError("method", case.method, ", ".join((DENSE, *SELECTORS, *RIVALS)))
     if alignments is None:
@@ -40,7 +42,7 @@ def make_selector(
     return pair_selector(*pair, case.method, alignment, budget_of(case), draft_tokens, bits)
 
 
-def _target(spec: ModelSpec) -> Target:
+def _target(spec: ModelSpec, channels: ChannelFile | None) -> Target:
     shape = spec.full_shape
     return Target(
         layers=spec.full_layers,
@@ -49,6 +51,7 @@ def _target(spec: ModelSpec) -> Target:
         head_dim=shape.head_dim,
         scales=tuple(layer.scale for layer in spec.layers),
         value_bytes=spec.cache_dtype.itemsize,
+        channels=None if channels is None else channels.ranking,
     )
 
 
