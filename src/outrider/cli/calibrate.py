@@ -38,9 +38,7 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="alignment file to write; it is there whole or not at all")],
     channels: Annotated[
         Path | None,
-        typer.Option(
-            help="also rank the channels of the target's keys, for eval's method double-sparsity, and write this file"
-        ),
+        typer.Option(help="file for the ranking of the target's key channels, if wanted (for eval's method double-sparsity)"),
     ] = None,
     **values: Any,
 ) -> None:
@@ -49,13 +47,14 @@ def calibrate(
     EngineConfig(**engine)
     content = read_text("--text", text)
     path = writable_file("out", out)
-    ranking = None if channels is None else writable_file("channels", channels)
+    channels_path = writable_file("channels", channels or out)
     screen = Screen()
     with screen.waiting("loading models"):
         from outrider.decoding.calibrate import calibrate as fit
         from outrider.decoding.channels import rank_channels
         from outrider.decoding.pair import load_pair
-        from outrider.guidance import alignment, channels as channel_files
+        from outrider.guidance import alignment
+        from outrider.guidance import channels as channel_files
 
         pair = load_pair(**MODELS.pick(values), backend=engine["backend"])
     options["maps"] = tuple(name.strip() for name in options["maps"].split(","))
@@ -63,11 +62,10 @@ def calibrate(
         file = fit(
             *pair, content, text_name=text.stem, prefill_chunk=engine["prefill_chunk"], progress=screen.progress, **options
         )
-        ranked = None
-        if ranking is not None:
-            ranked = rank_channels(pair[0], content, text_name=text.stem, tokens=options["tokens"], progress=screen.progress)
+        if channels is not None:
+            ranking = rank_channels(pair[0], content, text_name=text.stem, tokens=options["tokens"], progress=screen.progress)
     alignment.save(file, path)
-    if ranked is not None:
-        channel_files.save(ranked, ranking)
+    if channels is not None:
+        channel_files.save(ranking, channels_path)
     screen.show(quality_table(file))
     screen.show(Text(f"wrote {out}" if channels is None else f"wrote {out} and {channels}"))

@@ -34,7 +34,8 @@ class EvaluationOptions:
     text: tuple[Path, ...] = field(metadata={"help": "file of UTF-8 text to evaluate on"})
     method: tuple[str, ...] = option(
         ("outrider",),
-        "dense, outrider, sts, specattn, dustin; oracle, streaming, h2o, snapkv, quest, tidal, spatten, double-sparsity or twilight",
+        "dense, outrider, sts, specattn, dustin; oracle, streaming, h2o, snapkv, quest, tidal, spatten, double-sparsity or "
+        "twilight (which takes --top-p)",
     )
     context: int = option(16384, "tokens of each text that are read")
     json: Path | None = field(

@@ -26,7 +26,7 @@ def rank_channels(
     rotation by position. There each query head has a ranking of its own; here a KV head has one, from the sum over its query
     heads, so that they share its label cache. Raises OptionError and PromptError before any work.
     """
-    check("tokens", tokens, 1 <= tokens, "a whole number >= 1")
+    check("tokens", tokens, tokens >= 1, "a whole number >= 1")
     if target.tokenizer is None:
         raise PromptError(f"text: {target.spec.name!r} has no tokenizer; allowed: a checkpoint with a tokenizer")
     ids = target.tokenizer(text, verbose=False)["input_ids"][:tokens]

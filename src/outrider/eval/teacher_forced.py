@@ -28,7 +28,8 @@ def make_selector(
 ) -> Selector | Rival | None:
     """The selector of a case, or a rival; None for "dense".
 
-    Raises OptionError for an unknown method, a missing alignment or missing channels, and where keys in `bits` cannot be scored.
+    Raises OptionError for an unknown method, for an alignment or channels that are missing, and where keys in `bits` cannot be
+    scored.
     """
     if case.method == DENSE:
         return None

@@ -19,11 +19,11 @@ class Twilight(Quest):
     """Per query head, of the pages that Quest would read, the fewest tokens that hold a share of the attention, guessed from
     keys in 4 bits.
 
-    As published: a base selector with a generous budget, here Quest, names candidates; keys of candidates in 4 bits, each
-    with a range of its own, give estimated weights; the smallest set whose weights reach `budget.top_p` is attended to,
-    exactly; the first two layers are dense. Chosen here: the base passes on a quarter of the tokens; weights are normalised over
-    the candidates for each query, then averaged over the round's; a share of 1 keeps every token, as for every method. `touched`
-    is the bounds of Quest and the coded keys of the candidates, those of query heads that share a KV head once.
+    As published: a base selector with a generous budget, here Quest, names candidates; their keys in 4 bits, each with a range
+    of its own, give estimated weights; the smallest set whose weights reach `budget.top_p` is attended to, exactly; the first
+    two layers are dense. Chosen here: the base passes on a quarter of the tokens; weights are normalised over the candidates
+    for each query, then averaged over the round's; a share of 1 keeps every token, as for every method. `touched` is the bounds
+    of Quest and the coded keys of the candidates, those of query heads that share a KV head once.
     """
 
     budgeted: ClassVar[str] = "top_p"
@@ -40,8 +40,6 @@ class Twilight(Quest):
         read = marks.unflatten(1, (self.target.kv_heads, -1)).any(2).sum()
         self.touched += float(read) * coded_bytes(self.target.head_dim, BITS)
         guessed = coded(keys.float(), BITS)
-        mass = attention_mass(
-            queries.float(), guessed, lengths, scale=self.target.scales[layer], reduce="none"
-        )  # [B, T, Hq, S]
-        mass = mass * marks[:, None]
+        mass = attention_mass(queries.float(), guessed, lengths, scale=self.target.scales[layer], reduce="none")
+        mass = mass * marks[:, None]  # [B, T, Hq, S]
         return (mass / mass.sum(-1, keepdim=True).clamp(min=LEAST)).mean(1)
