@@ -45,8 +45,8 @@ class Budget:
 
     keep: float | None = option(None, "share of the cached tokens each list keeps (top-k), in (0, 1]; default 0.1")
     top_p: float | None = option(None, "keep the smallest list that holds this share of the scored mass, in (0, 1]")
-    sinks: int = option(4, "first tokens of the context that every list of method outrider keeps")
-    recent: int = option(64, "last cached tokens that every list of method outrider keeps")
+    sinks: int = option(4, "first tokens of the context that every list of methods outrider and dustin keeps")
+    recent: int = option(64, "last cached tokens that every list of methods outrider and dustin keeps")
     min_context: int = option(1024, "below this many cached tokens a sequence is verified densely")
 
     def __post_init__(self) -> None:
