@@ -133,3 +133,17 @@ def test_caches_in_8_bits_are_used_and_named(task, outrider, flags, tmp_path):
     if task is PERPLEXITY:
         assert wide["ppl_dense"] != narrow["ppl_dense"]
         assert narrow["ppl_dense"] == pytest.approx(wide["ppl_dense"], rel=0.1)
+
+
+def test_channels_come_from_a_file(outrider, fails, flags, pair, folder, tmp_path):
+    """Written by `calibrate --channels`, read by method double-sparsity, which needs them."""
+    path = tmp_path / "channels.json"
+    method = [*flags, "--method", "double-sparsity", "--keep", "0.2"]
+    assert fails(*PERPLEXITY, *method).startswith("channels: got None; allowed: a file made by `outrider calibrate --channels`")
+    small = ["--tokens", "256", "--rounds", "8", "--out", tmp_path / "alignment.json", "--channels", path]
+    outcome = outrider("calibrate", *pair, "--text", folder / "text.txt", *small)
+    assert outcome.code == 0 and str(path) in outcome.out.replace("\n", "")
+    outcome = outrider(*PERPLEXITY, *method, "--channels", path, "--json", tmp_path / "rows.jsonl")
+    assert outcome.code == 0, outcome.err
+    assert {row["method"] for row in lines(tmp_path / "rows.jsonl")} == {"double-sparsity"}
+    assert "cannot be read" in fails(*PERPLEXITY, *method, "--channels", tmp_path / "none.json")
