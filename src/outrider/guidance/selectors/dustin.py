@@ -26,8 +26,8 @@ from outrider.types import Alignment, DraftScores, Selection
 class Dustin:
     """One list for all layers and heads of the target: sinks, recent tokens, then those with the most draft attention.
 
-    As published: one index set serves the whole target; the first and last cached tokens (`budget.sinks`, `budget.recent`: 4 and
-    16 in the paper) are in it and count towards its size; draft scores come from a few heads chosen offline, over all queries
+    As published: one index set serves the whole target; the first and last cached tokens (of the budget; 4 and 16 in the
+    paper) are in it and count towards its size; draft scores come from a few heads chosen offline, over all queries
     of the round.
 
     Left out: the target's attention of the last accepted token, which fills a part of the published list behind the draft's.
