@@ -140,8 +140,9 @@ def test_channels_come_from_a_file(outrider, fails, flags, pair, folder, tmp_pat
     path = tmp_path / "channels.json"
     method = [*flags, "--method", "double-sparsity", "--keep", "0.2"]
     assert fails(*PERPLEXITY, *method).startswith("channels: got None; allowed: a file made by `outrider calibrate --channels`")
-    small = ["--tokens", "256", "--rounds", "8", "--out", tmp_path / "alignment.json", "--channels", path]
-    outcome = outrider("calibrate", *pair, "--text", folder / "text.txt", *small)
+    calibrate = ["calibrate", *pair, "--text", folder / "text.txt", "--tokens", "256", "--rounds", "8", "--channels", path]
+    assert "another file than --out" in fails(*calibrate, "--out", path)
+    outcome = outrider(*calibrate, "--out", tmp_path / "alignment.json")
     assert outcome.code == 0 and str(path) in outcome.out.replace("\n", "")
     outcome = outrider(*PERPLEXITY, *method, "--channels", path, "--json", tmp_path / "rows.jsonl")
     assert outcome.code == 0, outcome.err

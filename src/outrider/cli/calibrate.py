@@ -14,6 +14,7 @@ from outrider.cli.options import Flags, ModelOptions, takes
 from outrider.cli.screen import Screen
 from outrider.cli.tables import quality_table
 from outrider.config import EngineConfig, option
+from outrider.errors import OptionError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +48,9 @@ def calibrate(
     EngineConfig(**engine)
     content = read_text("--text", text)
     path = writable_file("out", out)
-    channels_path = writable_file("channels", channels or out)
+    ranking_path = None if channels is None else writable_file("channels", channels)
+    if ranking_path == path:
+        raise OptionError("channels", str(channels), "another file than --out")
     screen = Screen()
     with screen.waiting("loading models"):
         from outrider.decoding.calibrate import calibrate as fit
@@ -62,10 +65,10 @@ def calibrate(
         file = fit(
             *pair, content, text_name=text.stem, prefill_chunk=engine["prefill_chunk"], progress=screen.progress, **options
         )
-        if channels is not None:
+        if ranking_path is not None:
             ranking = rank_channels(pair[0], content, text_name=text.stem, tokens=options["tokens"], progress=screen.progress)
     alignment.save(file, path)
-    if channels is not None:
-        channel_files.save(ranking, channels_path)
+    if ranking_path is not None:
+        channel_files.save(ranking, ranking_path)
     screen.show(quality_table(file))
     screen.show(Text(f"wrote {out}" if channels is None else f"wrote {out} and {channels}"))
