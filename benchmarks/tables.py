@@ -234,22 +234,31 @@ def score_keys_table(name: str) -> str:
 def rivals_table(name: str) -> str:
     """All methods on the texts that rivals were run on, those that read the least first within a budget."""
     rivals = lines(name)
-    about = {(row["task"], row["text"], row["keep"], row["context"]) for row in rivals}
-    groups: dict[tuple[float, str], list[Line]] = {}
+
+    def case(row: Line) -> tuple[Any, ...]:
+        return tuple(row[field] for field in ("task", "text", "keep", "top_p", "context"))
+
+    about = {case(row) for row in rivals}
+    groups: dict[tuple[str, str], list[Line]] = {}
     for row in (*lines("perplexity"), *lines("facts"), *lines("score-keys"), *rivals):
-        if (row["task"], row["text"], row["keep"], row["context"]) in about:
+        if case(row) in about:
             keys = row["conditions"].get("score_keys", "exact")
             method = row["method"] + (f", {keys} keys" if keys != "exact" else "")
-            groups.setdefault((row["keep"], method), []).append(row)
+            groups.setdefault((budget(row), method), []).append(row)
+
+    def place(item: tuple[tuple[str, str], list[Line]]) -> tuple[float, float, float]:
+        first = item[1][0]  # shares of the tokens come before shares of the mass
+        return -(first["keep"] or 0), -(first["top_p"] or 0), mean(item[1], "kv_read_fraction")
+
     cells = []
-    for (keep, method), group in sorted(groups.items(), key=lambda item: (-item[0][0], mean(item[1], "kv_read_fraction"))):
+    for (asked, method), group in sorted(groups.items(), key=place):
         read, facts = ([row for row in group if row["task"] == task] for task in ("perplexity", "facts"))
         if not read:
             continue
         recalled = f"{sum(row['recalled'] for row in facts)}/{sum(row['asked'] for row in facts)}" if facts else ""
         figures = f"{mean(read, 'delta_percent'):+.2f}%", f"{mean(read, 'agreement'):.3f}"
         shares = (f"{100 * mean(read, field):.1f}%" for field in ("kept_fraction", "kv_read_fraction"))
-        cells.append([method, f"{100 * keep:g}%", *shares, *figures, recalled])
+        cells.append([method, asked, *shares, *figures, recalled])
     header = ["method", "budget", "kept", "KV bytes read", "perplexity", "agreement with dense", "facts recalled"]
     return markdown(header, cells)
 

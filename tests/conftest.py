@@ -74,7 +74,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # another architecture than any target above: fewer layers, fewer and narrower heads, one KV head
 DRAFT = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 8}
-METHODS = ("outrider", "sts", "specattn")  # lists per KV head, per query head, shared by all heads
+METHODS = ("outrider", "sts", "specattn", "dustin")  # lists per KV head, per query head, per layer, one for all layers
 
 
 @pytest.fixture(scope="session", params=list(FAMILIES))
@@ -156,7 +156,7 @@ def make_pair(make_model: Callable[..., LanguageModel], noisy: Callable[..., Lan
 
 @pytest.fixture(scope="session")
 def align() -> Callable[..., AlignmentFile]:
-    """`align(target, draft, seed=0)`: random alignments under the names that the three methods ask for."""
+    """`align(target, draft, seed=0)`: random alignments under the names that the methods ask for."""
 
     def make(target: LanguageModel, draft: LanguageModel, seed: int = 0) -> AlignmentFile:
         generator = torch.Generator().manual_seed(seed)

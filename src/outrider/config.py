@@ -45,8 +45,8 @@ class Budget:
 
     keep: float | None = option(None, "share of the cached tokens each list keeps (top-k), in (0, 1]; default 0.1")
     top_p: float | None = option(None, "keep the smallest list that holds this share of the scored mass, in (0, 1]")
-    sinks: int = option(4, "first tokens of the context that every list of method outrider keeps")
-    recent: int = option(64, "last cached tokens that every list of method outrider keeps")
+    sinks: int = option(4, "first tokens of the context that every list of methods outrider and dustin keeps")
+    recent: int = option(64, "last cached tokens that every list of methods outrider and dustin keeps")
     min_context: int = option(1024, "below this many cached tokens a sequence is verified densely")
 
     def __post_init__(self) -> None:
@@ -89,7 +89,7 @@ class EngineConfig:
     """How rounds are run, for all prompts of an engine."""
 
     mode: str = option("sparse", "verification: dense (exact) or sparse (approximate); plain: the target alone, no draft")
-    method: str = option("outrider", "how tokens are selected: outrider, sts or specattn; or a rival: see docs/methods.md")
+    method: str = option("outrider", "how tokens are selected: outrider, sts, specattn, dustin or a rival (docs/methods.md)")
     budget: Budget = field(default_factory=Budget)
     draft_tokens: int = option(4, "tokens the draft proposes each round (K)")
     drafting: str = option(

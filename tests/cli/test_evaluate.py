@@ -145,7 +145,7 @@ class TestDiagnose:
         assert outcome.code == 0 and outcome.err == "", outcome.err
         rows = lines(path)
         lists = ["heads", "overlap", "overlap"]
-        tasks = ["disagreement", "acceptance", "disagreement", *lists, "acceptance", "disagreement", *lists]
+        tasks = ["disagreement", "acceptance", *2 * ["disagreement", *lists, "acceptance"]]
         assert [(row["text"], row["task"]) for row in rows] == [(text, task) for text in ("text", "other") for task in tasks]
         assert all(row["conditions"]["command"].startswith("outrider ") for row in rows)
         shown = [line.strip() for line in outcome.out.splitlines()]
@@ -181,3 +181,18 @@ class TestDiagnose:
     def test_bad_options(self, fails, flags, wrong, message, tmp_path):
         assert fails(*self.FLAGS, *flags, *wrong, "--json", tmp_path / "rows.jsonl").startswith(message)
         assert list(tmp_path.iterdir()) == []
+
+
+def test_channels_come_from_a_file(outrider, fails, flags, pair, folder, tmp_path):
+    """Written by `calibrate --channels`, read by method double-sparsity, which needs them."""
+    path = tmp_path / "channels.json"
+    method = [*flags, "--method", "double-sparsity", "--keep", "0.2"]
+    assert fails(*PERPLEXITY, *method).startswith("channels: got None; allowed: a file made by `outrider calibrate --channels`")
+    calibrate = ["calibrate", *pair, "--text", folder / "text.txt", "--tokens", "256", "--rounds", "8", "--channels", path]
+    assert "another file than --out" in fails(*calibrate, "--out", path)
+    outcome = outrider(*calibrate, "--out", tmp_path / "alignment.json")
+    assert outcome.code == 0 and str(path) in outcome.out.replace("\n", "")
+    outcome = outrider(*PERPLEXITY, *method, "--channels", path, "--json", tmp_path / "rows.jsonl")
+    assert outcome.code == 0, outcome.err
+    assert {row["method"] for row in lines(tmp_path / "rows.jsonl")} == {"double-sparsity"}
+    assert "cannot be read" in fails(*PERPLEXITY, *method, "--channels", tmp_path / "none.json")

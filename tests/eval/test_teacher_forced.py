@@ -10,16 +10,18 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from outrider.config import Budget
+from outrider.decoding.channels import rank_channels
 from outrider.errors import OptionError, PromptError
 from outrider.eval import facts_task, perplexity
 from outrider.eval.facts import draw_facts
 from outrider.eval.rows import Case, Text
 from outrider.eval.teacher_forced import TeacherForced, make_selector
+from outrider.guidance.channels import ChannelFile
 from outrider.guidance.rivals import RIVALS
 
 TEXT = Text(name="noise", text="".join(random.Random(3).choices("abcdefgh \n.,", k=900)))
 EVERYTHING = Budget(keep=1.0, min_context=0)
-METHODS = ("outrider", "sts", "specattn")
+METHODS = ("outrider", "sts", "specattn", "dustin")
 
 
 def test_dense_perplexity_is_that_of_transformers(pair, alignments):
@@ -53,27 +55,39 @@ def test_a_small_budget_is_reported_as_read(pair, alignments, method):
     assert row.ppl != row.ppl_dense
 
 
+@pytest.fixture(scope="module")
+def channels(pair) -> ChannelFile:
+    return rank_channels(pair[0], TEXT.text, text_name=TEXT.name, tokens=600)
+
+
+def share(method: str, amount: float) -> Budget:
+    """A budget of that share, of the tokens or of what the method takes a share of."""
+    return Budget(**{RIVALS[method].budgeted: amount, "min_context": 0})
+
+
 @pytest.mark.parametrize("method", RIVALS)
 class TestRivals:
-    def test_keeping_everything_changes_nothing(self, pair, method):
-        cases = [Case(method=method, budget=EVERYTHING)]
-        [row] = perplexity.evaluate(pair, None, [TEXT], cases, context=300, scored_tokens=41)
+    def test_keeping_everything_changes_nothing(self, pair, channels, method):
+        cases = [Case(method=method, budget=share(method, 1.0))]
+        [row] = perplexity.evaluate(pair, None, [TEXT], cases, channels=channels, context=300, scored_tokens=41)
         assert row.ppl == pytest.approx(row.ppl_dense, rel=1e-5)
         assert (row.agreement, row.kept_fraction) == (1, 1)
         assert row.kv_read_fraction >= 1
 
-    def test_a_document_leaves_nothing_behind(self, pair, method):
+    def test_a_document_leaves_nothing_behind(self, pair, channels, method):
         """The same figures whatever was read before, by the same method or another one."""
-        case = Case(method=method, budget=Budget(keep=0.2, min_context=0))
+        case = Case(method=method, budget=share(method, 0.2))
         other = Text(name="other", text=TEXT.text[::-1])
-        rows = list(perplexity.evaluate(pair, None, [other, TEXT], [case, case], context=300, scored_tokens=23))
-        [alone] = perplexity.evaluate(pair, None, [TEXT], [case], context=300, scored_tokens=23)
+        options = {"channels": channels, "context": 300, "scored_tokens": 23}
+        rows = list(perplexity.evaluate(pair, None, [other, TEXT], [case, case], **options))
+        [alone] = perplexity.evaluate(pair, None, [TEXT], [case], **options)
         assert [row.ppl for row in rows[2:]] == [alone.ppl] * 2
         assert {row.kv_read_fraction for row in rows[2:]} == {alone.kv_read_fraction}
         assert (alone.ppl != alone.ppl_dense) == (alone.kept_fraction < 1)  # of few layers all may be dense ones
 
-    def test_facts_are_asked_for(self, pair, method):
-        [row] = facts_task.evaluate(pair, None, [TEXT], [Case(method=method, budget=EVERYTHING)], facts=2, context=450)
+    def test_facts_are_asked_for(self, pair, channels, method):
+        cases = [Case(method=method, budget=share(method, 1.0))]
+        [row] = facts_task.evaluate(pair, None, [TEXT], cases, channels=channels, facts=2, context=450)
         assert row.agreement == 1
 
 
@@ -148,7 +162,7 @@ def test_few_bits_need_heads_that_fit(pair, alignments):
 
 
 def test_selector_of_an_unknown_method_names_the_known(pair, alignments):
-    with pytest.raises(OptionError, match=r"method: got 'quests'; allowed: dense, outrider, sts, specattn, oracle"):
+    with pytest.raises(OptionError, match=r"method: got 'quests'; allowed: dense, outrider, sts, specattn, dustin, oracle"):
         make_selector(Case(method="quests"), pair, alignments, None, 4)
     with pytest.raises(OptionError, match="alignment"):
         make_selector(Case(method="sts"), pair, None, None, 4)

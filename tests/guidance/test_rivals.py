@@ -13,6 +13,7 @@ from torch import Tensor
 from outrider.config import Budget
 from outrider.errors import OptionError
 from outrider.guidance.rivals import RIVALS, InForward, Rival, Target, build_rival
+from outrider.guidance.rivals.double_sparsity import DoubleSparsity
 
 L, Hq, Hkv, D, T = 6, 4, 2, 8, 3
 TARGET = Target(
@@ -22,6 +23,9 @@ TARGET = Target(
     head_dim=D,
     scales=(D**-0.5,) * L,
     value_bytes=2,
+    channels=torch.stack([torch.randperm(D, generator=torch.Generator().manual_seed(i)) for i in range(L * Hkv)]).view(
+        L, Hkv, D
+    ),
 )
 LENGTHS = torch.tensor([150, 97])
 
@@ -76,8 +80,9 @@ class Document:
         return found
 
 
-def rival(method: str, keep: float = 0.2, document: Document | None = None, **budget) -> Rival:
-    made = build_rival(method, TARGET, Budget(keep=keep, **({"min_context": 0} | budget)))
+def rival(method: str, share: float = 0.2, document: Document | None = None, **budget) -> Rival:
+    """With a budget of that share, of the tokens or of what the method takes a share of."""
+    made = build_rival(method, TARGET, Budget(**({RIVALS[method].budgeted: share, "min_context": 0} | budget)))
     if document is not None:
         made.begin(document.keys, document.lengths)
         if made.window != 0:
@@ -102,13 +107,13 @@ def test_lists_hold_cached_tokens_once_and_in_order(method):
 @pytest.mark.parametrize("method", RIVALS)
 def test_keeping_everything_lists_everything(method):
     document = Document()
-    for keep, context in ((1.0, 0), (0.1, 1000)):
-        found = document.run(rival(method, keep, document=document, min_context=context))
+    for share, context in ((1.0, 0), (0.1, 1000)):
+        found = document.run(rival(method, share, document, min_context=context))
         for b, heads in (pair for layer in found.values() for pair in enumerate(layer)):
             assert all(tokens == list(range(int(LENGTHS[b]))) for tokens in heads)
 
 
-@pytest.mark.parametrize("method", sorted(RIVALS.keys() - {"quest", "spatten"}))
+@pytest.mark.parametrize("method", sorted(RIVALS.keys() - {"quest", "spatten", "twilight"}))
 def test_lists_are_as_long_as_the_budget_says(method):
     document = Document()
     for found in document.run(rival(method, 0.4, document)).values():
@@ -165,7 +170,7 @@ def test_quest_bounds_are_bounds():
     document = Document()
     document.cached[2, 0, 40, 0] = 30 * document.queries[2, 0, :, 0].mean(0)
     document.cached[2, 0, 40, 1] = 30 * document.queries[2, 0, :, 2].mean(0)
-    found = document.run(rival("quest", keep=0.15))[2][0]
+    found = document.run(rival("quest", 0.15))[2][0]
     assert 40 in found[0] and 40 in found[2]
 
 
@@ -220,7 +225,7 @@ def test_snapkv_smooths_over_neighbours():
     document = Document()
     document.window[2, 0] = document.window[2, 0, 0, 0]
     document.cached[2, 0, 60] = 3 * document.window[2, 0, 0, 0]
-    made = rival("snapkv", keep=0.25, document=document)
+    made = rival("snapkv", 0.25, document)
     assert all({58, 59, 60, 61, 62} <= set(tokens) for tokens in document.run(made)[2][0])
 
 
@@ -256,10 +261,103 @@ def test_h2o_evicts_for_good():
         first = found
 
 
+class EveryChannel(DoubleSparsity):
+    """All channels, as cached."""
+
+    share, bits = 1.0, None
+
+
+def code(row: list[float], bits: int) -> list[float]:
+    """Each number rounded to the nearest of 2**bits steps between the least and the largest."""
+    least, step = min(row), (max(row) - min(row)) / (2**bits - 1)
+    return [least + step * round((x - least) / step) for x in row]
+
+
+def guessed(document: Document, layer: int, labels: Tensor, channels: Tensor | None = None) -> Tensor:
+    """What `masses` says when the keys of a layer are `labels` [B, S, Hkv, r], those of `channels` [Hkv, r]."""
+    queries = document.queries[layer]
+    if channels is not None:
+        own = channels.repeat_interleave(Hq // Hkv, 0)  # [Hq, r]
+        queries = queries.gather(-1, own.expand(*queries.shape[:2], -1, -1))
+    copy = Document(lengths=document.lengths)
+    copy.cached, copy.queries = {layer: labels}, {layer: queries}
+    return copy.masses(layer)
+
+
+def coded_labels(document: Document, layer: int, channels: Tensor) -> Tensor:
+    keys = document.cached[layer].nan_to_num()
+    picked = keys.gather(-1, channels.expand(*keys.shape[:2], -1, -1))
+    rows = [code(row, 4) if max(row) > min(row) else row for row in picked.flatten(0, 2).tolist()]
+    return torch.tensor(rows).view_as(picked)
+
+
+def test_double_sparsity_reads_the_best_tokens_by_its_labels():
+    document, made = Document(), rival("double-sparsity")
+    found = document.run(made)
+    assert sorted(found) == [2, 3, 5], "the first two layers are dense"
+    for layer, sequences in found.items():
+        channels = TARGET.channels[layer, :, : D // 4]
+        mass = guessed(document, layer, coded_labels(document, layer, channels), channels)
+        for b, heads in enumerate(sequences):
+            assert len(heads) == Hq
+            for h, tokens in enumerate(heads):
+                assert set(tokens) == set(mass[b, h].topk(wanted(0.2)[b]).indices.tolist())
+    assert made.touched == 3 * int(LENGTHS.sum()) * Hkv * (2 * 4 / 8 + 4), "two channels in 4 bits, and their range"
+
+
+def test_double_sparsity_with_every_channel_is_the_top_k():
+    document = Document()
+    made = EveryChannel(target=TARGET, budget=Budget(keep=0.2, min_context=0))
+    for layer, found in document.run(made).items():
+        mass = document.masses(layer)
+        for b, heads in enumerate(found):
+            for h, tokens in enumerate(heads):
+                assert set(tokens) == set(mass[b, h].topk(wanted(0.2)[b]).indices.tolist())
+    assert made.touched == 3 * int(LENGTHS.sum()) * Hkv * D * 2
+
+
+def test_twilight_keeps_the_fewest_candidates_that_hold_the_share():
+    document, made, base = Document(), rival("twilight", 0.7), rival("quest", 0.25)
+    found, candidates = document.run(made), document.run(base)
+    assert sorted(found) == sorted(candidates) == [2, 3, 5]
+    coded = 0
+    for layer, sequences in found.items():
+        keys = coded_labels(document, layer, torch.arange(D).expand(Hkv, D))
+        for b, heads in enumerate(sequences):
+            each = candidates[layer][b]
+            coded += sum(len({token for own in each[g : g + Hq // Hkv] for token in own}) for g in (0, Hq // Hkv))
+            for h, tokens in enumerate(heads):
+                assert set(tokens) <= set(each[h])
+                weights = torch.zeros(T, int(LENGTHS[b]), dtype=torch.float64)
+                for t in range(T):
+                    logits = keys[b, each[h], h // (Hq // Hkv)] @ document.queries[layer, b, t, h] * D**-0.5
+                    weights[t, each[h]] = logits.double().softmax(-1)
+                weights = weights.mean(0)
+                assert float(weights[tokens].sum()) >= 0.7 - 1e-6
+                assert float(weights[tokens].sum() - weights[tokens].min()) < 0.7, "one fewer does not"
+                assert weights[tokens].min() >= max([weights[x] for x in each[h] if x not in tokens], default=0)
+    assert made.touched == base.touched + coded * (D * 4 / 8 + 4)
+
+
+def test_twilight_finds_what_a_head_needs():
+    """A head that looks at one token keeps few; one that looks everywhere keeps many."""
+    document = Document()
+    document.queries[2, 0, :, 0] = document.queries[2, 0, 0, 0]
+    document.cached[2, 0, 40, 0] = 9 * document.queries[2, 0, 0, 0]
+    document.queries[2, 0, :, 1] = 0
+    few, many, *_ = document.run(rival("twilight", 0.9))[2][0]
+    assert few == [40] and len(many) > 0.9 * wanted(0.25)[0]
+
+
 def test_what_is_refused():
     with pytest.raises(
-        OptionError, match=r"method: got 'none'; allowed: oracle, streaming, h2o, snapkv, quest, tidal, spatten"
+        OptionError,
+        match=r"method: got 'none'; allowed: oracle, streaming, h2o, snapkv, quest, tidal, spatten, double-",
     ):
         build_rival("none", TARGET, Budget())
     with pytest.raises(OptionError, match=r"top-p: got 0\.9; allowed: --keep with method quest"):
         build_rival("quest", TARGET, Budget(top_p=0.9))
+    with pytest.raises(OptionError, match=r"keep: got 0\.1; allowed: --top-p with method twilight"):
+        build_rival("twilight", TARGET, Budget())
+    with pytest.raises(OptionError, match=r"channels: got None; allowed: a file made by `outrider calibrate --channels`"):
+        build_rival("double-sparsity", replace(TARGET, channels=None), Budget())

@@ -170,6 +170,27 @@ def test_specattn_keep_drops_no_layer_of_a_shallow_target():
         build_selector("specattn", budget=Budget(top_p=0.5), **options)
 
 
+@pytest.mark.parametrize("budget", [{"keep": 0.6}, {"top_p": 0.8}], ids=str)
+@pytest.mark.parametrize(("heads", "merged"), [(Hq, 1), (Hkv, 4), (1, 2)], ids=["query", "kv", "shared"])
+def test_dustin_against_naive(heads, merged, budget):
+    """One list for all layers and heads, from every draft head that the alignment names, each once."""
+    aligned = alignment(heads, merged)
+    selector = make("dustin", aligned, **budget)
+    scores, mass = make_scores(selector)
+    selection = selector.select(scores)
+    assert selection.layers == TARGET_LAYERS and selection.indices.shape[2] == 1
+    named = {tuple(pair) for pair in aligned.sources[list(TARGET_LAYERS)].flatten(0, 2).tolist()}
+    got = lists(selection)
+    for b, length in enumerate(LENGTHS):
+        forced = forced_tokens(length)
+        row = torch.stack([mass[b, :, d, i].mean(0) for d, i in sorted(named)]).mean(0)
+        if "keep" in budget:
+            expected = naive_top_k(row, length, math.ceil(0.6 * length), forced)
+        else:
+            expected = naive_top_p(row, length, 0.8, forced)
+        assert [got[layer, b, 0] for layer in TARGET_LAYERS] == [expected] * len(TARGET_LAYERS)
+
+
 @pytest.mark.parametrize("method", SELECTORS)
 @settings(deadline=None, max_examples=20)
 @given(
@@ -189,9 +210,9 @@ def test_laws_of_every_method(method, lengths, share, top_p, min_context, heads,
         if length < min_context or share == 1.0:
             assert kept == list(range(length))
         elif not top_p:
-            forced = len(forced_tokens(length)) if method == "outrider" else 0
+            forced = len(forced_tokens(length)) if method in ("outrider", "dustin") else 0
             assert len(kept) == min(length, max(math.ceil(share * length - 1e-9), forced))
-        if method == "outrider":
+        if method in ("outrider", "dustin"):
             assert forced_tokens(length) <= set(kept)
     for b, length in enumerate(lengths):  # law 7: a row of a ragged batch equals the same row alone
         own = DraftScores(mass=scores.mass[b : b + 1], layers=scores.layers, lengths=scores.lengths[b : b + 1])
@@ -255,7 +276,7 @@ def test_outrider_needs_heads_that_group():
 
 
 def test_unknown_method():
-    with pytest.raises(OptionError, match="method: got 'quest'; allowed: outrider, sts, specattn"):
+    with pytest.raises(OptionError, match="method: got 'quest'; allowed: outrider, sts, specattn, dustin"):
         make("quest", alignment(1, 1))
 
 
@@ -264,4 +285,5 @@ def test_default_maps():
         "outrider": "joint+divergence",
         "sts": "proportional+jaccard",
         "specattn": "monotone+average",
+        "dustin": "joint+divergence",
     }

@@ -12,6 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from outrider.guidance.selectors import Dustin
+
 PROMPTS = [44, 1, 27, 9, 33]  # no cached token, and fewer than any shortest context, among them
 SHARES = st.floats(0.01, 1.0)
 BUDGETS = st.builds(
@@ -37,6 +39,8 @@ def owners_mass(round_, number, owner):
     sources = selector.alignment.sources[round_.selection.layers[number]]
     heads_per_layer = round_.draft.spec.layers[0].query_heads
     own = sources.flatten(0, 1) if selector.per_query else sources[owner]
+    if isinstance(selector, Dustin):  # one list for all layers and heads, from every draft head that is named
+        own = selector.alignment.sources.flatten(0, 2).unique(dim=0)
     rows = [scores.layers.index(layer) * heads_per_layer + head for layer, head in own.tolist()]
     mass = scores.mass.double()[:, :, rows].mean(2)
     return mass if selector.per_query else mass.mean(1, keepdim=True)
@@ -47,7 +51,7 @@ def owners_mass(round_, number, owner):
 def test_lists_of_a_round(method, pair, begun, make_selector, budget):
     round_ = begun.select_again(make_selector(pair, method, **budget))
     selection, lengths = round_.selection, begun.lengths.tolist()
-    sinks, recent = (budget["sinks"], budget["recent"]) if method == "outrider" else (0, 0)
+    sinks, recent = (budget["sinks"], budget["recent"]) if method in ("outrider", "dustin") else (0, 0)
     dense_layers = 2 if method == "specattn" and "top_p" in budget else 0
     assert selection.layers == tuple(range(dense_layers, 3))
     assert selection.lengths.tolist() == lengths

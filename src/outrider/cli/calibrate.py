@@ -14,6 +14,7 @@ from outrider.cli.options import Flags, ModelOptions, takes
 from outrider.cli.screen import Screen
 from outrider.cli.tables import quality_table
 from outrider.config import EngineConfig, option
+from outrider.errors import OptionError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,10 @@ CALIBRATION = Flags(source=CalibrationOptions, panel="Calibration")
 def calibrate(
     text: Annotated[Path, typer.Option(help="file of UTF-8 text to calibrate on")],
     out: Annotated[Path, typer.Option(help="alignment file to write; it is there whole or not at all")],
+    channels: Annotated[
+        Path | None,
+        typer.Option(help="file for the ranking of the target's key channels, if wanted (for eval's method double-sparsity)"),
+    ] = None,
     **values: Any,
 ) -> None:
     """Learn which draft heads show what each target head reads, and write it to an alignment file."""
@@ -43,11 +48,16 @@ def calibrate(
     EngineConfig(**engine)
     content = read_text("--text", text)
     path = writable_file("out", out)
+    ranking_path = None if channels is None else writable_file("channels", channels)
+    if ranking_path == path:
+        raise OptionError("channels", str(channels), "another file than --out")
     screen = Screen()
     with screen.waiting("loading models"):
         from outrider.decoding.calibrate import calibrate as fit
+        from outrider.decoding.channels import rank_channels
         from outrider.decoding.pair import load_pair
-        from outrider.guidance.alignment import save
+        from outrider.guidance import alignment
+        from outrider.guidance import channels as channel_files
 
         pair = load_pair(**MODELS.pick(values), backend=engine["backend"])
     options["maps"] = tuple(name.strip() for name in options["maps"].split(","))
@@ -55,6 +65,10 @@ def calibrate(
         file = fit(
             *pair, content, text_name=text.stem, prefill_chunk=engine["prefill_chunk"], progress=screen.progress, **options
         )
-    save(file, path)
+        if ranking_path is not None:
+            ranking = rank_channels(pair[0], content, text_name=text.stem, tokens=options["tokens"], progress=screen.progress)
+    alignment.save(file, path)
+    if ranking_path is not None:
+        channel_files.save(ranking, ranking_path)
     screen.show(quality_table(file))
-    screen.show(Text(f"wrote {out}"))
+    screen.show(Text(f"wrote {out}" if channels is None else f"wrote {out} and {channels}"))

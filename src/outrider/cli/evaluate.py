@@ -32,7 +32,9 @@ class EvaluationOptions:
 
     text: tuple[Path, ...] = field(metadata={"help": "file of UTF-8 text to evaluate on"})
     method: tuple[str, ...] = option(
-        ("outrider",), "dense, outrider, sts, specattn; oracle, streaming, h2o, snapkv, quest, tidal or spatten"
+        ("outrider",),
+        "dense, outrider, sts, specattn, dustin; oracle, streaming, h2o, snapkv, quest, tidal, spatten, double-sparsity or "
+        "twilight (which takes --top-p)",
     )
     context: int = option(16384, "tokens of each text that are read")
     json: Path | None = field(
@@ -44,7 +46,7 @@ class EvaluationOptions:
 class AnswerOptions(EvaluationOptions):
     """Where answers are generated, the dense ones stand beside them unless asked otherwise."""
 
-    method: tuple[str, ...] = option((DENSE, "outrider"), "dense, sts, specattn or outrider")
+    method: tuple[str, ...] = option((DENSE, "outrider"), "dense, outrider, sts, specattn or dustin")
     context: int = option(16384, "tokens of a prompt and its answer together")
 
 
@@ -53,6 +55,14 @@ ANSWERS = Flags(source=AnswerOptions, panel="Evaluation")
 ANSWERS_TO_DATA = Flags(source=AnswerOptions, panel="Evaluation", skip=("text",))
 BUDGET = Flags(source=Budget, panel="Budget", repeat=("keep", "top_p"))
 MODELS = Flags(source=ModelOptions, panel="Models")
+Channels = Annotated[
+    Path | None,
+    typer.Option(
+        help="channels of the target for method double-sparsity (from `outrider calibrate --channels`); default: the built-in "
+        "target's own",
+        rich_help_panel="Models",
+    ),
+]
 ENGINE = Flags(
     source=EngineConfig,
     panel="Models",
@@ -61,7 +71,7 @@ ENGINE = Flags(
 )
 
 app = typer.Typer(
-    help="Measure what a method costs on given tokens (perplexity, facts), in answers (ruler, qa), in all (sweep); where (diagnose)."
+    help="Measure what a method costs on given tokens (perplexity, facts), in answers (ruler, qa), in all (sweep)."
 )
 
 
@@ -72,6 +82,7 @@ app.command()(sweep)
 @takes(EVALUATION, BUDGET, MODELS, ENGINE)
 def perplexity(
     scored_tokens: Annotated[int, typer.Option(help="last tokens of the context that are predicted")] = 1280,
+    channels: Channels = None,
     **values: Any,
 ) -> None:
     """How well the target predicts a text when it reads only its lists."""
@@ -82,7 +93,7 @@ def perplexity(
 
         return partial(evaluate, texts=_texts(contents), scored_tokens=scored_tokens)
 
-    _evaluate(task, values)
+    _evaluate(task, values, channels=channels)
 
 
 @app.command()
@@ -90,6 +101,7 @@ def perplexity(
 def facts(
     facts: Annotated[int, typer.Option(help="facts planted in each text, and asked for")] = 20,
     seed: Annotated[int, typer.Option(help="seed of the facts and their places")] = 0,
+    channels: Channels = None,
     **values: Any,
 ) -> None:
     """How many facts planted in a text the target recalls."""
@@ -100,7 +112,7 @@ def facts(
 
         return partial(evaluate, texts=_texts(contents), facts=facts, seed=seed)
 
-    _evaluate(task, values)
+    _evaluate(task, values, channels=channels)
 
 
 @app.command()
@@ -212,13 +224,16 @@ def _texts(contents: list[tuple[str, str]]) -> list[Text]:
     return [Text(name=name, text=text) for name, text in contents]
 
 
-def _evaluate(task: Callable[[], Task], values: dict[str, Any], *, each: bool = True) -> None:
-    """Check, load, run the task. With `each`, every text gets a table of its own before the means."""
-    rows, cases, screen = _start(task, values)
+def _evaluate(task: Callable[[], Task], values: dict[str, Any], *, each: bool = True, channels: Path | None = None) -> None:
+    """Check, load, run the task. With `each`, every text gets a table of its own before the means, and the task is one on given
+    tokens, which takes the target's channels, too."""
+    rows, cases, screen = _start(task, values, channels=channels, on_given_tokens=each)
     report(rows, cases if each else None, values["json"], screen)
 
 
-def _start(task: Callable[[], Task], values: dict[str, Any]) -> tuple[Iterable[Any], int, Screen]:
+def _start(
+    task: Callable[[], Task], values: dict[str, Any], *, channels: Path | None = None, on_given_tokens: bool = False
+) -> tuple[Iterable[Any], int, Screen]:
     """Check and load, up to the work: rows as they come, the number of cases, and the screen that shows how far it is."""
     # flags that all tasks have
     options, models, engine = ANSWERS_TO_DATA.pick(values), MODELS.pick(values), ENGINE.pick(values)
@@ -226,7 +241,7 @@ def _start(task: Callable[[], Task], values: dict[str, Any]) -> tuple[Iterable[A
     budgets = _budgets(BUDGET.pick(values))
     screen = Screen()
     with screen.waiting("loading models"):
-        from outrider.decoding.pair import find_alignment, load_pair
+        from outrider.decoding.pair import find_alignment, find_channels, load_pair
         from outrider.eval.rows import Case, check_rows_path
 
         evaluate = task()
@@ -237,6 +252,8 @@ def _start(task: Callable[[], Task], values: dict[str, Any]) -> tuple[Iterable[A
         given = {"cases": cases, "context": options["context"], "map_name": models.pop("map"), "progress": screen.progress}
         alignment = models.pop("alignment")
         pair = load_pair(**models, backend=engine.pop("backend"), kv_dtype=engine.pop("kv_dtype"))
+        if on_given_tokens:
+            given["channels"] = find_channels(channels, pair[0])
         return evaluate(pair, find_alignment(alignment, *pair), **given, **engine), len(cases), screen
 
 

@@ -94,7 +94,7 @@ class Scorer:
     def _make_selector(self) -> Selector | Rival | None:
         engine, config = self.engine, self.config
         if config.mode == "sparse" and config.method in RIVALS:
-            return make_rival(config.method, engine.target.spec, config.budget)
+            return make_rival(config.method, engine.target, config.budget)
         if config.mode != "sparse" or engine.alignments is None:
             return None
         alignment = engine.alignments.map(engine.map_name or SELECTORS[config.method].default_map).alignment

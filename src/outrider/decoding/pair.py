@@ -11,6 +11,7 @@ import torch
 from outrider.config import Budget, EngineConfig
 from outrider.decoding.scoring import score
 from outrider.errors import AlignmentError, OptionError
+from outrider.guidance import channels
 from outrider.guidance.alignment import AlignmentFile, ModelIdentity, load
 from outrider.guidance.rivals import RIVALS, Rival, Target, build_rival
 from outrider.guidance.selectors import SELECTORS, build_selector
@@ -25,6 +26,7 @@ METHODS = (*SELECTORS, *RIVALS)
 BUILTIN = "builtin"  # the name of the pair that ships with Outrider
 PAIR_FOLDER = Path(__file__).parents[1] / "pair"
 BUILTIN_ALIGNMENT = PAIR_FOLDER / "alignment.json"
+BUILTIN_CHANNELS = PAIR_FOLDER / "channels.json"
 
 
 def load_pair(
@@ -102,7 +104,7 @@ def make_guidance(
     choosing = drafting = rival = None
     scored = draft.spec.full_layers if config.drafts_sparsely else ()
     if config.mode == "sparse" and config.method in RIVALS:
-        rival = make_rival(config.method, target.spec, config.budget)
+        rival = make_rival(config.method, target, config.budget)
     elif config.mode == "sparse":
         if alignment is None:
             raise OptionError("alignment", None, "a file made by `outrider calibrate` for this pair (mode dense needs none)")
@@ -138,16 +140,21 @@ def make_selector(
     return selector
 
 
-def make_rival(method: str, target: ModelSpec, budget: Budget) -> Rival:
-    """The method of that name inside this target. Raises OptionError for an unknown one, and for what it does not take."""
-    shape = target.full_shape
+def make_rival(method: str, target: LanguageModel, budget: Budget, ranked: channels.ChannelFile | None = None) -> Rival:
+    """The method of that name inside this target; `ranked` are the target's channels, None: those that ship with it, if any.
+
+    Raises OptionError for an unknown method, and for what it does not take.
+    """
+    spec, shape = target.spec, target.spec.full_shape
+    found = ranked or find_channels(None, target)
     known = Target(
-        layers=target.full_layers,
+        layers=spec.full_layers,
         query_heads=shape.query_heads,
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
-        scales=tuple(layer.scale for layer in target.layers),
-        value_bytes=target.cache_dtype.itemsize,
+        scales=tuple(layer.scale for layer in spec.layers),
+        value_bytes=spec.cache_dtype.itemsize,
+        channels=None if found is None else found.ranking,
     )
     return build_rival(method, known, budget)
 
@@ -232,6 +239,17 @@ def find_alignment(
     if BUILTIN_ALIGNMENT.exists():
         shipped = load(BUILTIN_ALIGNMENT, target=None, draft=None)
         if (shipped.target, shipped.draft) == (identity(target), identity(draft)):
+            return shipped
+    return None
+
+
+def find_channels(given: str | Path | None, target: LanguageModel) -> channels.ChannelFile | None:
+    """The channels asked for, or the built-in target's own; None when there are none."""
+    if given is not None:
+        return channels.load(given, target=identity(target))
+    if BUILTIN_CHANNELS.exists():
+        shipped = channels.load(BUILTIN_CHANNELS, target=None)
+        if shipped.target == identity(target):
             return shipped
     return None
 

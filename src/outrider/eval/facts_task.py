@@ -16,6 +16,7 @@ from outrider.eval.facts import Fact, draw_facts
 from outrider.eval.rows import Case, Row, Text, conditions, with_map
 from outrider.eval.teacher_forced import TeacherForced, budget_of, check_context, make_selector, tokenize
 from outrider.guidance.alignment import AlignmentFile
+from outrider.guidance.channels import ChannelFile
 from outrider.guidance.rivals import Rival
 from outrider.guidance.selectors.base import Selector
 from outrider.models import LanguageModel
@@ -34,6 +35,7 @@ def evaluate(
     draft_tokens: int = 4,
     score_keys: str = "auto",
     map_name: str | None = None,
+    channels: ChannelFile | None = None,
     prefill_chunk: int = 2048,
     progress: ProgressCallback | None = None,
     facts: int = 20,
@@ -48,7 +50,7 @@ def evaluate(
     check("facts", facts, facts >= 1, "a whole number >= 1")
     check_context(context, pair, 2)
     bits = code_bits(score_keys, pair[1], draft_tokens + 1)
-    selectors = [make_selector(case, pair, alignments, map_name, draft_tokens, bits) for case in cases]
+    selectors = [make_selector(case, pair, alignments, map_name, draft_tokens, bits, channels) for case in cases]
     documents = []
     for number, text in enumerate(texts):
         rng = random.Random(f"{seed} {context} {number}")

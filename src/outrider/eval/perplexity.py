@@ -12,6 +12,7 @@ from outrider.decoding.prefill import ProgressCallback
 from outrider.eval.rows import Case, Row, Text, conditions, with_map
 from outrider.eval.teacher_forced import Run, TeacherForced, budget_of, check_context, make_selector, tokenize
 from outrider.guidance.alignment import AlignmentFile
+from outrider.guidance.channels import ChannelFile
 from outrider.models import LanguageModel
 from outrider.models.quantized_keys import code_bits
 
@@ -27,6 +28,7 @@ def evaluate(
     draft_tokens: int = 4,
     score_keys: str = "auto",
     map_name: str | None = None,
+    channels: ChannelFile | None = None,
     prefill_chunk: int = 2048,
     progress: ProgressCallback | None = None,
 ) -> Iterator[Row]:
@@ -38,7 +40,7 @@ def evaluate(
     check("scored-tokens", scored_tokens, 1 <= scored_tokens < context, f"1 .. context - 1 = {context - 1}")
     check_context(context, pair, 2)
     bits = code_bits(score_keys, pair[1], draft_tokens + 1)
-    selectors = [make_selector(case, pair, alignments, map_name, draft_tokens, bits) for case in cases]
+    selectors = [make_selector(case, pair, alignments, map_name, draft_tokens, bits, channels) for case in cases]
     documents = [(text.name, tokenize(pair[0], text.name, text.text, context)) for text in texts]
 
     common = conditions(pair, draft_tokens, map_name, bits)

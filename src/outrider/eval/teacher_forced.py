@@ -9,6 +9,7 @@ from outrider.decoding.teacher_forced import Run, TeacherForced
 from outrider.errors import OptionError, PromptError
 from outrider.eval.rows import DENSE, Case
 from outrider.guidance.alignment import AlignmentFile
+from outrider.guidance.channels import ChannelFile
 from outrider.guidance.rivals import RIVALS, Rival
 from outrider.guidance.selectors import SELECTORS
 from outrider.guidance.selectors.base import Selector
@@ -24,15 +25,17 @@ def make_selector(
     map_name: str | None,
     draft_tokens: int,
     bits: int | None = None,
+    channels: ChannelFile | None = None,
 ) -> Selector | Rival | None:
     """The selector of a case, or a rival; None for "dense".
 
-    Raises OptionError for an unknown method or a missing alignment, and where keys in `bits` cannot be scored.
+    Raises OptionError for an unknown method, for an alignment or channels that are missing, and where keys in `bits` cannot be
+    scored.
     """
     if case.method == DENSE:
         return None
     if case.method in RIVALS:
-        return make_rival(case.method, pair[0].spec, budget_of(case))
+        return make_rival(case.method, pair[0], budget_of(case), channels)
     if case.method not in SELECTORS:
         raise OptionError("method", case.method, ", ".join((DENSE, *SELECTORS, *RIVALS)))
     if alignments is None:

@@ -7,32 +7,19 @@ has no lists (sliding-window attention, never calibrated) has (-1, -1) everywher
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
-from uuid import uuid4
+from typing import Any
 
 import torch
 
 from outrider.errors import AlignmentError
+from outrider.guidance.files import ModelIdentity, Reader, write
 from outrider.types import Alignment
 
 FORMAT = "outrider-alignment"
 VERSION = 1
-
-
-@dataclass(frozen=True, slots=True)
-class ModelIdentity:
-    """Which model an alignment was made for: a name for people, a digest for the check."""
-
-    name: str
-    digest: str
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.digest})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +72,7 @@ def save(file: AlignmentFile, path: str | os.PathLike[str]) -> None:
 
     Raises AlignmentError when the file cannot be written.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
-    try:
-        temporary.write_text(_render(_document(file)) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise AlignmentError(f"alignment file {path}: cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write("alignment", _document(file), Path(path))
 
 
 def load(path: str | os.PathLike[str], *, target: ModelIdentity | None, draft: ModelIdentity | None) -> AlignmentFile:
@@ -102,11 +81,10 @@ def load(path: str | os.PathLike[str], *, target: ModelIdentity | None, draft: M
     Raises AlignmentError, naming the file, what came and what is allowed, when the file is unreadable or malformed or was
     made for other models.
     """
-    reader = _Reader(Path(path))
+    reader = _Reader("alignment", Path(path))
     file = reader.file()
-    for role, wanted, found in (("target", target, file.target), ("draft", draft, file.draft)):
-        if wanted is not None and wanted != found:
-            reader.fail(f"made for the {role} {found}, but the {role} here is {wanted}; calibrate this pair or pass its file")
+    reader.check_made_for("target", target, file.target)
+    reader.check_made_for("draft", draft, file.draft)
     return file
 
 
@@ -114,8 +92,8 @@ def _document(file: AlignmentFile) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
-        "target": {"name": file.target.name, "digest": file.target.digest},
-        "draft": {"name": file.draft.name, "digest": file.draft.digest},
+        "target": asdict(file.target),
+        "draft": asdict(file.draft),
         **{name: getattr(file, name) for name in _FIELDS},
         "maps": {
             name: {"quality": entry.quality, "sources": entry.alignment.sources.tolist()} for name, entry in file.maps.items()
@@ -123,71 +101,20 @@ def _document(file: AlignmentFile) -> dict[str, Any]:
     }
 
 
-def _render(value: Any, indent: str = "") -> str:
-    """JSON with one line per field and per target layer."""
-    inner = indent + "  "
-    if isinstance(value, dict) and value:
-        lines = [f"{inner}{json.dumps(key)}: {_render(item, inner)}" for key, item in value.items()]
-        return "{\n" + ",\n".join(lines) + "\n" + indent + "}"
-    if isinstance(value, list) and value:
-        lines = [inner + json.dumps(item, separators=(",", ":")) for item in value]
-        return "[\n" + ",\n".join(lines) + "\n" + indent + "]"
-    return json.dumps(value, allow_nan=False)
-
-
-class _Reader:
-    """Turns the text of one file into an AlignmentFile; every complaint names the file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def fail(self, complaint: str) -> NoReturn:
-        raise AlignmentError(f"alignment file {self.path}: {complaint}")
+class _Reader(Reader):
+    """Turns one file into an AlignmentFile."""
 
     def file(self) -> AlignmentFile:
-        document = self._document()
-        for name, allowed in (("format", FORMAT), ("version", VERSION)):
-            got = self._get(document, name)
-            if got != allowed or isinstance(got, bool):
-                self.fail(f"{name}: got {got!r}; allowed: {allowed!r}")
-        maps = self._get(document, "maps")
+        document = self.document(FORMAT, VERSION)
+        maps = self.get(document, "maps")
         if not isinstance(maps, dict) or not maps:
             self.fail(f"maps: got {maps!r}; allowed: an object with at least one map")
         return AlignmentFile(
-            target=self._identity(document, "target"),
-            draft=self._identity(document, "draft"),
+            target=self.identity(document, "target"),
+            draft=self.identity(document, "draft"),
             maps={name: self._map(name, entry) for name, entry in maps.items()},
-            **{name: self._typed(document, name, kind) for name, kind in _FIELDS.items()},
+            **{name: self.typed(document, name, kind) for name, kind in _FIELDS.items()},
         )
-
-    def _document(self) -> dict[str, Any]:
-        try:
-            document = json.loads(self.path.read_text(encoding="utf-8"))
-        except OSError as error:
-            self.fail(f"cannot be read: {error.strerror or error}")
-        except (ValueError, RecursionError) as error:
-            self.fail(f"not JSON ({error}); allowed: a file written by `outrider calibrate`")
-        if not isinstance(document, dict):
-            self.fail(f"got a JSON {type(document).__name__}; allowed: a JSON object")
-        return document
-
-    def _get(self, entry: dict[str, Any], name: str, where: str = "") -> Any:
-        if name not in entry:
-            self.fail(f"{where}{name}: missing")
-        return entry[name]
-
-    def _typed(self, entry: dict[str, Any], name: str, kind: type, where: str = "") -> Any:
-        value: Any = self._get(entry, name, where)
-        kinds: tuple[type, ...] = (int, float) if kind is float else (kind,)
-        if type(value) not in kinds:
-            self.fail(f"{where}{name}: got {value!r}; allowed: a {kind.__name__}")
-        if kind is float and not abs(value) <= sys.float_info.max:  # not NaN, infinite or too large for a float
-            self.fail(f"{where}{name}: got {value!r}; allowed: a finite number")
-        return kind(value)
-
-    def _identity(self, document: dict[str, Any], role: str) -> ModelIdentity:
-        entry = self._typed(document, role, dict)
-        return ModelIdentity(*(self._typed(entry, name, str, f"{role}.") for name in ("name", "digest")))
 
     def _map(self, name: str, entry: Any) -> AlignmentMap:
         where = f"maps.{name}."
@@ -196,12 +123,12 @@ class _Reader:
             self.fail(f"maps: got the name {name!r}; allowed: layer_map+head_map")
         if not isinstance(entry, dict):
             self.fail(f"maps.{name}: got {entry!r}; allowed: an object")
-        quality = self._typed(entry, "quality", dict, where)
-        quality = {key: self._typed(quality, key, float, f"{where}quality.") for key in quality}
+        quality = self.typed(entry, "quality", dict, where)
+        quality = {key: self.typed(quality, key, float, f"{where}quality.") for key in quality}
         return AlignmentMap(layer_map, head_map, self._sources(entry, where), quality)
 
     def _sources(self, entry: dict[str, Any], where: str) -> Alignment:
-        sources = self._get(entry, "sources", where)
+        sources = self.get(entry, "sources", where)
         try:
             tensor = torch.tensor(sources)
         except (ValueError, TypeError, RuntimeError, OverflowError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from outrider.config import Budget
 from outrider.errors import OptionError
 from outrider.guidance.rivals.base import InForward, Rival, Target, as_selection
+from outrider.guidance.rivals.double_sparsity import DoubleSparsity
 from outrider.guidance.rivals.h2o import H2O
 from outrider.guidance.rivals.oracle import Oracle
 from outrider.guidance.rivals.quest import Quest
@@ -15,6 +16,7 @@ from outrider.guidance.rivals.snapkv import SnapKV
 from outrider.guidance.rivals.spatten import SpAtten
 from outrider.guidance.rivals.streaming import Streaming
 from outrider.guidance.rivals.tidal import Tidal
+from outrider.guidance.rivals.twilight import Twilight
 
 RIVALS: dict[str, type[Rival]] = {
     "oracle": Oracle,
@@ -24,6 +26,8 @@ RIVALS: dict[str, type[Rival]] = {
     "quest": Quest,
     "tidal": Tidal,
     "spatten": SpAtten,
+    "double-sparsity": DoubleSparsity,
+    "twilight": Twilight,
 }
 
 __all__ = ["RIVALS", "InForward", "Rival", "Target", "as_selection", "build_rival"]
@@ -32,11 +36,13 @@ __all__ = ["RIVALS", "InForward", "Rival", "Target", "as_selection", "build_riva
 def build_rival(method: str, target: Target, budget: Budget) -> Rival:
     """The method of that name for one target.
 
-    Raises OptionError for an unknown method, for a share of the mass where the method has none, and for a target that it does
-    not fit.
+    Raises OptionError for an unknown method, for a budget of the kind that the method has no use for, and for a target that it
+    does not fit.
     """
     if method not in RIVALS:
         raise OptionError("method", method, ", ".join(RIVALS))
-    if budget.keep is None:
-        raise OptionError("top-p", budget.top_p, f"--keep with method {method}")
+    wanted = RIVALS[method].budgeted
+    if getattr(budget, wanted) is None:
+        other, value = ("keep", budget.keep) if wanted == "top_p" else ("top-p", budget.top_p)
+        raise OptionError(other, value, f"--{wanted.replace('_', '-')} with method {method}")
     return RIVALS[method](target=target, budget=budget)

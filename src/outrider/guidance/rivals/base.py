@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from outrider.config import Budget
-from outrider.guidance.selectors.base import top_k
+from outrider.guidance.selectors.base import top_k, top_p
 from outrider.ops import TokenLists, attention_mass, token_select
 from outrider.types import Selection
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Target:
     """The target as far as a method knows it."""
 
@@ -26,6 +26,7 @@ class Target:
     head_dim: int
     scales: tuple[float, ...]  # of the logits, by layer of the model
     value_bytes: int  # of one number in the cache
+    channels: Tensor | None = None  # [L, Hkv, D] int64: of keys, those that weigh most first; None: not ranked
 
     @property
     def row_bytes(self) -> int:
@@ -48,6 +49,10 @@ class Rival:
     touched: float = 0.0
 
     window: ClassVar[int | None] = 0  # last tokens of the prefix whose queries are observed; None: all
+    budgeted: ClassVar[str] = "keep"  # what the budget must say: "keep" or "top_p"
+
+    def __post_init__(self) -> None:
+        """Raise OptionError where the target or the budget lacks what the method needs."""
 
     def begin(self, keys: Callable[[int], Tensor], lengths: Tensor) -> None:
         """A document's prefix of `lengths` [B] tokens is cached; keys(layer) [B, S, Hkv, D]."""
@@ -68,10 +73,11 @@ class Rival:
         return attention_mass(queries, keys, lengths, scale=self.target.scales[layer])
 
     def top(self, scores: Tensor, lengths: Tensor, *, kept: Tensor | None = None, recent: int = 0) -> TokenLists:
-        """A list for each row of `scores` [B, H, S] >= 0: its best `kept` [B] tokens, the budget's share where None."""
+        """A list for each row of `scores` [B, H, S] >= 0: its best `kept` [B] tokens, what the budget says where None."""
         rows = torch.arange(scores.shape[1], device=scores.device).view(1, -1, 1)
+        share = top_p(self.budget, lengths) if kept is None else None
         kept = top_k(self.budget, lengths) if kept is None else kept
-        lists = token_select(scores, lengths, rows, top_k=kept, recent=recent)
+        lists = token_select(scores, lengths, rows, top_k=kept, top_p=share, recent=recent)
         return TokenLists(lists.indices[0], lists.counts[0])
 
     def marks(self, lists: TokenLists, size: int) -> Tensor:

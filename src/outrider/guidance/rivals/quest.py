@@ -26,6 +26,12 @@ class Quest(Rival):
     def choose(self, layer: int, queries: Tensor, keys: Tensor, lengths: Tensor) -> TokenLists | None:
         if layer < DENSE_LAYERS:
             return None
+        kept = top_k(self.budget, lengths)
+        assert kept is not None
+        return self.pages(queries, keys, lengths, kept)
+
+    def pages(self, queries: Tensor, keys: Tensor, lengths: Tensor, kept: Tensor) -> TokenLists:
+        """Per query head the tokens of as many pages as hold `kept` [B] of them."""
         size = -(-int(lengths.max()) // PAGE) * PAGE
         rows = pad(keys[:, :size], (0, 0, 0, 0, 0, max(size - keys.shape[1], 0))).float()
         past = torch.arange(size, device=keys.device) < lengths[:, None]  # [B, S]
@@ -37,8 +43,6 @@ class Quest(Rival):
         bound = torch.einsum("btkgd,bpkd->btkgp", q.clamp(min=0), high) + torch.einsum("btkgd,bpkd->btkgp", q.clamp(max=0), low)
         scores = bound.mean(1).flatten(1, 2)  # [B, Hq, pages]
         used = (lengths / PAGE).ceil().long()
-        kept = top_k(self.budget, lengths)
-        assert kept is not None
         chosen = self.top(_positive(scores), used, kept=(kept / PAGE).ceil().long(), recent=1)
         return _tokens(chosen, lengths)
 

@@ -5,14 +5,20 @@ from __future__ import annotations
 from outrider.config import Budget
 from outrider.errors import OptionError
 from outrider.guidance.selectors.base import Selector
+from outrider.guidance.selectors.dustin import Dustin
 from outrider.guidance.selectors.outrider import Outrider
 from outrider.guidance.selectors.specattn import SpecAttn
 from outrider.guidance.selectors.sts import Sts
 from outrider.types import Alignment
 
-SELECTORS: dict[str, type[Outrider] | type[Sts] | type[SpecAttn]] = {"outrider": Outrider, "sts": Sts, "specattn": SpecAttn}
+SELECTORS: dict[str, type[Outrider] | type[Sts] | type[SpecAttn] | type[Dustin]] = {
+    "outrider": Outrider,
+    "sts": Sts,
+    "specattn": SpecAttn,
+    "dustin": Dustin,
+}
 
-__all__ = ["SELECTORS", "Outrider", "Selector", "SpecAttn", "Sts", "build_selector"]
+__all__ = ["SELECTORS", "Dustin", "Outrider", "Selector", "SpecAttn", "Sts", "build_selector"]
 
 
 def build_selector(
