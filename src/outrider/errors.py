@@ -44,7 +44,3 @@ class ResultsError(OutriderError, ValueError):
 
 class SweepError(OutriderError, ValueError):
     """The plan or the result folder of a sweep cannot be used."""
-
-
-class RowError(OutriderError, ValueError):
-    """A line of a result file is no row."""

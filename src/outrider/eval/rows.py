@@ -6,18 +6,18 @@ import json
 import os
 import platform
 from collections.abc import Iterable
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
-from types import NoneType
 from typing import Any, Protocol
 
 import torch
 
 from outrider.config import Budget
-from outrider.errors import OptionError, RowError
+from outrider.errors import OptionError, ResultsError
 from outrider.eval.bootstrap import Interval, change_interval, mean_interval
+from outrider.eval.json_lines import FieldError, parse, records
 from outrider.models import LanguageModel
 from outrider.models.quantized_keys import name_of_bits
 
@@ -138,48 +138,15 @@ def append_rows(path: str | Path, rows: Iterable[Line], command: str | None = No
 def read_rows(path: str | Path) -> list[Row]:
     """The rows of a file of JSON lines; its conditions may say more than those of a new row.
 
-    Raises RowError, naming file, line and field, for a line that is no row.
+    Raises ResultsError, naming file, line and field, for a line that is no row.
     """
-    try:
-        lines = Path(path).read_bytes().splitlines()
-    except OSError as error:
-        raise RowError(f"{path}: cannot be read ({error.strerror}); allowed: a file of result rows") from error
-    return [_read_row(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
-
-
-def _read_row(line: bytes, where: str) -> Row:
-    try:
-        entry = json.loads(line.decode("utf-8"))
-    except ValueError as error:
-        raise RowError(f"{where}: not JSON ({error}); allowed: a row as `outrider eval` writes it") from error
-    if not isinstance(entry, dict):
-        raise RowError(f"{where}: got {entry!r}; allowed: an object")
-    known = {f.name: f for f in fields(Row)}
-    for name in entry:
-        if name not in known:
-            raise RowError(f"{where}: unknown field {name!r}; allowed: {', '.join(known)}")
-    for name, f in known.items():
-        if name not in entry and f.default is MISSING and f.default_factory is MISSING:
-            raise RowError(f"{where}: field {name!r} is missing; allowed: a row as `outrider eval` writes it")
-    for name, value in entry.items():
-        kinds = _KINDS[str(known[name].type)]
-        if type(value) not in kinds:
-            allowed = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
-            raise RowError(f"{where}: field {name!r}: got {value!r}; allowed: {allowed}")
-    return Row(**entry)
-
-
-# JSON's types for the annotations of Row's fields
-_KINDS: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "int": (int,),
-    "float": (float, int),
-    "str | None": (str, NoneType),
-    "int | None": (int, NoneType),
-    "float | None": (float, int, NoneType),
-    "dict[str, Interval]": (dict,),
-    "dict[str, str | int]": (dict,),
-}
+    rows = []
+    for where, record in records(Path(path), "a file of result rows"):
+        try:
+            rows.append(parse(Row, record))
+        except FieldError as error:
+            raise ResultsError(f"{where}, {error}") from error
+    return rows
 
 
 def summarize(rows: list[Row]) -> list[Row]:

@@ -204,6 +204,8 @@ def report(row: Callable[..., Row], trace: dict[str, Any], tmp_path_factory: pyt
         "text": "a",
         "method": "outrider",
         "keep": 0.1,
+        "top_p": None,
+        "context": 64,
         "layers": [0, 1],
         "recall": [[0.5, 0.75], [1, 0.25]],
     }

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 from matplotlib.figure import Figure
 
+from outrider.eval.diagnose.rows import Acceptance, Disagreement, Heads, Overlap
 from outrider.eval.report.heads import plots
-from outrider.eval.report.lines import Acceptance, Disagreement, Heads, Overlap
 from outrider.eval.report.plot import ON_WHITE
+
+ABOUT = {"method": "outrider", "keep": 0.1, "top_p": None, "context": 64, "conditions": {}}
+REST = {"kv_read_fraction": 1.0, "scored_tokens": 9}
 
 
 def axes_of(plot):
@@ -22,7 +25,7 @@ def lines_of(plot):
 
 
 def test_a_map_is_the_mean_over_texts():
-    common = {"task": "heads", "method": "outrider", "keep": 0.1, "context": 64, "layers": [2, 5]}
+    common = ABOUT | {"layers": [2, 5]}
     recalls = ([[0.5, 1.0, 0.25], [0.75, 0.5, 1.0]], [[0.5, 0.0, 0.75], [0.25, 0.0, 0.5]])
     lines = [Heads(text=text, recall=recall, **common) for text, recall in zip("ab", recalls, strict=True)]
     first, other = plots([*lines, Heads(text="a", recall=recalls[0], **(common | {"keep": 0.05}))])
@@ -36,21 +39,26 @@ def test_a_map_is_the_mean_over_texts():
 
 
 def test_overlaps_with_rounds_and_with_the_target_are_maps_of_their_own():
-    common = {"task": "overlap", "method": "sts", "keep": None, "top_p": 0.9, "layers": [0], "overlap": [[0.5]]}
-    made = plots([Overlap(between=between, **common) for between in ("rounds", "draft and target")])
+    common = ABOUT | {"method": "sts", "keep": None, "top_p": 0.9, "layers": [0], "overlap": [[0.5]]}
+    made = plots([Overlap(text="a", between=between, **common) for between in ("rounds", "draft and target")])
     assert [plot.title for plot in made] == [
-        "sts, top-p 0.9: overlap of lists, rounds",
-        "sts, top-p 0.9: overlap of lists, draft and target",
+        "sts, top-p 0.9, 64 tokens: overlap of lists, rounds",
+        "sts, top-p 0.9, 64 tokens: overlap of lists, draft and target",
     ]
 
 
 def test_acceptance_and_disagreement_are_means_over_texts():
     shares = [
-        Acceptance(task="acceptance", method="sts", keep=0.1, text=t, by_position=p)
+        Acceptance(**ABOUT | {"method": "sts"}, text=t, by_position=p, rounds=4)
         for t, p in (("a", [1, 0.5]), ("b", [0.5, 0.5]))
     ]
     points = [("sts", 0.1, 0.1, 0.2), ("sts", 0.1, 0.12, 0.4), ("sts", 0.05, 0.05, 0.6), ("outrider", 0.1, 0.1, 0.1)]
-    misses = [Disagreement(task="disagreement", method=m, keep=k, kept_fraction=f, disagreement=d) for m, k, f, d in points]
+    misses = [
+        Disagreement(
+            **ABOUT | {"method": m, "keep": k}, text="a", kept_fraction=f, kv_read_fraction=1.0, disagreement=d, scored_tokens=9
+        )
+        for m, k, f, d in points
+    ]
     accepted, disagreed = plots([*misses, *shares])
     assert lines_of(accepted) == {"sts, keep 10%": [(1, 75), (2, 50)]}
     assert lines_of(disagreed) == {"sts": [(5, 60), (11, 30)], "outrider": [(10, 10)]}

@@ -38,10 +38,16 @@ def test_the_project_s_own_results_are_read(name):
 
 
 def test_all_kinds_of_lines_are_read(row, write):
-    more = {"method": "sts", "keep": None, "conditions": HEADS["conditions"]}
+    more = {"text": "a", "method": "sts", "keep": None, "top_p": 0.9, "context": 64, "conditions": HEADS["conditions"]}
     overlap = {"task": "overlap", "between": "rounds", "layers": [0], "overlap": [[0.5]]} | more
     accepted = {"task": "acceptance", "by_position": [0.9, 0.5], "rounds": 12} | more
-    disagreed = {"task": "disagreement", "kept_fraction": 0.1, "disagreement": 0.2} | more
+    disagreed = {
+        "task": "disagreement",
+        "kept_fraction": 0.1,
+        "kv_read_fraction": 0.2,
+        "disagreement": 0.2,
+        "scored_tokens": 9,
+    } | more
     results = read_results([write([row(), HEADS, overlap, accepted, disagreed, TRACE])])
     assert [type(one).__name__ for one in results.diagnostics] == ["Heads", "Overlap", "Acceptance", "Disagreement"]
     assert (len(results.rows), len(results.traces)) == (1, 1)

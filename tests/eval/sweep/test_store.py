@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outrider.errors import RowError, SweepError
+from outrider.errors import ResultsError, SweepError
 from outrider.eval.rows import Row, append_rows, read_rows
 from outrider.eval.sweep.plan import case_key
 from outrider.eval.sweep.store import Store
@@ -68,19 +68,19 @@ GOOD = json.dumps(Row(task="a", text="b", method="c", keep=None, top_p=None, con
     [
         ("{", "line 2: not JSON"),
         (GOOD[:-9], "line 2: not JSON"),
-        ("[]", "line 2: got []; allowed: an object"),
-        (GOOD.replace('"method"', '"methods"'), "line 2: unknown field 'methods'; allowed: task, text, method, "),
-        (GOOD.replace('"keep": null, ', ""), "line 2: field 'keep' is missing"),
-        (GOOD.replace('"context": 1', '"context": "1"'), "line 2: field 'context': got '1'; allowed: int"),
-        (GOOD.replace('"context": 1', '"context": true'), "line 2: field 'context': got True; allowed: int"),
-        (GOOD.replace('"keep": null', '"keep": "all"'), "line 2: field 'keep': got 'all'; allowed: float or int or null"),
+        ("[]", "line 2: got list; allowed: one JSON object a line"),
+        (GOOD.replace('"method"', '"methods"'), "line 2, field methods: got 'an unknown field'; allowed: task, text, method, "),
+        (GOOD.replace('"keep": null, ', ""), "line 2, field keep: got 'nothing'; allowed: a finite number or null"),
+        (GOOD.replace('"context": 1', '"context": "1"'), "line 2, field context: got '1'; allowed: a whole number"),
+        (GOOD.replace('"context": 1', '"context": true'), "line 2, field context: got True; allowed: a whole number"),
+        (GOOD.replace('"keep": null', '"keep": "all"'), "line 2, field keep: got 'all'; allowed: a finite number or null"),
     ],
 )
 def test_a_malformed_line_is_named(opened, line, message):
     _, store = opened()
     file = store.path / "rows" / "some.jsonl"
     file.write_text(f"{GOOD}\n{line}\n")
-    with pytest.raises(RowError) as caught:
+    with pytest.raises(ResultsError) as caught:
         opened()
     assert str(file) in str(caught.value) and message in str(caught.value)
 

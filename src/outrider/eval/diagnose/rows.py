@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+from outrider.eval.json_lines import check_field, check_matrix, check_shares
+
 ROUNDS, TARGET = "rounds", "draft and target"  # what `Overlap.between` may be
 
 
@@ -36,6 +38,9 @@ class Heads(Diagnosis):
     layers: list[int]  # that have lists
     recall: list[list[float]]  # by layer and query head, see ListFigures.recall
 
+    def __post_init__(self) -> None:
+        check_matrix("recall", self.layers, self.recall)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overlap(Diagnosis):
@@ -47,6 +52,9 @@ class Overlap(Diagnosis):
     layers: list[int]
     overlap: list[list[float]]  # by layer and list: Jaccard index, mean over rounds
 
+    def __post_init__(self) -> None:
+        check_matrix("overlap", self.layers, self.overlap)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Acceptance(Diagnosis):
@@ -56,6 +64,10 @@ class Acceptance(Diagnosis):
 
     by_position: list[float]  # share of rounds in which the drafted token at positions 1 .. K, and all before, were accepted
     rounds: int
+
+    def __post_init__(self) -> None:
+        check_field("by_position", self.by_position, bool(self.by_position), "a share for each of 1 .. K")
+        check_shares("by_position", self.by_position)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,3 +80,6 @@ class Disagreement(Diagnosis):
     kv_read_fraction: float
     disagreement: float  # share of scored tokens whose most probable token is not the dense target's
     scored_tokens: int
+
+
+DIAGNOSES: dict[str, type[Diagnosis]] = {kind.task: kind for kind in (Heads, Overlap, Acceptance, Disagreement)}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from outrider.eval.report.lines import Acceptance, Diagnostic, Disagreement, Heads, Matrix, Overlap
+from outrider.eval.diagnose.rows import Acceptance, Diagnosis, Disagreement, Heads, Overlap
 from outrider.eval.report.plot import Draw, Palette, Style
 from outrider.eval.rows import Row
 
@@ -29,9 +29,9 @@ class Plot:
     size: tuple[float, float]  # inches
 
 
-def plots(found: list[Diagnostic]) -> list[Plot]:
+def plots(found: list[Diagnosis]) -> list[Plot]:
     """All diagnostics: a map of every method and budget, the mean over texts; one plot of a kind for the rest."""
-    maps: dict[tuple[Any, ...], list[Diagnostic]] = {}
+    maps: dict[tuple[Any, ...], list[Diagnosis]] = {}
     for one in found:
         if isinstance(one, (Heads, Overlap)):
             what = one.between if isinstance(one, Overlap) else ""
@@ -45,19 +45,19 @@ def plots(found: list[Diagnostic]) -> list[Plot]:
     return made
 
 
-def case(one: Diagnostic | Row) -> str:
+def case(one: Diagnosis | Row) -> str:
     """ "outrider, keep 10%" """
     if one.keep is not None:
         return f"{one.method}, keep {100 * one.keep:g}%"
     return one.method if one.top_p is None else f"{one.method}, top-p {one.top_p:g}"
 
 
-def _matrix(one: Diagnostic) -> Matrix:
+def _matrix(one: Diagnosis) -> list[list[float]]:
     assert isinstance(one, (Heads, Overlap))
     return one.recall if isinstance(one, Heads) else one.overlap
 
 
-def _map(number: int, group: list[Diagnostic]) -> Plot:
+def _map(number: int, group: list[Diagnosis]) -> Plot:
     first, matrices = group[0], [_matrix(one) for one in group]
     assert isinstance(first, (Heads, Overlap))
     mean = [[sum(cells) / len(cells) for cells in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)]
@@ -78,7 +78,7 @@ def _map(number: int, group: list[Diagnostic]) -> Plot:
     )
 
 
-def _heat(layers: list[int], values: Matrix, heads: str) -> Draw:
+def _heat(layers: list[int], values: list[list[float]], heads: str) -> Draw:
     def draw(figure: Figure, palette: Palette) -> None:
         axes = figure.subplots()
         rows, columns = len(values), len(values[0])

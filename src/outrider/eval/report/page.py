@@ -9,15 +9,16 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
+from outrider.eval.diagnose.rows import Diagnosis
 from outrider.eval.report import curves, heads
 from outrider.eval.report.curves import curves as draw
 from outrider.eval.report.heads import Plot
-from outrider.eval.report.lines import Diagnostic, Trace
 from outrider.eval.report.panels import Figure as Quality
 from outrider.eval.report.panels import Panel, Point, labels, panels
 from outrider.eval.report.plot import Style, check_matplotlib, png, svg
 from outrider.eval.report.read import Results, read_results
 from outrider.eval.report.tokens import page_data
+from outrider.eval.report.trace import Trace
 from outrider.eval.rows import Row
 
 PAGE = "index.html"
@@ -169,7 +170,7 @@ def _box(content: str, label: str) -> str:
 def _all_conditions(results: Results) -> dict[str, list[str]]:
     """Every condition and its values, in order of first appearance."""
     found: dict[str, dict[str, None]] = {}
-    lines: list[Row | Diagnostic | Trace] = [*results.rows, *results.diagnostics, *results.traces]
+    lines: list[Row | Diagnosis | Trace] = [*results.rows, *results.diagnostics, *results.traces]
     for line in lines:
         for name, value in line.conditions.items():
             found.setdefault(name, {})[str(value)] = None

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from outrider.errors import ResultsError
-from outrider.eval.report.lines import Trace
+from outrider.eval.report.trace import Trace
 
 MAX_BYTES = 10 << 20  # of all traces of a page
 

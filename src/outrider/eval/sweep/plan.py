@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,7 @@ from outrider.eval.sweep.tasks import TASKS, ReadText, Subject, Task
 from outrider.guidance.rivals import RIVALS
 from outrider.guidance.selectors import SELECTORS
 
-GENERATING = (DENSE, *SELECTORS)
-METHODS = (*GENERATING, *RIVALS)
+METHODS = (DENSE, *SELECTORS, *RIVALS)
 CASES = ("methods", "keeps", "top-p")  # keys that a task may have for itself, as these:
 SHARES = ("keep", "top_p")  # the fields of a budget that the last two stand for
 PLACES = ("texts", "contexts")
@@ -197,19 +196,19 @@ class _Reader:
         return Work(
             task=task,
             contexts=tuple(dict.fromkeys(contexts)),
-            cases=tuple(self._cases(entries, budget, GENERATING if task.generates else METHODS)),
+            cases=tuple(self._cases(entries, budget)),
             subjects=tuple(node.checked(lambda: task.subjects(texts, self.read_text))),
         )
 
-    def _cases(self, entries: dict[str, Node], budget: dict[str, int], known: Sequence[str]) -> Iterator[Case]:
+    def _cases(self, entries: dict[str, Node], budget: dict[str, int]) -> Iterator[Case]:
         seen = set()
         for node in entries["methods"].items("methods"):
             own = node.entries(["name", "keeps", "top-p", "map"]) if isinstance(node.value, dict) else {"name": node}
             if "name" not in own:
-                node.fail("name is missing", ", ".join(known))
+                node.fail("name is missing", ", ".join(METHODS))
             method = own["name"].as_type(str)
-            if method not in known:
-                own["name"].refuse(", ".join(known))
+            if method not in METHODS:
+                own["name"].refuse(", ".join(METHODS))
             if method in seen:
                 own["name"].fail(f"{method!r} stands twice", "each method once, with all its budgets")
             seen.add(method)
@@ -221,21 +220,28 @@ class _Reader:
             if "map" in own and method in RIVALS:
                 own["map"].refuse(f"no map: {method} is not guided by the draft")
             alignment_map = own["map"].as_type(str) if "map" in own else None
-            for given in self._budgets(node, entries | own, method, budget):
+            for given in self._budgets(node, entries | own, own, method, budget):
                 yield Case(method=method, budget=given, map=alignment_map)
 
-    def _budgets(self, node: Node, entries: dict[str, Node], method: str, common: dict[str, int]) -> list[Budget]:
+    def _budgets(
+        self, node: Node, entries: dict[str, Node], own: dict[str, Node], method: str, common: dict[str, int]
+    ) -> list[Budget]:
         named = zip(CASES[1:], SHARES, strict=True)
         shares = [(key, name, entries[key].items("numbers")) for key, name in named if key in entries]
         if not shares:
             node.fail(f"{method!r} has no budget", "keeps or top-p, here, at the task or for the whole plan")
         made = []
         for key, name, items in shares:
-            if name == "top_p" and method in RIVALS:
-                entries[key].refuse(f"keeps with method {method}: name top-p at the methods that have it")
+            fitting = RIVALS[method].budgeted if method in RIVALS else name
+            if fitting != name and (key != "keeps" or key in own):
+                entries[key].refuse(f"{fitting.replace('keep', 'keeps').replace('_', '-')} with method {method}")
+            if fitting != name:  # the plan's keeps are for the others
+                continue
             for item in items:
                 share = {name: item.as_type(float)}
                 made.append(item.checked(lambda share=share: Budget(**share, **common)))
+        if not made:
+            node.fail(f"{method!r} has no budget", "top-p, here")
         return list(dict.fromkeys(made))
 
     def _texts(self, node: Node) -> list[Text]:

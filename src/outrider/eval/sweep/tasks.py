@@ -36,7 +36,6 @@ class Task(ABC):
     """The options of a task. As most do, this one asks about the plan's texts and makes one row a text and case."""
 
     name: ClassVar[str]
-    generates: ClassVar[bool] = False  # answers are generated, which rivals cannot
     reads_texts: ClassVar[bool] = True  # the subjects are the plan's texts
     fills_context: ClassVar[bool] = True  # a text must have as many tokens as the context
 
@@ -105,7 +104,6 @@ class Ruler(Task):
     """`outrider eval ruler`: a family of a text is a subject."""
 
     name: ClassVar[str] = "ruler"
-    generates: ClassVar[bool] = True
     fills_context: ClassVar[bool] = False
 
     families: tuple[str, ...] = tuple(FAMILIES)
@@ -141,7 +139,6 @@ class Qa(Task):
     """`outrider eval qa`: a document with its questions is a subject."""
 
     name: ClassVar[str] = "qa"
-    generates: ClassVar[bool] = True
     reads_texts: ClassVar[bool] = False
     fills_context: ClassVar[bool] = False
 
