@@ -128,7 +128,7 @@ def test_merge_patch(value, patch, wanted):
         ("[64, 128]", "[1]", "contexts[0]: context: got 1; allowed: a whole number >= 2"),
         ("contexts: [64, 128]\n", "", "contexts is missing; allowed: contexts here or at tasks.perplexity"),
         ("dense, outrider, sts]", "dens]", f"methods[0]: got 'dens'; allowed: {', '.join(METHODS)}"),
-        ("[dense, outrider]", "[dense, quest]", "tasks.ruler.methods[1]: got 'quest'; allowed: dense, outrider, sts, specattn"),
+        ("[dense, outrider]", "[dense, magic]", "tasks.ruler.methods[1]: got 'magic'; allowed: dense, outrider, sts, specattn"),
         ("dense, outrider, sts]", "sts, sts]", "methods[1]: 'sts' stands twice; allowed: "),
         (
             "dense, outrider, sts]",
@@ -143,6 +143,8 @@ def test_merge_patch(value, patch, wanted):
             "{name: quest, top-p: [0.9]}]",
             "methods[0].top-p: got [0.9]; allowed: keeps with method quest",
         ),
+        ("dense, outrider, sts]", "twilight]", "methods[0]: 'twilight' has no budget; allowed: top-p, here"),
+        ("dense, outrider, sts]", "{name: twilight, keeps: [0.1]}]", "methods[0].keeps: got [0.1]; allowed: top-p with method"),
         ("keeps: [0.1, 0.05]", "keeps: [0.1, 2]", "keeps[1]: keep: got 2.0; allowed: a number in (0, 1]"),
         ("keeps: [0.1, 0.05]", "keeps: ['0.1']", "keeps[0]: got '0.1'; allowed: a number"),
         ("keeps: [0.1, 0.05]\n", "", "methods[1]: 'outrider' has no budget; allowed: keeps or top-p"),
