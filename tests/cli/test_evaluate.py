@@ -147,7 +147,7 @@ class TestDiagnose:
         lists = ["heads", "overlap", "overlap"]
         tasks = ["disagreement", "acceptance", *2 * ["disagreement", *lists, "acceptance"]]
         assert [(row["text"], row["task"]) for row in rows] == [(text, task) for text in ("text", "other") for task in tasks]
-        assert all(row["conditions"]["command"].startswith("outrider ") for row in rows)
+        assert all(row["conditions"]["command"].startswith("outrider") for row in rows)
         shown = [line.strip() for line in outcome.out.splitlines()]
         assert [line for line in shown if line in ("text", "other", "mean of 2")] == ["text", "other", "mean of 2"]
         heads = rows[3]["recall"]

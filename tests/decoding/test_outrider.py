@@ -144,9 +144,9 @@ def test_bad_sampling_params(options, message):
 
 @pytest.mark.parametrize("mode", ["dense", "sparse"])
 def test_unknown_method_is_refused_in_every_mode(mode, text_pair, engine):
-    with pytest.raises(OptionError, match=r"method: got 'magic'; allowed: outrider, sts, specattn, oracle"):
+    with pytest.raises(OptionError, match=r"method: got 'magic'; allowed: outrider, sts, specattn, dustin, oracle"):
         Outrider.load("nowhere", "nowhere", mode=mode, method="magic")
-    with pytest.raises(OptionError, match=r"method: got 'magic'; allowed: outrider, sts, specattn, oracle"):
+    with pytest.raises(OptionError, match=r"method: got 'magic'; allowed: outrider, sts, specattn, dustin, oracle"):
         engine.with_options(mode=mode, method="magic")
 
 
