@@ -15,7 +15,7 @@ import torch
 
 from outrider.config import SamplingParams
 from outrider.decoding.drafting import propose
-from outrider.decoding.engine import Engine
+from outrider.decoding.outrider import Outrider
 from outrider.decoding.prefill import prefill
 from outrider.decoding.sampling import Sampling, distributions
 from outrider.decoding.scoring import score
@@ -53,7 +53,7 @@ def shared_prefill(monkeypatch):
             cache.append(layer, made[key].keys(layer), made[key].values(layer))
         cache.advance(tokens.shape[1])
 
-    monkeypatch.setitem(Engine.__init__.__kwdefaults__, "read", run)
+    monkeypatch.setitem(Outrider.__init__.__kwdefaults__, "read", run)
 
 
 @pytest.fixture(scope="module")
