@@ -35,7 +35,7 @@ def rank_channels(
     spec, shape = target.spec, target.spec.full_shape
     weights = torch.zeros(len(spec.layers), shape.kv_heads, shape.head_dim, dtype=torch.float64)
     cache = target.new_cache(1, min(BLOCK, tokens))
-    for part in torch.tensor([ids]).split(BLOCK, dim=1):
+    for start, part in zip(range(0, tokens, BLOCK), torch.tensor([ids]).split(BLOCK, dim=1), strict=True):
         cache.truncate(0)
         queries = target.forward(part, cache, record_queries=True, logits=False).queries
         for layer in spec.full_layers:
@@ -44,7 +44,7 @@ def rank_channels(
             products = grouped.float() * keys.float()[:, :, :, None]
             weights[layer] += products.abs().sum((0, 1, 3), dtype=torch.float64).cpu()
         if progress is not None:
-            progress("rank channels", min(BLOCK, part.shape[1]), tokens)
+            progress("rank channels", start + part.shape[1], tokens)
     ranking = torch.full(weights.shape, -1, dtype=torch.int64)
     ranking[list(spec.full_layers)] = ranked(weights[list(spec.full_layers)])
     return ChannelFile(

@@ -1,4 +1,5 @@
-"""Who makes the lists of rounds of given tokens: the draft, scored as in generation, or a rival inside the target's forward."""
+"""Who makes a round's lists: of given tokens the draft, scored as in generation, or a rival inside the target's forward; in
+generation a rival for each row, the draft's lists being the runner's own business."""
 
 from __future__ import annotations
 
