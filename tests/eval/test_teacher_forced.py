@@ -138,6 +138,39 @@ def test_lists_that_begin_mid_text_find_the_draft_cache_whole(pair, alignments):
         torch.testing.assert_close(late.caches[1].keys(layer, 120), whole.caches[1].keys(layer, 120), rtol=1e-4, atol=1e-4)
 
 
+def test_the_draft_reads_given_tokens_once(pair, alignments, monkeypatch):
+    """Every method finds its rows and queries, and after other tokens, or tokens in other rounds, has it read them again."""
+    tokens = pair[0].tokenizer(TEXT.text)["input_ids"][:160]
+    given, other = tokens[100:121], [*tokens[100:107], *tokens[140:151]]
+    selectors = [
+        make_selector(Case(method=method, budget=Budget(keep=0.3, min_context=0)), pair, alignments, None, 4)
+        for method in METHODS
+    ]
+    forwards, forward = [], type(pair[1]).forward
+    monkeypatch.setattr(pair[1], "forward", lambda *args, **kwargs: forwards.append(1) or forward(pair[1], *args, **kwargs))
+
+    def read(reader, tokens, selector, t=None):
+        before = len(forwards)
+        logits = torch.cat([one.logits for one in reader.rounds(tokens, selector, t=t)])
+        return logits, len(forwards) - before
+
+    def fresh():
+        reader = TeacherForced(pair, 160, 4)
+        reader.read(tokens[:100], 64)
+        return reader
+
+    shared, expected = fresh(), [read(fresh(), given, selector)[0] for selector in selectors]
+    for count, selector, wanted in zip((5, 0, 0, 0), selectors, expected, strict=True):
+        logits, ran = read(shared, given, selector)
+        assert ran == count and torch.equal(logits, wanted)
+    logits, ran = read(shared, other, selectors[0])
+    assert ran == 3 and torch.equal(logits, read(fresh(), other, selectors[0])[0])  # the first round is the same
+    logits, ran = read(shared, given, selectors[0], t=3)
+    assert ran == 7 and torch.equal(logits, read(fresh(), given, selectors[0], t=3)[0])
+    logits, ran = read(shared, given, selectors[1])
+    assert ran == 5 and torch.equal(logits, expected[1])
+
+
 def test_few_bits_are_scored_behind_a_prefix(builtin_pair, builtin_alignment, book):
     """Records begin where sparse rounds do, and follow them; they are another case's no more."""
     case = Case(method="outrider", budget=Budget(keep=0.1, sinks=4, recent=16, min_context=265))

@@ -23,18 +23,38 @@ from outrider.types import Selection
 OBSERVED = 256  # tokens of a document whose queries a rival sees at a time
 
 
+class Drafted:
+    """The draft over given tokens behind one document, its queries kept: it reads densely, so no method changes them, and a
+    second method over the same tokens finds its rows in the cache as well."""
+
+    def __init__(self, draft: LanguageModel, cache: KVCache) -> None:
+        self.draft, self.cache = draft, cache
+        self._rounds: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}  # by position: tokens, and their queries by layer
+
+    def queries(self, part: Tensor, position: int) -> tuple[Tensor, ...]:
+        """Of a round's tokens [1, T] behind `position` cached ones: by layer [1, T, Hq, D]. Their rows are in the cache."""
+        tokens, queries = self._rounds.get(position, (None, ()))
+        if tokens is None or not torch.equal(tokens, part):
+            for later in [known for known in self._rounds if known >= position]:
+                del self._rounds[later]  # their rows are written over, or follow other tokens
+            queries = self.draft.forward(part, self.cache, record_queries=True, logits=False).queries
+            self._rounds[position] = part, queries
+        return queries
+
+
 class FromDraft:
     """Lists from the draft's scores of a round."""
 
     touched = 0.0  # bytes read in order to choose, beside the keys that are scored
 
-    def __init__(self, selector: Selector, draft: LanguageModel, cache: KVCache, bits: int | None) -> None:
-        self._selector, self._draft, self._cache, self._bits = selector, draft, cache, bits
+    def __init__(self, selector: Selector, drafted: Drafted, bits: int | None) -> None:
+        self._selector, self._drafted, self._bits = selector, drafted, bits
+        self._draft, self._cache = drafted.draft, drafted.cache
         self._quantized: QuantizedKeys | None = None
 
     def lists(self, part: Tensor, lengths: Tensor, *, sparse: bool) -> Selection | None:
         """Run the draft over the round's tokens [1, T]; its lists, unless the round is dense."""
-        queries = self._draft.forward(part, self._cache, record_queries=True, logits=False).queries
+        queries = self._drafted.queries(part, int(lengths))
         if not sparse:
             return None
         layers = self._selector.draft_layers

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outrider.decoding.guides import FromDraft, InTarget, begin
+from outrider.decoding.guides import Drafted, FromDraft, InTarget, begin
 from outrider.decoding.prefill import ProgressCallback, prefill
 from outrider.decoding.statistics import Listed, ReadCounter, Reads
 from outrider.guidance.rivals import Rival
@@ -71,6 +71,7 @@ class TeacherForced:
             cache.truncate(0)
             prefill(model, cache, torch.tensor([tokens], dtype=torch.int64), chunk, progress)
         self._document = tokens
+        self._drafted = Drafted(self.draft or self.target, self.caches[-1])
         self._begun: dict[int, Rival] = {}  # rivals that have seen it, by identity
 
     def dense_twin(self) -> TeacherForced:
@@ -149,4 +150,4 @@ class TeacherForced:
             if id(selector) not in self._begun:
                 self._begun[id(selector)] = begin(selector, self.target, self.caches[0], self._document)
             return InTarget(copy.deepcopy(self._begun[id(selector)]), self.target, self.caches[0])
-        return FromDraft(selector, self.draft or self.target, self.caches[-1], self.bits)
+        return FromDraft(selector, self._drafted, self.bits)
