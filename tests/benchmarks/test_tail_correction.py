@@ -133,8 +133,8 @@ def test_rounds_without_a_correction_are_those_of_the_evaluation(builtin_pair, b
     alignment = builtin_alignment.map("joint+divergence").alignment
     selector = make_selector(*builtin_pair, "outrider", alignment, Budget(keep=0.3, min_context=0), 4)
     reader = TeacherForced(builtin_pair, 560, 4)
-    reader.read(tokens[:500], 2048)
-    wanted = reader.run(tokens[500:], selector)
+    reader.read([tokens[:500]], 2048)
+    [wanted] = reader.run([tokens[500:]], selector)
     assert torch.allclose(ran.logits, wanted.logits, atol=1e-3)
     assert ran.bytes_read / ran.bytes_dense == pytest.approx(wanted.kv_read_fraction)
 

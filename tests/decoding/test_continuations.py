@@ -75,8 +75,8 @@ def test_sparse_scores_are_those_of_rounds_behind_the_prefix(make_engine, pair, 
     selector = Scorer(make_engine(pair, **options)).selector
     for one, score, exact in zip(continuations, sparse, dense, strict=True):
         reader = TeacherForced(pair, 64, 3)
-        reader.read(list(one.prefix), 2048)
-        run = reader.run(one.given, selector, 8)
+        reader.read([list(one.prefix)], 2048)
+        [run] = reader.run([one.given], selector, 8)
         expected = run.logits.log_softmax(-1)[range(len(one.wanted)), one.wanted].sum()
         assert score.logprob == pytest.approx(float(expected), rel=1e-5)
         assert score.statistics.kept_fraction == pytest.approx(run.kept_fraction)
@@ -93,9 +93,9 @@ def test_short_contexts_are_dense_in_mode_sparse(scores):
 def test_a_shared_context_is_read_once(make_engine, pair, continuations, monkeypatch):
     read, original = [], TeacherForced.read
 
-    def counted(self, tokens, chunk):
-        read.append(len(tokens))
-        original(self, tokens, chunk)
+    def counted(self, documents, chunk):
+        read.extend(map(len, documents))
+        original(self, documents, chunk)
 
     monkeypatch.setattr(TeacherForced, "read", counted)
     order = [one.index for one, _ in Scorer(make_engine(pair, mode="sparse")).score(continuations)]

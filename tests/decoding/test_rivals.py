@@ -76,9 +76,9 @@ def test_rounds_are_those_of_given_text(method, make_pair, random_prompts):
     assert len(sequence.tokens) == 20 and len(seen) == 5
 
     reader = TeacherForced((target, draft), 100, 3)
-    reader.read(prompt[:-1], 64)
+    reader.read([prompt[:-1]], 64)
     given = [prompt[-1], *sequence.tokens[:-1]]
-    run = reader.run(given, make_rival(method, target, config.budget), config.budget.min_context)
+    [run] = reader.run([given], make_rival(method, target, config.budget), config.budget.min_context)
     torch.testing.assert_close(run.logits, torch.cat(seen).float(), rtol=1e-5, atol=1e-5)
     assert statistics.kept_fraction == pytest.approx(run.kept_fraction)
     assert statistics.kv_read_fraction == pytest.approx(run.kv_read_fraction)

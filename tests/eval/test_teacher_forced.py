@@ -65,6 +65,24 @@ def share(method: str, amount: float) -> Budget:
     return Budget(**{RIVALS[method].budgeted: amount, "min_context": 0})
 
 
+def check_together(pair, alignments, case, **options):
+    """Three texts in batches of two: the rows of each alone, in the order of texts within a batch, and nothing shared."""
+    texts = [TEXT, Text(name="other", text=TEXT.text[::-1]), Text(name="third", text=TEXT.text[300:] + TEXT.text[:300])]
+    options |= {"context": 300, "scored_tokens": 23}
+    rows = list(perplexity.evaluate(pair, alignments, texts, [Case(method="dense"), case], batch_size=2, **options))
+    assert [row.text for row in rows] == ["noise", "other", "noise", "other", "third", "third"]
+    alone = [next(iter(perplexity.evaluate(pair, alignments, [text], [case], **options))) for text in texts]
+    for row, expected in zip([rows[2], rows[3], rows[5]], alone, strict=True):
+        assert (row.text, row.method) == (expected.text, case.method)
+        assert (row.ppl, row.ppl_dense) == pytest.approx((expected.ppl, expected.ppl_dense), rel=1e-4)
+        assert (row.kept_fraction, row.kv_read_fraction) == pytest.approx((expected.kept_fraction, expected.kv_read_fraction))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_texts_read_together_equal_each_alone(pair, alignments, method):
+    check_together(pair, alignments, Case(method=method, budget=Budget(keep=0.2, min_context=0)))
+
+
 @pytest.mark.parametrize("method", RIVALS)
 class TestRivals:
     def test_keeping_everything_changes_nothing(self, pair, channels, method):
@@ -84,6 +102,9 @@ class TestRivals:
         assert [row.ppl for row in rows[2:]] == [alone.ppl] * 2
         assert {row.kv_read_fraction for row in rows[2:]} == {alone.kv_read_fraction}
         assert (alone.ppl != alone.ppl_dense) == (alone.kept_fraction < 1)  # of few layers all may be dense ones
+
+    def test_texts_read_together_equal_each_alone(self, pair, channels, method):
+        check_together(pair, None, Case(method=method, budget=share(method, 0.2)), channels=channels)
 
     def test_facts_are_asked_for(self, pair, channels, method):
         cases = [Case(method=method, budget=share(method, 1.0))]
@@ -120,8 +141,8 @@ def test_rounds_equal_one_query_at_a_time_when_dense(pair):
     logits = []
     for draft_tokens in (1, 4, 30):
         reader = TeacherForced(pair, 120, draft_tokens)
-        reader.read(tokens[:100], 64)
-        logits.append(reader.run(tokens[100:], None).logits)
+        reader.read([tokens[:100]], 64)
+        logits.append(reader.run([tokens[100:]], None)[0].logits)
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits[0], logits[2], rtol=1e-4, atol=1e-4)
 
@@ -131,9 +152,9 @@ def test_lists_that_begin_mid_text_find_the_draft_cache_whole(pair, alignments):
     tokens = pair[0].tokenizer(TEXT.text)["input_ids"][:120]
     selector = make_selector(Case(method="outrider", budget=Budget(keep=0.5, min_context=0)), pair, alignments, None, 4)
     whole, late = (TeacherForced(pair, 120, 4) for _ in range(2))
-    whole.read(tokens, 64)
-    late.read(tokens[:60], 64)
-    late.run(tokens[60:], selector, min_context=100)
+    whole.read([tokens], 64)
+    late.read([tokens[:60]], 64)
+    late.run([tokens[60:]], selector, min_context=100)
     for layer in range(2):
         torch.testing.assert_close(late.caches[1].keys(layer, 120), whole.caches[1].keys(layer, 120), rtol=1e-4, atol=1e-4)
 
@@ -151,12 +172,12 @@ def test_the_draft_reads_given_tokens_once(pair, alignments, monkeypatch):
 
     def read(reader, tokens, selector, t=None):
         before = len(forwards)
-        logits = torch.cat([one.logits for one in reader.rounds(tokens, selector, t=t)])
+        logits = torch.cat([one.logits[0] for one in reader.rounds([tokens], selector, t=t)])
         return logits, len(forwards) - before
 
     def fresh():
         reader = TeacherForced(pair, 160, 4)
-        reader.read(tokens[:100], 64)
+        reader.read([tokens[:100]], 64)
         return reader
 
     shared, expected = fresh(), [read(fresh(), given, selector)[0] for selector in selectors]

@@ -61,7 +61,7 @@ class Scorer:
         reader = TeacherForced(pair, capacity, self.config.draft_tokens, self.bits)
         ordered = sorted(continuations, key=lambda one: (-len(one.prefix), one.prefix))
         for prefix, group in groupby(ordered, key=lambda one: one.prefix):
-            reader.read(list(prefix), self.config.prefill_chunk)
+            reader.read([list(prefix)], self.config.prefill_chunk)
             for one in group:
                 yield one, self._score(reader, one)
 
@@ -77,18 +77,19 @@ class Scorer:
             accepted_at=[0] * self.config.draft_tokens,
         )
         logprob, is_greedy, done = 0.0, True, 0
-        for part in reader.rounds(one.given, self.selector if sparse else None, least, width):
-            n = part.logits.shape[0]
-            wanted = torch.tensor(one.wanted[done : done + n], device=part.logits.device)
-            logprob += float(part.logits.log_softmax(-1).gather(-1, wanted[:, None]).sum())
-            is_greedy &= bool((part.logits.argmax(-1) == wanted).all())
+        for part in reader.rounds([one.given], self.selector if sparse else None, least, width):
+            [logits], [reads] = part.logits, part.reads
+            n = logits.shape[0]
+            wanted = torch.tensor(one.wanted[done : done + n], device=logits.device)
+            logprob += float(logits.log_softmax(-1).gather(-1, wanted[:, None]).sum())
+            is_greedy &= bool((logits.argmax(-1) == wanted).all())
             done += n
             rounds = -(-n // self.t)
             statistics.rounds += rounds
-            statistics.listed += rounds * part.reads.listed
+            statistics.listed += rounds * reads.listed
             statistics.cached += rounds * part.cached
-            statistics.bytes_read += rounds * part.reads.bytes_read
-            statistics.bytes_dense += rounds * part.reads.bytes_dense
+            statistics.bytes_read += rounds * reads.bytes_read
+            statistics.bytes_dense += rounds * reads.bytes_dense
         return Score(logprob=logprob, is_greedy=is_greedy, statistics=statistics)
 
     def _make_selector(self) -> Selector | Rival | None:

@@ -24,7 +24,7 @@ OBSERVED = 256  # tokens of a document whose queries a rival sees at a time
 
 
 class Drafted:
-    """The draft over given tokens behind one document, its queries kept: it reads densely, so no method changes them, and a
+    """The draft over given tokens behind documents, its queries kept: it reads densely, so no method changes them, and a
     second method over the same tokens finds its rows in the cache as well."""
 
     def __init__(self, draft: LanguageModel, cache: KVCache) -> None:
@@ -32,7 +32,7 @@ class Drafted:
         self._rounds: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}  # by position: tokens, and their queries by layer
 
     def queries(self, part: Tensor, position: int) -> tuple[Tensor, ...]:
-        """Of a round's tokens [1, T] behind `position` cached ones: by layer [1, T, Hq, D]. Their rows are in the cache."""
+        """Of a round's tokens [B, T] behind `position` cached ones: by layer [B, T, Hq, D]. Their rows are in the cache."""
         tokens, queries = self._rounds.get(position, (None, ()))
         if tokens is None or not torch.equal(tokens, part):
             for later in [known for known in self._rounds if known >= position]:
@@ -45,21 +45,23 @@ class Drafted:
 class FromDraft:
     """Lists from the draft's scores of a round."""
 
-    touched = 0.0  # bytes read in order to choose, beside the keys that are scored
-
     def __init__(self, selector: Selector, drafted: Drafted, bits: int | None) -> None:
         self._selector, self._drafted, self._bits = selector, drafted, bits
         self._draft, self._cache = drafted.draft, drafted.cache
         self._quantized: QuantizedKeys | None = None
 
-    def lists(self, part: Tensor, lengths: Tensor, *, sparse: bool) -> Selection | None:
-        """Run the draft over the round's tokens [1, T]; its lists, unless the round is dense."""
-        queries = self._drafted.queries(part, int(lengths))
+    def touched(self, rows: int) -> list[float]:
+        """Bytes read so far in order to choose, by row: none, beside the keys that are scored."""
+        return [0.0] * rows
+
+    def lists(self, part: Tensor, lengths: Tensor, cached: int, *, sparse: bool) -> Selection | None:
+        """Run the draft over the round's tokens [B, T] behind `cached` ones; its lists, unless the round is dense."""
+        queries = self._drafted.queries(part, cached)
         if not sparse:
             return None
         layers = self._selector.draft_layers
         if self._bits is not None and self._quantized is None:
-            self._quantized = QuantizedKeys(self._draft, layers, self._bits, 1, self._cache.capacity)
+            self._quantized = QuantizedKeys(self._draft, layers, self._bits, len(lengths), self._cache.capacity)
             self._quantized.fill(self._cache)
         given = self._draft, self._cache, queries, lengths, layers
         return self._selector.select(score(*given, per_query=self._selector.per_query, quantized=self._quantized))
@@ -71,13 +73,13 @@ class InTarget:
     def __init__(self, rival: Rival, target: LanguageModel, cache: KVCache) -> None:
         self._rival, self._keys = rival, partial(_keys, target, cache)
 
-    @property
-    def touched(self) -> float:
-        return self._rival.touched
+    def touched(self, rows: int) -> list[float]:
+        """Bytes read so far in order to choose, by row."""
+        return torch.as_tensor(self._rival.touched).expand(rows).tolist()
 
-    def lists(self, part: Tensor, lengths: Tensor, *, sparse: bool) -> InForward | None:
-        """For a round of tokens [1, T]."""
-        return InForward(self._rival, self._keys(int(lengths) + part.shape[1]), lengths) if sparse else None
+    def lists(self, part: Tensor, lengths: Tensor, cached: int, *, sparse: bool) -> InForward | None:
+        """For a round of tokens [B, T] behind `cached` ones."""
+        return InForward(self._rival, self._keys(cached + part.shape[1]), lengths) if sparse else None
 
 
 class ByRow:
@@ -89,7 +91,7 @@ class ByRow:
 
     def begin(self, row: int, document: list[int]) -> None:
         """Row `row` holds these tokens in the cache; its rounds choose for themselves from now on."""
-        self._begun[row] = begin(self._rival, self._target, self._cache.rows(row, row + 1), document)
+        self._begun[row] = begin(self._rival, self._target, self._cache.rows(row, row + 1), torch.tensor([document]))
 
     def move(self, source: int, row: int) -> None:
         """A sequence changes its row."""
@@ -97,7 +99,7 @@ class ByRow:
 
     def touched(self, rows: int) -> list[float]:
         """Bytes read so far in order to choose, by row."""
-        return [self._begun[row].touched for row in range(rows)]
+        return [float(self._begun[row].touched) for row in range(rows)]
 
     def lists(self, rows: int, running: int, t: int) -> RowsInForward:
         """For a round of `t` tokens in `rows` rows, of which the last ones may be idle."""
@@ -135,14 +137,14 @@ class RowsInForward:
         return as_selection(self._made, self._lengths)
 
 
-def begin(rival: Rival, target: LanguageModel, cache: KVCache, document: list[int]) -> Rival:
-    """A copy of `rival` that has seen the document, which is cached; its state is that document's."""
+def begin(rival: Rival, target: LanguageModel, cache: KVCache, documents: Tensor) -> Rival:
+    """A copy of `rival` that has seen documents [B, S], which are cached; its state is theirs."""
     begun = replace(rival, touched=0.0)
-    end = int(cache.lengths)
+    end = documents.shape[1]
     begun.begin(_keys(target, cache, end), cache.lengths.clone())
     start = 0 if rival.window is None else max(end - rival.window, 0)
     cache.truncate(start)
-    for part in torch.tensor([document[start:]]).split(OBSERVED, dim=1) if start < end else ():  # once more, for its queries
+    for part in documents[:, start:].split(OBSERVED, dim=1) if start < end else ():  # once more, for its queries
         queries = target.forward(part, cache, record_queries=True, logits=False).queries
         begun.observe(queries, _keys(target, cache, start + part.shape[1]), start)
         cache.advance(part.shape[1])

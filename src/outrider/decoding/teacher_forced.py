@@ -2,7 +2,7 @@
 
 Every round feeds K + 1 given tokens to the draft, scores and selects as the engine does, and runs the target over the same
 tokens with the lists; a rival chooses inside that forward instead, without the draft. What the sparse target writes into its
-cache stays there for the next rounds, as in generation.
+cache stays there for the next rounds, as in generation. Documents of one length are read as one batch, B rows.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from outrider.types import Selection
 class GivenRound:
     """The target's predictions behind the tokens of one round, and what it read for them."""
 
-    logits: Tensor  # [T, V] fp32: row i predicts the token behind the round's i-th
+    logits: Tensor  # [B, T, V] fp32: row i predicts the token behind the round's i-th
     cached: int  # tokens in the caches before the round
-    reads: Reads
+    reads: tuple[Reads, ...]  # by document
     lists: Selection | None  # where recorded: what the target read; None: everything
-    queries: tuple[Tensor, ...]  # where recorded: of the target, by layer [1, T, Hq, D]; else empty
+    queries: tuple[Tensor, ...]  # where recorded: of the target, by layer [B, T, Hq, D]; else empty
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """The target's predictions behind a prefix, and what it read for them."""
+    """The target's predictions behind one document, and what it read for them."""
 
     logits: Tensor  # [n, V] fp32: row i predicts the token behind the i-th given one
     kept_fraction: float
     kv_read_fraction: float
-    seconds: float
+    seconds: float  # its share of the batch's
 
 
 class TeacherForced:
-    """A pair with one document cached in both models; `bits` are those of the keys that are scored (None: as cached).
+    """A pair with a batch of documents cached in both models; `bits` are those of the keys that are scored (None: as cached).
 
     Without a draft every round is dense.
     """
@@ -59,18 +59,20 @@ class TeacherForced:
         capacity: int,
         draft_tokens: int,
         bits: int | None = None,
+        batch: int = 1,
     ) -> None:
         self.target, self.draft = pair
         self.t, self.bits = draft_tokens + 1, bits
         self.models = tuple(model for model in pair if model is not None)
-        self.caches = tuple(model.new_cache(1, aligned(capacity + self.t)) for model in self.models)
+        self.caches = tuple(model.new_cache(batch, aligned(capacity + self.t)) for model in self.models)
 
-    def read(self, tokens: list[int], chunk: int, progress: ProgressCallback | None = None) -> None:
-        """Cache `tokens` densely in both models, in place of what was there."""
+    def read(self, documents: list[list[int]], chunk: int, progress: ProgressCallback | None = None) -> None:
+        """Cache documents, all of as many tokens, densely in both models, in place of what was there."""
+        tokens = torch.tensor(documents, dtype=torch.int64)
         for model, cache in zip(self.models, self.caches, strict=True):
             cache.truncate(0)
-            prefill(model, cache, torch.tensor([tokens], dtype=torch.int64), chunk, progress)
-        self._document = tokens
+            prefill(model, cache, tokens, chunk, progress)
+        self._documents = tokens
         self._drafted = Drafted(self.draft or self.target, self.caches[-1])
         self._begun: dict[int, Rival] = {}  # rivals that have seen it, by identity
 
@@ -80,22 +82,28 @@ class TeacherForced:
         twin.draft, twin.models, twin.caches = None, self.models[:1], (copy.deepcopy(self.caches[0]),)
         return twin
 
-    def run(self, tokens: list[int], selector: Selector | Rival | None, min_context: int = 0) -> Run:
-        """Predict behind each of `tokens`, which follow the cached document; the caches come back as they were."""
+    def run(self, tokens: list[list[int]], selector: Selector | Rival | None, min_context: int = 0) -> list[Run]:
+        """Predict behind each of `tokens`, as many behind every document; the caches come back as they were."""
         started = time.perf_counter()
         rounds = list(self.rounds(tokens, selector, min_context))
-        kept, cached = sum(one.reads.listed for one in rounds), sum(one.cached for one in rounds)
-        read, dense = sum(one.reads.bytes_read for one in rounds), sum(one.reads.bytes_dense for one in rounds)
-        return Run(
-            logits=torch.cat([one.logits for one in rounds]),
-            kept_fraction=kept / max(cached, 1),
-            kv_read_fraction=read / max(dense, 1),
-            seconds=time.perf_counter() - started,
-        )
+        logits = torch.cat([one.logits for one in rounds], dim=1)
+        seconds, cached = time.perf_counter() - started, sum(one.cached for one in rounds)
+        runs = []
+        for row, reads in enumerate(zip(*(one.reads for one in rounds), strict=True)):
+            read, dense = sum(one.bytes_read for one in reads), sum(one.bytes_dense for one in reads)
+            runs.append(
+                Run(
+                    logits=logits[row],
+                    kept_fraction=sum(one.listed for one in reads) / max(cached, 1),
+                    kv_read_fraction=read / max(dense, 1),
+                    seconds=seconds / len(tokens),
+                )
+            )
+        return runs
 
     def rounds(
         self,
-        tokens: list[int],
+        tokens: list[list[int]],
         selector: Selector | Rival | None,
         min_context: int = 0,
         t: int | None = None,
@@ -112,30 +120,31 @@ class TeacherForced:
         prefix = target_cache.lengths.clone()
         layers = selector.draft_layers if selector is not None and not isinstance(selector, Rival) else ()
         width, specs = t or self.t, (self.target.spec, draft.spec)
-        counters = {n: ReadCounter(*specs, layers, n, self.bits) for n in {width, len(tokens) % width}}
-        guide, touched = self._guide(selector), 0.0
+        counters = {n: ReadCounter(*specs, layers, n, self.bits) for n in {width, len(tokens[0]) % width}}
+        guide, touched = self._guide(selector), [0.0] * len(tokens)
         try:
-            for part in torch.tensor([tokens], dtype=torch.int64).split(width, dim=1):
+            for part in torch.tensor(tokens, dtype=torch.int64).split(width, dim=1):
                 lengths = target_cache.lengths.clone()
-                cached, lists = int(lengths), None
+                cached, lists = int(lengths[0]), None
                 if guide is not None:
-                    lists = guide.lists(part, lengths, sparse=cached >= max(min_context, 1))
+                    lists = guide.lists(part, lengths, cached, sparse=cached >= max(min_context, 1))
                 output = self.target.forward(part, target_cache, selection=lists, record_queries=record)
                 selection = lists.made if lists is not None else None
-                found: tuple[Any, ...] = ()
+                found: list[tuple[Any, ...]] = [()] * len(tokens)
                 if selection is not None:
                     listed = Listed.of(selection, self.target.spec, target_cache.capacity)
-                    found = listed.layers, float(listed.tokens), float(listed.rows)
-                reads = counters[part.shape[1]].of(cached, *found)
+                    found = [(listed.layers, *one) for one in torch.stack([listed.tokens, listed.rows], 1).tolist()]
+                reads = [counters[part.shape[1]].of(cached, *one) for one in found]
                 if guide is not None:
-                    reads = replace(reads, bytes_read=reads.bytes_read + round(guide.touched - touched))
-                    touched = guide.touched
+                    before, touched = touched, guide.touched(len(tokens))
+                    more = [round(b - a) for a, b in zip(before, touched, strict=True)]
+                    reads = [replace(one, bytes_read=one.bytes_read + x) for one, x in zip(reads, more, strict=True)]
                 for cache in self.caches:
                     cache.advance(part.shape[1])
                 yield GivenRound(
-                    logits=output.logits[0].float(),
+                    logits=output.logits.float(),
                     cached=cached,
-                    reads=reads,
+                    reads=tuple(reads),
                     lists=selection if record else None,
                     queries=output.queries,
                 )
@@ -148,6 +157,6 @@ class TeacherForced:
             return None
         if isinstance(selector, Rival):
             if id(selector) not in self._begun:
-                self._begun[id(selector)] = begin(selector, self.target, self.caches[0], self._document)
+                self._begun[id(selector)] = begin(selector, self.target, self.caches[0], self._documents)
             return InTarget(copy.deepcopy(self._begun[id(selector)]), self.target, self.caches[0])
         return FromDraft(selector, self._drafted, self.bits)

@@ -62,7 +62,7 @@ def evaluate(
     def rows() -> Iterator[Row]:
         reader = TeacherForced(pair, context, draft_tokens, bits)
         for name, tokens, questions in documents:
-            reader.read(tokens, prefill_chunk, progress)
+            reader.read([tokens], prefill_chunk, progress)
             dense = _ask(reader, questions, None, 0)
             for done, (case, selector) in enumerate(zip(cases, selectors, strict=True), start=1):
                 asked = dense if selector is None else _ask(reader, questions, selector, budget_of(case).min_context)
@@ -102,7 +102,7 @@ class _Asked:
 
 
 def _ask(reader: TeacherForced, questions: list[Question], selector: Selector | Rival | None, min_context: int) -> _Asked:
-    runs = [reader.run([*question, *answer][:-1], selector, min_context) for question, answer in questions]
+    runs = [reader.run([[*question, *answer][:-1]], selector, min_context)[0] for question, answer in questions]
     return _Asked(
         choices=[run.logits[-len(answer) :].argmax(-1).cpu() for run, (_, answer) in zip(runs, questions, strict=True)],
         kept_fraction=sum(run.kept_fraction for run in runs) / len(runs),

@@ -30,14 +30,17 @@ def evaluate(
     map_name: str | None = None,
     channels: ChannelFile | None = None,
     prefill_chunk: int = 2048,
+    batch_size: int = 1,
     progress: ProgressCallback | None = None,
 ) -> Iterator[Row]:
     """Score the last `scored_tokens` of the first `context` tokens of every text; yields one row per (text, case).
 
     Perplexity is exp of the mean negative log-likelihood in nats; delta_percent is against dense attention over the same
-    tokens, which is always run. All options are checked before any work: OptionError, PromptError.
+    tokens, which is always run. `batch_size` texts are read together: on a GPU that is as quick as one. All options are checked
+    before any work: OptionError, PromptError.
     """
     check("scored-tokens", scored_tokens, 1 <= scored_tokens < context, f"1 .. context - 1 = {context - 1}")
+    check("batch-size", batch_size, batch_size >= 1, "a whole number >= 1")
     check_context(context, pair, 2)
     bits = code_bits(score_keys, pair[1], draft_tokens + 1)
     selectors = [make_selector(case, pair, alignments, map_name, draft_tokens, bits, channels) for case in cases]
@@ -45,37 +48,38 @@ def evaluate(
 
     common = conditions(pair, draft_tokens, map_name, bits)
 
-    def rows() -> Iterator[Row]:
-        reader = TeacherForced(pair, context, draft_tokens, bits)
-        for name, tokens in documents:
-            given, wanted = tokens[-scored_tokens - 1 : -1], torch.tensor(tokens[-scored_tokens:])
-            reader.read(tokens[: -scored_tokens - 1], prefill_chunk, progress)
-            dense = reader.run(given, None)
-            ppl_dense = _perplexity(dense, wanted)
-            for done, (case, selector) in enumerate(zip(cases, selectors, strict=True), start=1):
-                run = dense if selector is None else reader.run(given, selector, budget_of(case).min_context)
-                ppl = _perplexity(run, wanted)
-                if progress is not None:
-                    progress(f"score {name}", done, len(cases))
+    def together(documents: list[tuple[str, list[int]]]) -> Iterator[Row]:
+        names, texts = [name for name, _ in documents], [tokens for _, tokens in documents]
+        given, wanted = [tokens[-scored_tokens - 1 : -1] for tokens in texts], torch.tensor(texts)[:, -scored_tokens:]
+        reader = TeacherForced(pair, context, draft_tokens, bits, len(texts))
+        reader.read([tokens[: -scored_tokens - 1] for tokens in texts], prefill_chunk, progress)
+        dense = reader.run(given, None)
+        ppl_dense = [_perplexity(*one) for one in zip(dense, wanted, strict=True)]
+        for done, (case, selector) in enumerate(zip(cases, selectors, strict=True), start=1):
+            runs = dense if selector is None else reader.run(given, selector, budget_of(case).min_context)
+            if progress is not None:
+                progress(f"score {', '.join(names)}", done, len(cases))
+            for row, run in enumerate(runs):
+                ppl = _perplexity(run, wanted[row])
                 yield Row(
                     task="perplexity",
-                    text=name,
+                    text=names[row],
                     method=case.method,
                     keep=case.budget.keep if case.budget else None,
                     top_p=case.budget.top_p if case.budget else None,
                     context=context,
                     scored_tokens=scored_tokens,
                     ppl=ppl,
-                    ppl_dense=ppl_dense,
-                    delta_percent=100 * (ppl / ppl_dense - 1),
-                    agreement=float((run.logits.argmax(-1) == dense.logits.argmax(-1)).float().mean()),
+                    ppl_dense=ppl_dense[row],
+                    delta_percent=100 * (ppl / ppl_dense[row] - 1),
+                    agreement=float((run.logits.argmax(-1) == dense[row].logits.argmax(-1)).float().mean()),
                     kept_fraction=run.kept_fraction,
                     kv_read_fraction=run.kv_read_fraction,
                     seconds=run.seconds,
                     conditions=with_map(common, case),
                 )
 
-    return rows()
+    return (row for start in range(0, len(documents), batch_size) for row in together(documents[start : start + batch_size]))
 
 
 def _perplexity(run: Run, wanted: torch.Tensor) -> float:

@@ -49,15 +49,17 @@ def plan_of(folder) -> Callable[..., Plan]:
 class Fake:
     """Rows without models; what it is called for is remembered."""
 
-    def __init__(self, fails: Callable[..., None] = lambda cell, case: None) -> None:
-        self.fails, self.computed = fails, []
+    def __init__(self, fails: Callable[..., None] = lambda cell, case: None, batch_size: int = 1) -> None:
+        self.fails, self.batch_size, self.computed, self.calls = fails, batch_size, [], []
 
-    def rows(self, cell, cases):
-        for sample in range(cell.task.rows_a_case):
+    def rows(self, cells, cases):
+        self.calls.append([cell.stem for cell in cells])
+        for sample in range(cells[0].task.rows_a_case):
             for case in cases:
-                self.fails(cell, case)
-                self.computed.append((cell.stem, case_key(case), sample))
-                yield row_of(cell, case)
+                for cell in cells:
+                    self.fails(cell, case)
+                    self.computed.append((cell.stem, case_key(case), sample))
+                    yield row_of(cell, case)
 
 
 def row_of(cell, case, **fields) -> Row:

@@ -53,6 +53,36 @@ def test_only_what_is_new_is_computed(store, plan_of, fake):
     assert len(set(evaluator.computed)) == len(evaluator.computed)
 
 
+def test_texts_of_one_context_are_read_together(store, plan_of, fake):
+    """Perplexity takes two texts at once; what one of them has already is not computed again, and families stay alone."""
+    old, plan = plan_of(("texts: [texts/*.txt]", "texts: [texts/one.txt]")), plan_of()
+    list(work(store, [cell for cell in old.cells if cell.context == plan.cells[0].context], fake()))
+    evaluator = fake(batch_size=2)
+    events = list(work(store, plan.cells, evaluator))
+    _, two, three, four = [cell.stem for cell in plan.cells[:4]]
+    assert evaluator.calls[:2] == [[two], [three, four]] and {len(call) for call in evaluator.calls[2:]} == {1}
+    assert sorted(stored(store, plan), key=str) == sorted(((stem, key) for stem, key, _ in all_rows(plan)), key=str)
+    assert [event.rows for event in events if isinstance(event, Settled)][:4] == [0, 5, 5, 5]
+
+
+def test_texts_read_together_fail_together_and_lack_what_they_lack(store, folder, plan_of, fake):
+    """What is done before the error stays, of each; texts that lack different cases are read apart."""
+    plan = plan_of()
+    one, two, *_ = plan.cells
+
+    def fails(cell, case):
+        if cell.stem == two.stem and case == two.cases[2]:
+            raise MemoryError("no room")
+
+    settled = [event for event in work(store, [one, two], fake(fails, batch_size=2)) if isinstance(event, Settled)]
+    assert [event.error for event in settled] == ["MemoryError: no room"] * 2
+    assert (store.missing(one), store.missing(two)) == (one.cases[3:], two.cases[2:])
+    evaluator = fake(batch_size=2)
+    list(work(Store(folder / "out"), [one, two], evaluator))
+    assert evaluator.calls == [[one.stem], [two.stem]]
+    assert store.missing(one) == store.missing(two) == ()
+
+
 def test_a_cell_that_fails_is_recorded_and_tried_again(store, folder, plan_of, fake):
     plan = plan_of()
     broken = plan.cells[1]

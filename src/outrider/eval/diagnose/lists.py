@@ -63,7 +63,7 @@ def means(figures: dict[int, list[Tensor]]) -> tuple[list[int], list[list[float]
 
 def dense_mass(target: LanguageModel, cache: KVCache, dense: GivenRound) -> Mass:
     """The exact mass of a dense round whose queries were recorded; `cache` holds the round's keys, too."""
-    t = dense.logits.shape[0]
+    t = dense.logits.shape[1]
     lengths = torch.tensor([dense.cached], device=cache.device)
 
     def of(layer: int) -> Tensor:

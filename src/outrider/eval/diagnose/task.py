@@ -61,7 +61,7 @@ def evaluate(
 
     def rows() -> Iterator[Diagnosis]:
         for name, tokens in documents:
-            reader.read(tokens[:prefix], prefill_chunk, progress)
+            reader.read([tokens[:prefix]], prefill_chunk, progress)
             twin = reader.dense_twin()
             for done, (case, selector, engine) in enumerate(zip(cases, selectors, engines, strict=True), start=1):
                 about = {
@@ -87,12 +87,13 @@ def _given(
     """What reading `tokens` by lists shows; both readers take every round, so that each holds its own keys of it."""
     figures = ListFigures()
     listed = cached = read = dense_read = differ = 0.0
-    readings = reader.rounds(tokens, selector, record=True), twin.rounds(tokens, None, record=True)
+    readings = reader.rounds([tokens], selector, record=True), twin.rounds([tokens], None, record=True)
     for sparse, dense in zip(*readings, strict=True):
         if sparse.lists is not None:
             figures.add(sparse.lists, dense_mass(twin.target, twin.caches[0], dense))
-        listed, cached = listed + sparse.reads.listed, cached + sparse.cached
-        read, dense_read = read + sparse.reads.bytes_read, dense_read + sparse.reads.bytes_dense
+        [reads] = sparse.reads
+        listed, cached = listed + reads.listed, cached + sparse.cached
+        read, dense_read = read + reads.bytes_read, dense_read + reads.bytes_dense
         differ += int((sparse.logits.argmax(-1) != dense.logits.argmax(-1)).sum())
     yield Disagreement(
         **about,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ class Evaluator:
 
     def __init__(self, models: Models, alignment: Path | AlignmentFile | None) -> None:
         """Raises OptionError, ModelError, PairError or AlignmentError for models that cannot run."""
-        self.models = models
+        self.models, self.batch_size = models, models.batch_size
         self.pair = load_pair(
             models.target,
             models.draft,
@@ -52,9 +52,13 @@ class Evaluator:
         for name, least in lengths.items():
             tokenize(self.pair[0], name, texts[name].text, least)
 
-    def rows(self, cell: Cell, cases: tuple[Case, ...]) -> Iterator[Row]:
-        """The rows of some of a cell's cases, as they come."""
-        return cell.task.evaluate([cell.subject], **self._given(cases, cell.context))
+    def rows(self, cells: Sequence[Cell], cases: tuple[Case, ...]) -> Iterator[Row]:
+        """The rows of some of the cases of cells that have one task, part and context, as they come."""
+        first = cells[0]
+        given = self._given(cases, first.context)
+        if first.task.batches:
+            given["batch_size"] = self.batch_size
+        return first.task.evaluate([cell.subject for cell in cells], **given)
 
     def _given(self, cases: tuple[Case, ...], context: int) -> dict[str, Any]:
         models = self.models

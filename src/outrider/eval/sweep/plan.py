@@ -36,6 +36,7 @@ class Models:
     device: str = "cpu"
     draft_tokens: int = ENGINE.draft_tokens
     prefill_chunk: int = ENGINE.prefill_chunk
+    batch_size: int = 1  # texts that a task may read together
     kv_dtype: str = ENGINE.kv_dtype
     score_keys: str = ENGINE.score_keys
     backend: str = ENGINE.backend

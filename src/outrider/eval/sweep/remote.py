@@ -144,7 +144,7 @@ def compute_remotely(plan: Plan, alignment: AlignmentFile | None, number: int, c
     """Runs on a worker: some cases of one cell."""
     started, rows, error = time.perf_counter(), [], None
     try:
-        for row in _evaluator(plan.models, alignment).rows(plan.cells[number], cases):
+        for row in _evaluator(plan.models, alignment).rows([plan.cells[number]], cases):
             rows.append(row)
     except Exception as raised:
         error = f"{type(raised).__name__}: {raised}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import groupby
 
 from outrider.errors import SweepError
 from outrider.eval.sweep.evaluator import Evaluator
@@ -56,24 +58,40 @@ def work(store: Store, cells: list[Cell], evaluator: Evaluator) -> Iterator[Even
     """Settle `cells`; those that another process has are waited for, and taken over should it end without them."""
     waited_for = False
     while cells:
-        left = []
-        for cell in cells:
-            claim = store.claim(cell)
-            if claim is None:
-                left.append(cell)
-                continue
-            with claim:
-                settled = already_settled(claim)
-                if settled is None:
-                    yield Started(stem=cell.stem)
-                    settled = compute(claim, evaluator)
-            yield settled
+        left: list[Cell] = []
+        for together in grouped(cells, evaluator.batch_size):
+            settled, claims = [], []
+            with ExitStack() as held:
+                for cell in together:
+                    claim = store.claim(cell)
+                    if claim is None:
+                        left.append(cell)
+                        continue
+                    held.enter_context(claim)
+                    found = already_settled(claim)
+                    if found is None:
+                        claims.append(claim)
+                        yield Started(stem=cell.stem)
+                    else:
+                        settled.append(found)
+                while claims:
+                    alike = [claim for claim in claims if claim.missing == claims[0].missing]
+                    claims = [claim for claim in claims if claim not in alike]
+                    settled += compute(alike, evaluator)
+            yield from settled
         if len(left) == len(cells):
             if not waited_for:
                 yield Notice(text=f"waiting for {len(left)} cells that other processes compute")
                 waited_for = True
             time.sleep(POLL_SECONDS)
         cells = left
+
+
+def grouped(cells: list[Cell], size: int) -> Iterator[list[Cell]]:
+    """Cells that one call may compute, up to `size` that follow each other: of one task, part and context."""
+    for (task, _, _), some in groupby(cells, key=lambda cell: (cell.task, cell.subject.part, cell.context)):
+        alike, most = list(some), size if task.batches else 1
+        yield from (alike[start : start + most] for start in range(0, len(alike), most))
 
 
 def already_settled(claim: Claim) -> Settled | None:
@@ -86,21 +104,27 @@ def already_settled(claim: Claim) -> Settled | None:
     return None
 
 
-def compute(claim: Claim, evaluator: Evaluator) -> Settled:
-    """Run what is missing of a claimed cell. An error ends the cell and is recorded; what is done before it stays."""
-    started, rows, error = time.perf_counter(), 0, None
+def compute(claims: list[Claim], evaluator: Evaluator) -> list[Settled]:
+    """Run what is missing of claimed cells, the same of all. An error ends all and is recorded; what is done stays."""
+    started, error = time.perf_counter(), None
+    rows = dict.fromkeys((claim.cell.stem for claim in claims), 0)
+    by_text = {claim.cell.subject.name: claim for claim in claims}
     try:
-        for row in evaluator.rows(claim.cell, claim.missing):
+        for row in evaluator.rows([claim.cell for claim in claims], claims[0].missing):
+            claim = by_text[row.text] if len(claims) > 1 else claims[0]
             claim.add(row)
-            rows += 1
+            rows[claim.cell.stem] += 1
     except SweepError:  # the folder's own
         raise
     except Exception as raised:
         error = f"{type(raised).__name__}: {raised}"
-        claim.fail(error)
-    else:
-        claim.finish()
-    return Settled(stem=claim.cell.stem, rows=rows, seconds=time.perf_counter() - started, error=error)
+    for claim in claims:
+        if error is None:
+            claim.finish()
+        else:
+            claim.fail(error)
+    seconds = (time.perf_counter() - started) / len(claims)
+    return [Settled(stem=stem, rows=count, seconds=seconds, error=error) for stem, count in rows.items()]
 
 
 class Pace:

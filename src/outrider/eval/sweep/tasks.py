@@ -38,6 +38,7 @@ class Task(ABC):
     name: ClassVar[str]
     reads_texts: ClassVar[bool] = True  # the subjects are the plan's texts
     fills_context: ClassVar[bool] = True  # a text must have as many tokens as the context
+    batches: ClassVar[bool] = False  # takes `batch_size`, and reads so many subjects together
 
     @property
     def rows_a_case(self) -> int:
@@ -66,6 +67,7 @@ class Perplexity(Task):
     """`outrider eval perplexity`."""
 
     name: ClassVar[str] = "perplexity"
+    batches: ClassVar[bool] = True
 
     scored_tokens: int = 1280
 

@@ -38,15 +38,15 @@ class Target:
 class Rival:
     """Chooses the tokens of one layer after the other, from the layer's own queries and keys.
 
-    One object serves one document: `begin` where its prefix is cached, `observe` for what the method wants to see of it, then
-    rounds. `touched` adds up the bytes that choosing itself reads, of keys or of what the method keeps about them; rows that
-    are attended to are not in it. A round's queries share their lists, as they are read together: what a method computes for
-    one query is averaged over them.
+    One object serves one document, or a batch: `begin` where the prefix is cached, `observe` for what the method wants to see
+    of it, then rounds. `touched` adds up the bytes that choosing itself reads for each sequence, of keys or of what the method
+    keeps about them; rows that are attended to are not in it. A round's queries share their lists, as they are read together:
+    what a method computes for one query is averaged over them.
     """
 
     target: Target
     budget: Budget
-    touched: float = 0.0
+    touched: Tensor | float = 0.0  # [B] once something is read
 
     window: ClassVar[int | None] = 0  # last tokens of the prefix whose queries are observed; None: all
     budgeted: ClassVar[str] = "keep"  # what the budget must say: "keep" or "top_p"

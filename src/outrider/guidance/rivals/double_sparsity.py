@@ -45,6 +45,6 @@ class DoubleSparsity(Rival):
         grouped = queries.float().unflatten(2, (heads, -1))  # [B, T, Hkv, G, D]
         asked = grouped.gather(-1, channels[:, None].expand(*grouped.shape[:-1], -1)).flatten(2, 3)
         row = width * self.target.value_bytes if self.bits is None else coded_bytes(width, self.bits)
-        self.touched += float(lengths.sum()) * heads * row
+        self.touched = self.touched + lengths.double() * heads * row
         labels = labels if self.bits is None else coded(labels, self.bits)
         return attention_mass(asked, labels, lengths, scale=self.target.scales[layer])

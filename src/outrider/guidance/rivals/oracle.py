@@ -12,5 +12,5 @@ class Oracle(Rival):
     """Per KV head, the tokens with the most softmax mass of the layer's own queries, summed over the group."""
 
     def choose(self, layer: int, queries: Tensor, keys: Tensor, lengths: Tensor) -> TokenLists:
-        self.touched += float(lengths.sum()) * self.target.row_bytes
+        self.touched = self.touched + lengths.double() * self.target.row_bytes
         return self.top(self.by_kv_head(self.mass(layer, queries, keys, lengths)), lengths)

@@ -38,7 +38,7 @@ class Quest(Rival):
         pages = rows.masked_fill(~past[..., None, None], torch.nan).unflatten(1, (-1, PAGE))
         low = pages.nan_to_num(torch.inf).amin(2).nan_to_num(posinf=0.0)  # [B, pages, Hkv, D]
         high = pages.nan_to_num(-torch.inf).amax(2).nan_to_num(neginf=0.0)
-        self.touched += 2 * float((lengths / PAGE).ceil().sum()) * self.target.row_bytes
+        self.touched = self.touched + 2 * (lengths / PAGE).ceil().double() * self.target.row_bytes
         q = queries.float().unflatten(2, (self.target.kv_heads, -1))  # [B, T, Hkv, G, D]
         bound = torch.einsum("btkgd,bpkd->btkgp", q.clamp(min=0), high) + torch.einsum("btkgd,bpkd->btkgp", q.clamp(max=0), low)
         scores = bound.mean(1).flatten(1, 2)  # [B, Hq, pages]

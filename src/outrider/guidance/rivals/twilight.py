@@ -37,8 +37,8 @@ class Twilight(Quest):
         """Weights of the candidates, 0 elsewhere [B, Hq, S]."""
         candidates = self.pages(queries, keys, lengths, (lengths * BASE).ceil().long())
         marks = self.marks(candidates, keys.shape[1])  # [B, Hq, S]
-        read = marks.unflatten(1, (self.target.kv_heads, -1)).any(2).sum()
-        self.touched += float(read) * coded_bytes(self.target.head_dim, BITS)
+        read = marks.unflatten(1, (self.target.kv_heads, -1)).any(2).sum((1, 2))
+        self.touched = self.touched + read.double() * coded_bytes(self.target.head_dim, BITS)
         guessed = coded(keys.float(), BITS)
         mass = attention_mass(queries.float(), guessed, lengths, scale=self.target.scales[layer], reduce="none")
         mass = mass * marks[:, None]  # [B, T, Hq, S]
