@@ -11,6 +11,7 @@ import json
 import pkgutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -249,6 +250,11 @@ def test_module_can_be_imported(name):
         pytest.importorskip(package)
     module = importlib.import_module(name)
     assert module.__doc__ or Path(module.__file__).stat().st_size == 0, "every module says what it is for"
+
+
+def test_the_version_is_that_of_the_project():
+    project = tomllib.loads((PACKAGE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["version"] == outrider.__version__
 
 
 def test_public_names_are_frozen():

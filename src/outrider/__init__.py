@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from outrider.config import VERSION
+
 if TYPE_CHECKING:
     from outrider.config import Budget, EngineConfig, SamplingParams
     from outrider.decoding.outrider import Chunk, Outrider, Result, Stream
@@ -21,7 +23,7 @@ _HOMES = {
     "Stream": "outrider.decoding.outrider",
 }
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = ["Budget", "Chunk", "EngineConfig", "Outrider", "OutriderError", "Result", "SamplingParams", "Stream"]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from outrider.errors import OptionError
 
+VERSION = "0.1.0"  # as pyproject.toml has it
 MODES = ("plain", "dense", "sparse")
 DRAFTING = ("auto", "dense", "sparse")
 DTYPES = ("float32", "bfloat16", "float16")

@@ -14,8 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from outrider import __version__
-from outrider.config import Budget
+from outrider.config import VERSION, Budget
 from outrider.errors import OptionError, ResultsError
 from outrider.eval.bootstrap import Interval, change_interval, mean_interval
 from outrider.eval.json_lines import FieldError, parse, records
@@ -111,7 +110,7 @@ def conditions(
         "kv_dtype": target.spec.kv_dtype,
         "score_keys": name_of_bits(bits),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
-        "outrider": __version__,
+        "outrider": VERSION,
         "torch": torch.__version__,
         "transformers": version("transformers"),
     }

@@ -24,8 +24,7 @@ from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normaliz
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from outrider import __version__
-from outrider.config import Budget, EngineConfig, SamplingParams, check, option
+from outrider.config import VERSION, Budget, EngineConfig, SamplingParams, check, option
 from outrider.decoding.continuations import Continuation, Scorer
 from outrider.decoding.outrider import Outrider, Prompt
 from outrider.decoding.statistics import Statistics, total
@@ -138,7 +137,7 @@ class OutriderLM(TemplateLM):
         config, pair = self.engine.config, {"target": self.engine.target.spec, "draft": self.engine.draft.spec}
         read = total(self.parts) if self.parts else None
         info = {
-            "version": __version__,
+            "version": VERSION,
             **{role: f"{spec.name} {spec.digest}" for role, spec in pair.items()},
             "dtype": str(pair["target"].dtype).removeprefix("torch."),
             "mode": config.mode,
