@@ -73,6 +73,16 @@ def test_rounds_read_the_copy(codes, method, make_pair, generate, random_prompts
     assert few[0].statistics.kv_read_fraction < exact[0].statistics.kv_read_fraction
 
 
+@pytest.mark.parametrize("drafting", ["dense", "sparse"])
+def test_a_rival_leaves_scoring_to_the_draft(drafting, make_pair, generate, random_prompts):
+    """Nobody scores for its lists: with a dense draft no keys are coded, with a sparse one those of the draft's own lists."""
+    pair, prompts = make_pair("llama", **WIDE), random_prompts([210])
+    options = {"mode": "sparse", "method": "oracle", "drafting": drafting, "keep": 0.2}
+    exact, coded = (generate(pair, prompts, TOKENS, score_keys=keys, **options) for keys in ("exact", "4bit"))
+    assert tokens_of(coded) == tokens_of(exact)
+    assert coded[0].statistics.kept_fraction == exact[0].statistics.kept_fraction < 1
+
+
 def test_short_contexts_have_no_codes(make_pair, generate, random_prompts):
     pair, prompts = make_pair("llama", **WIDE), random_prompts([90, 20])
     exact, few = (generate(pair, prompts, TOKENS, mode="sparse", score_keys=keys) for keys in ("exact", "4bit"))

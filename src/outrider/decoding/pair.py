@@ -118,7 +118,7 @@ def make_guidance(
     rehearse(target, draft, choosing, config.draft_tokens + 1, drafting, bits)
     if not (choosing or drafting or rival):
         return None
-    return Guidance(target=choosing, draft=drafting, rival=rival, bits=bits)
+    return Guidance(target=choosing, draft=drafting, rival=rival, bits=bits if choosing or drafting else None)
 
 
 def make_selector(
