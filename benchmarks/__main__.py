@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 PROGRAM = "python -m benchmarks"
 RESULTS = Path(__file__).parent / "results" / "kernels.jsonl"
 DRAFTING_RESULTS = RESULTS.with_name("drafting.jsonl")
+EVALUATION_RESULTS = RESULTS.with_name("evaluation.jsonl")
 TAIL_RESULTS = RESULTS.with_name("tail-correction.jsonl")
 BACKENDS = ("auto", "triton", "cuda", "reference")
 BAD_INPUT = 2
@@ -185,6 +186,25 @@ def tail_correction(
                 replace_rows(output, [made], ("text", "context", "scored", "correction", "keep", "lists", "seed"))
                 shown = f"{row['delta_percent']:+.2f}% {row['output_error']:.3f} {row['recalled']}/{row['asked']}"
                 print(f"{path.stem:40s} {row['keep']:<5g} {row['correction']:44s} {shown}", flush=True)
+
+
+@app.command()
+def evaluation(
+    folder: Annotated[Path, typer.Argument(help="folder that `outrider eval sweep benchmarks/evaluation.yaml` has made")],
+    commit: Annotated[str, typer.Option(help="of the code that it ran")],
+    output: Annotated[Path, typer.Option(help="file of JSON lines; lines about the same are replaced")] = EVALUATION_RESULTS,
+) -> None:
+    """Result lines of the project's sweep, which the documents' tables are made from."""
+    from benchmarks.evaluation import KEY, collect
+    from outrider.bench.results import replace_rows
+    from outrider.cli.files import writable_file
+
+    if not (folder / "sweep.json").is_file():
+        raise OptionError("FOLDER", str(folder), "a folder that `outrider eval sweep` has made")
+    output = writable_file("--output", output)
+    known = {"commit": commit, "command": "outrider eval sweep benchmarks/evaluation.yaml"}
+    rows = [line | {"conditions": line["conditions"] | known} for line in collect(folder)]
+    replace_rows(output, rows, KEY)
 
 
 def run_cases(cases: Sequence[Case], bench: Bench, output: Path, screen: Screen) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import evaluation
 from benchmarks.kernels.rows import best_peer
 from outrider.bench.cases import CASES
 from outrider.bench.results import drafting_of, scoring_of
@@ -349,6 +350,24 @@ def diagnostics_heads_table(name: str) -> str:
     return markdown(["", *(f"head {head}" for head in range(len(cells[0]) - 1))], cells)
 
 
+def evaluation_table(name: str) -> str:
+    """Name "evaluation-WHAT-CONTEXT" or "evaluation-facts", of the sweep that `evaluation.yaml` describes."""
+    what, _, context = name.removeprefix("evaluation-").partition("-")
+    found = lines_if_any("evaluation")
+    found = [line for line in found if not context or line["context"] == int(context)]
+    task = what if what in ("facts", "ruler") else "perplexity"
+    found = [line for line in found if line["task"] == task]
+    if not found:
+        return NOT_MEASURED
+    if task != "perplexity":
+        header, *rows = evaluation.recalled(found, "context" if what == "facts" else "part")
+    elif what == "top_p":
+        header, *rows = evaluation.shares_of_mass(found)
+    else:
+        header, *rows = evaluation.by_budget(found, {"read": "kv_read_fraction"}.get(what, what))
+    return markdown(header, rows)
+
+
 NOT_MEASURED = "Not measured yet.\n"
 
 
@@ -417,6 +436,12 @@ TABLES: dict[str, Callable[[str], str]] = {
     "diagnostics": diagnostics_table,
     "diagnostics-layers": diagnostics_layers_table,
     "diagnostics-heads": diagnostics_heads_table,
+    "evaluation-facts": evaluation_table,
+    **{
+        f"evaluation-{what}-{context}": evaluation_table
+        for what in ("perplexity", "agreement", "read", "top_p", "ruler")
+        for context in (16384, 32768)
+    },
     "kernels": kernels_table,
     "kernels-sparse_attention": kernels_table,
     "kernels-token_select": kernels_table,
