@@ -22,6 +22,7 @@ RESULTS = Path(__file__).parent / "results" / "kernels.jsonl"
 DRAFTING_RESULTS = RESULTS.with_name("drafting.jsonl")
 EVALUATION_RESULTS = RESULTS.with_name("evaluation.jsonl")
 TAIL_RESULTS = RESULTS.with_name("tail-correction.jsonl")
+SPATTEN_RESULTS = RESULTS.with_name("spatten.jsonl")
 BACKENDS = ("auto", "triton", "cuda", "reference")
 BAD_INPUT = 2
 
@@ -205,6 +206,32 @@ def evaluation(
     known = {"commit": commit, "command": "outrider eval sweep benchmarks/evaluation.yaml"}
     rows = [line | {"conditions": line["conditions"] | known} for line in collect(folder)]
     replace_rows(output, rows, KEY)
+
+
+@app.command()
+def spatten(
+    text: Annotated[list[Path], typer.Option(help="file of UTF-8 text that the target has not seen; can be repeated")],
+    keep: Annotated[list[float], typer.Option(help="share of the tokens; can be repeated")],
+    context: Annotated[int, typer.Option(help="tokens of a text, those that are scored among them")] = 16384,
+    scored: Annotated[int, typer.Option(help="last tokens that are predicted")] = 1280,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    output: Annotated[Path, typer.Option(help="file that JSON lines are appended to")] = SPATTEN_RESULTS,
+) -> None:
+    """SpAtten on the built-in target: tokens alone, with heads, with values, with both."""
+    from outrider.cli.files import read_text
+    from outrider.eval.rows import Text, append_rows, check_rows_path
+
+    words = [(path.stem, read_text("--text", path)) for path in text]
+    check_rows_path(output)
+
+    from benchmarks.spatten import compare
+    from outrider.decoding.pair import BUILTIN, load_pair
+
+    texts = [Text(name=name, text=content) for name, content in words]
+    for row in compare(load_pair(BUILTIN, None, device=device), texts, keep, context, scored):
+        append_rows(output, [row], shlex.join([*PROGRAM.split(), *sys.argv[1:]]))
+        shown = f"{100 * row.kv_read_fraction:5.1f}% {row.delta_percent:+.2f}% {row.agreement:.3f}"
+        print(f"{row.text:40s} {row.keep:<5g} {row.method:28s} {shown}", flush=True)
 
 
 def run_cases(cases: Sequence[Case], bench: Bench, output: Path, screen: Screen) -> bool:

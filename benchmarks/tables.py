@@ -432,6 +432,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "drafting": drafting_table,
     "score-keys": score_keys_table,
     "rivals": rivals_table,
+    "spatten": perplexity_table,
     "tail-correction": tail_correction_table,
     "diagnostics": diagnostics_table,
     "diagnostics-layers": diagnostics_layers_table,

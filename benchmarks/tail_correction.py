@@ -178,6 +178,9 @@ class Reader:
         none = torch.zeros(1, 1, 0, dtype=torch.int32)
         return none, none.sum(-1)
 
+    def attended(self, layer: int, queries: Tensor, output: Tensor) -> Tensor:
+        return output
+
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, *_: Any, scale: float, **__: Any) -> Tensor:
         """queries [1, T, Hq, D], keys and values [1, N, Hkv, D] -> [1, T, Hq, D]."""
         n, (t, query_heads, d) = self.given.length, queries.shape[1:]

@@ -27,6 +27,7 @@ from outrider.config import SamplingParams, engine_config
 from outrider.decoding.outrider import Outrider, Result
 from outrider.decoding.pair import PAIR_FOLDER, find_alignment, identity, load_pair
 from outrider.guidance.alignment import AlignmentFile, AlignmentMap
+from outrider.guidance.controller import Controller, ControllerFile
 from outrider.models import LanguageModel, wrap
 from outrider.models.attention import NAME, register
 from outrider.types import Alignment
@@ -152,6 +153,25 @@ def make_pair(make_model: Callable[..., LanguageModel], noisy: Callable[..., Lan
         return target, noisy(target) if draft == "noisy" else make_model("llama", 9, **(DRAFT | shared))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def untrained() -> Callable[[LanguageModel], ControllerFile]:
+    """`untrained(target)`: a controller for method adore whose scores are noise, always the same."""
+
+    def make(target: LanguageModel) -> ControllerFile:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            made = Controller(target.module.get_input_embeddings().weight.shape[1], width=4).requires_grad_(False)
+        return ControllerFile(target=identity(target), text="", text_digest="", tokens=0, controller=made.eval())
+
+    return make
+
+
+@pytest.fixture
+def controllers(monkeypatch: pytest.MonkeyPatch, untrained: Callable[[LanguageModel], ControllerFile]) -> None:
+    """Every target has a controller, an untrained one."""
+    monkeypatch.setattr("outrider.decoding.pair.find_controller", lambda given, target: untrained(target))
 
 
 @pytest.fixture(scope="session")

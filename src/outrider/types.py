@@ -56,6 +56,9 @@ class Lists(Protocol):
     def of(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Indices [B, Hs, M] and counts [B, Hs] for a layer's queries [B, T, Hq, D]; None twice: it reads everything."""
 
+    def attended(self, layer: int, queries: Tensor, output: Tensor) -> Tensor:
+        """What the layer goes on with: `output` [B, T, Hq, D], its attention over the lists, or what a method puts there."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
@@ -77,6 +80,10 @@ class Selection:
             return None, None
         row = self.layers.index(layer)
         return self.indices[row], self.counts[row]
+
+    def attended(self, layer: int, queries: Tensor, output: Tensor) -> Tensor:
+        """`output` as it is."""
+        return output
 
     def rows(self, start: int, stop: int) -> Selection:
         """The lists of sequences start .. stop - 1, sharing storage with these."""

@@ -9,7 +9,10 @@ import signal
 import pytest
 
 from outrider.cli.screen import Screen
+from outrider.decoding.pair import identity
 from outrider.eval.rows import append_rows
+from outrider.guidance.controller import Controller, ControllerFile, save
+from outrider.models import load_model
 
 ROW = {
     *("task", "text", "method", "keep", "top_p", "context", "scored_tokens", "ppl", "ppl_dense", "delta_percent"),
@@ -181,6 +184,22 @@ class TestDiagnose:
     def test_bad_options(self, fails, flags, wrong, message, tmp_path):
         assert fails(*self.FLAGS, *flags, *wrong, "--json", tmp_path / "rows.jsonl").startswith(message)
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_controller_comes_from_a_file(outrider, fails, flags, folder, tmp_path):
+    """Read by method adore, which needs it."""
+    target, path = load_model(str(folder / "target")), tmp_path / "controller.safetensors"
+    made = Controller(target.module.get_input_embeddings().weight.shape[1], width=4)
+    save(ControllerFile(target=identity(target), text="none", text_digest="", tokens=0, controller=made), path)
+    method = [*flags, "--method", "adore", "--keep", "0.2"]
+    for command in (PERPLEXITY, FACTS):
+        complaint = fails(*command, *method)
+        assert complaint.startswith("controller: got None; allowed: a file made by `recipes/adore` for this target")
+        outcome = outrider(*command, *method, "--controller", path, "--json", tmp_path / "rows.jsonl")
+        assert outcome.code == 0, outcome.err
+    rows = lines(tmp_path / "rows.jsonl")
+    assert {(row["method"], row["task"]) for row in rows} == {("adore", "perplexity"), ("adore", "facts")}
+    assert "cannot be read" in fails(*PERPLEXITY, *method, "--controller", tmp_path / "none.safetensors")
 
 
 def test_channels_come_from_a_file(outrider, fails, flags, pair, folder, tmp_path):

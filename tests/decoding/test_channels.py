@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from outrider.decoding.channels import rank_channels
-from outrider.decoding.pair import find_channels
+from outrider.decoding.pair import BUILTIN_CONTROLLER, find_channels, find_controller, identity
 from outrider.errors import AlignmentError, OptionError, PromptError
 from outrider.guidance.channels import save
 
@@ -82,6 +82,13 @@ def test_channels_of_another_target_are_refused(target, make_model, byte_tokeniz
     with pytest.raises(AlignmentError, match="made for the target"):
         find_channels(tmp_path / "channels.json", other)
     assert find_channels(None, other) is None
+
+
+def test_the_built_in_target_brings_its_controller(builtin_pair, make_model):
+    found = find_controller(None, builtin_pair[0])
+    assert find_controller(BUILTIN_CONTROLLER, builtin_pair[0]).text_digest == found.text_digest
+    assert found.target == identity(builtin_pair[0]) and found.controller.embed.weight.shape == (32, 384)
+    assert find_controller(None, make_model("llama")) is None
 
 
 def test_the_built_in_target_brings_its_channels(builtin_pair):

@@ -22,6 +22,9 @@ TOKENS = SamplingParams(max_new_tokens=10)
 SAMPLED = [SamplingParams(max_new_tokens=6 + 2 * i, temperature=1.0, seed=i) for i in range(4)]
 
 
+pytestmark = pytest.mark.usefixtures("controllers")
+
+
 def short(method, **options):
     budget = {RIVALS[method].budgeted: 0.2 if RIVALS[method].budgeted == "keep" else 0.6}
     return SHORT | {"method": method} | budget | options

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +61,12 @@ def channels(pair) -> ChannelFile:
     return rank_channels(pair[0], TEXT.text, text_name=TEXT.name, tokens=600)
 
 
+@pytest.fixture(scope="module")
+def learned(pair, channels, untrained) -> dict[str, Any]:
+    """What methods may ask for."""
+    return {"channels": channels, "controller": untrained(pair[0])}
+
+
 def share(method: str, amount: float) -> Budget:
     """A budget of that share, of the tokens or of what the method takes a share of."""
     return Budget(**{RIVALS[method].budgeted: amount, "min_context": 0})
@@ -85,30 +92,30 @@ def test_texts_read_together_equal_each_alone(pair, alignments, method):
 
 @pytest.mark.parametrize("method", RIVALS)
 class TestRivals:
-    def test_keeping_everything_changes_nothing(self, pair, channels, method):
+    def test_keeping_everything_changes_nothing(self, pair, learned, method):
         cases = [Case(method=method, budget=share(method, 1.0))]
-        [row] = perplexity.evaluate(pair, None, [TEXT], cases, channels=channels, context=300, scored_tokens=41)
+        [row] = perplexity.evaluate(pair, None, [TEXT], cases, **learned, context=300, scored_tokens=41)
         assert row.ppl == pytest.approx(row.ppl_dense, rel=1e-5)
         assert (row.agreement, row.kept_fraction) == (1, 1)
         assert row.kv_read_fraction >= 1
 
-    def test_a_document_leaves_nothing_behind(self, pair, channels, method):
+    def test_a_document_leaves_nothing_behind(self, pair, learned, method):
         """The same figures whatever was read before, by the same method or another one."""
         case = Case(method=method, budget=share(method, 0.2))
         other = Text(name="other", text=TEXT.text[::-1])
-        options = {"channels": channels, "context": 300, "scored_tokens": 23}
+        options = {**learned, "context": 300, "scored_tokens": 23}
         rows = list(perplexity.evaluate(pair, None, [other, TEXT], [case, case], **options))
         [alone] = perplexity.evaluate(pair, None, [TEXT], [case], **options)
         assert [row.ppl for row in rows[2:]] == [alone.ppl] * 2
         assert {row.kv_read_fraction for row in rows[2:]} == {alone.kv_read_fraction}
         assert (alone.ppl != alone.ppl_dense) == (alone.kept_fraction < 1)  # of few layers all may be dense ones
 
-    def test_texts_read_together_equal_each_alone(self, pair, channels, method):
-        check_together(pair, None, Case(method=method, budget=share(method, 0.2)), channels=channels)
+    def test_texts_read_together_equal_each_alone(self, pair, learned, method):
+        check_together(pair, None, Case(method=method, budget=share(method, 0.2)), **learned)
 
-    def test_facts_are_asked_for(self, pair, channels, method):
+    def test_facts_are_asked_for(self, pair, learned, method):
         cases = [Case(method=method, budget=share(method, 1.0))]
-        [row] = facts_task.evaluate(pair, None, [TEXT], cases, channels=channels, facts=2, context=450)
+        [row] = facts_task.evaluate(pair, None, [TEXT], cases, **learned, facts=2, context=450)
         assert row.agreement == 1
 
 

@@ -88,7 +88,8 @@ def test_bfloat16_top_p(backend, method, gpu_pair, generate, random_prompts):
     assert all(0.01 < result.statistics.kept_fraction < 0.98 for result in results)
 
 
-@pytest.mark.parametrize("rival", ["oracle", "streaming", "h2o", "snapkv", "quest", "tidal", "spatten"])
+@pytest.mark.usefixtures("controllers")
+@pytest.mark.parametrize("rival", ["oracle", "streaming", "h2o", "snapkv", "quest", "tidal", "spatten", "adore"])
 def test_rivals_generate(rival, gpu_pair, generate, random_prompts):
     """With the options' defaults on a GPU; all kept they change nothing, in bfloat16 they report what they read."""
     prompts = random_prompts(PROMPTS)

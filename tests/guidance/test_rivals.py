@@ -12,10 +12,24 @@ from torch import Tensor
 
 from outrider.config import Budget
 from outrider.errors import OptionError
-from outrider.guidance.rivals import RIVALS, InForward, Rival, Target, build_rival
+from outrider.guidance.controller import Controller
+from outrider.guidance.rivals import RIVALS, InForward, Rival, Target, adore, build_rival
 from outrider.guidance.rivals.double_sparsity import DoubleSparsity
+from outrider.guidance.rivals.spatten import HEADS, SpAtten
+from outrider.ops import sparse_attention
 
 L, Hq, Hkv, D, T = 6, 4, 2, 8, 3
+EMBEDDINGS = torch.randn(50, 12, generator=torch.Generator().manual_seed(3))
+
+
+def make_controller() -> Controller:
+    """Untrained: its scores are noise, but always the same."""
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        made = Controller(EMBEDDINGS.shape[1], width=6).requires_grad_(False)
+    return made.eval()
+
+
 TARGET = Target(
     layers=(0, 1, 2, 3, 5),  # layer 4 has a sliding window
     query_heads=Hq,
@@ -26,6 +40,8 @@ TARGET = Target(
     channels=torch.stack([torch.randperm(D, generator=torch.Generator().manual_seed(i)) for i in range(L * Hkv)]).view(
         L, Hkv, D
     ),
+    controller=make_controller(),
+    embed=EMBEDDINGS.__getitem__,
 )
 LENGTHS = torch.tensor([150, 97])
 
@@ -37,13 +53,30 @@ class Document:
         generator = torch.Generator().manual_seed(seed)
         self.lengths, size = lengths, int(lengths.max()) + T
         self.cached = torch.randn(L, len(lengths), size, Hkv, D, generator=generator)
+        self.stored = torch.randn(L, len(lengths), size, Hkv, D, generator=generator)
+        self.tokens = torch.randint(50, (len(lengths), size), generator=generator)
         self.queries = 2 * torch.randn(L, len(lengths), T, Hq, D, generator=generator)
         self.window = 2 * torch.randn(L, len(lengths), 32, Hq, D, generator=generator)
         behind = torch.arange(size) >= lengths[:, None] + T
-        self.cached[:, behind] = torch.nan
+        self.cached[:, behind] = self.stored[:, behind] = torch.nan
 
     def keys(self, layer: int) -> Tensor:
         return self.cached[layer]
+
+    def values(self, layer: int) -> Tensor:
+        return self.stored[layer]
+
+    @property
+    def round(self) -> Tensor:
+        """The round's tokens [B, T]."""
+        return torch.stack([row[n : n + T] for row, n in zip(self.tokens, self.lengths.tolist(), strict=True)])
+
+    def attended(self, layer: int, indices: Tensor | None, counts: Tensor | None) -> Tensor:
+        """What attention makes of such lists, None: of everything [B, T, Hq, D]."""
+        if indices is not None:
+            indices = indices[..., : self.cached.shape[2]]  # pages may end behind the cache
+        given = self.queries[layer], self.cached[layer], self.stored[layer], indices, counts, self.lengths
+        return sparse_attention(*given, scale=D**-0.5)
 
     def observe(self, rival: Rival) -> None:
         """The prefix, of which sequence 0 is all and the others lack some: tests of what is seen look at sequence 0."""
@@ -63,10 +96,14 @@ class Document:
 
     def run(self, rival: Rival) -> dict[int, list[list[list[int]]]]:
         """Layer -> sequence -> head -> listed tokens, of one round; dense layers are not there."""
-        lists = InForward(rival, self.keys, self.lengths)
+        lists = InForward(rival, self.round, self.keys, self.values, self.lengths)
         found = {}
+        self.outputs = []
         for layer in range(L):
             indices, counts = lists.of(layer, self.queries[layer])
+            output = self.attended(layer, indices, counts)
+            self.outputs.append(lists.attended(layer, self.queries[layer], output))
+            assert self.outputs[-1].shape == output.shape
             if indices is not None:
                 found[layer] = [
                     [row[:n].tolist() for row, n in zip(*pair, strict=True)] for pair in zip(indices, counts, strict=True)
@@ -85,6 +122,7 @@ def rival(method: str, share: float = 0.2, document: Document | None = None, **b
     made = build_rival(method, TARGET, Budget(**({RIVALS[method].budgeted: share, "min_context": 0} | budget)))
     if document is not None:
         made.begin(document.keys, document.lengths)
+        made.read(document.tokens[:, : int(document.lengths.max())], torch.zeros_like(document.lengths))
         if made.window != 0:
             document.observe(made)
     return made
@@ -182,28 +220,82 @@ def test_tidal_reads_what_two_layers_have_chosen():
     for b, heads in enumerate(found[5]):
         assert [set(tokens) for tokens in heads] == [set(row.topk(wanted(0.2)[b]).indices.tolist()) for row in mass[b]]
     deep = build_rival("tidal", replace(TARGET, layers=tuple(range(32)), scales=(1.0,) * 32), Budget(keep=0.2, min_context=0))
-    lists = InForward(deep, lambda layer: document.cached[layer % L], LENGTHS)
+    lists = InForward(deep, document.round, lambda layer: document.cached[layer % L], document.values, LENGTHS)
     dense = [layer for layer in range(32) if lists.of(layer, document.queries[layer % L])[0] is None]
     assert dense == [0, 1, 2, 13], "as published for 32 layers"
 
 
-def test_spatten_prunes_in_a_cascade():
-    document, made = Document(), rival("spatten")
+def naive_spatten(
+    document: Document, b: int, wanted_tokens: int, last: int
+) -> tuple[dict[int, list[int]], dict[int, Tensor], int]:
+    """Lists, outputs [T, Hq, D] and bytes spared of sequence b's round, token by token and head by head."""
+    n, lists, outputs, spared = int(document.lengths[b]), {}, {}, 0
+    importance, worth, left, alive = torch.zeros(n), torch.zeros(Hq), list(range(n)), list(range(Hq))
+    for place, layer in enumerate(TARGET.layers):
+        if place >= 1:
+            kept = math.ceil(wanted_tokens * (1.5 - (place - 1) / 3))
+            left = lists[layer] = sorted(sorted(left, key=lambda token: -importance[token])[:kept])
+        if place >= 3:  # 0.7 of the depth
+            alive = sorted(alive, key=lambda head: -worth[head])[:last]
+        outputs[layer], reads = torch.zeros(T, Hq, D), {}
+        weights = {}
+        for h in alive:
+            keys, values = (rows[layer, b, :, h // (Hq // Hkv)] for rows in (document.cached, document.stored))
+            for t in range(T):
+                seen = [*left, *range(n, n + t + 1)]
+                weights[h, t] = dict(
+                    zip(seen, (keys[seen] @ document.queries[layer, b, t, h] * D**-0.5).softmax(0), strict=True)
+                )
+            total = {token: sum(weights[h, t][token] for t in range(T)) for token in left}
+            for token in left:
+                importance[token] += total[token]
+            reads[h] = set(sorted(left, key=total.get, reverse=True)[: math.ceil(0.3 * len(left))])
+            for t in range(T):
+                for token, weight in weights[h, t].items():
+                    if token >= n or token in reads[h]:
+                        outputs[layer][t, h] += weight * values[token]
+            worth[h] += outputs[layer][:, h].abs().sum()
+        for group in range(Hkv):
+            heads = [h for h in alive if h // (Hq // Hkv) == group]
+            spared += len(left) * (not heads) + len(left) - len(set().union(*(reads[h] for h in heads)))
+    return lists, outputs, spared * D * TARGET.value_bytes
+
+
+class AllParts(SpAtten):
+    """With head pruning."""
+
+    heads = HEADS
+
+
+@pytest.mark.parametrize("method, gone", [(AllParts, [0, 0, 0, 1, 1]), (SpAtten, [0] * 5)])
+def test_spatten_prunes_tokens_values_and_heads(method, gone):
+    document, made = Document(), method(target=TARGET, budget=Budget(keep=0.2, min_context=0))
     found = document.run(made)
     assert sorted(found) == [1, 2, 3, 5], "the front is dense"
+    spared = 0
     for b in range(len(LENGTHS)):
-        kept = [found[layer][b] for layer in (1, 2, 3, 5)]
-        assert all(len(heads) == 1 for heads in kept)
-        for [before], [after] in pairwise(kept):
-            assert set(after) < set(before), "what is pruned is gone"
-        mean = sum(len(tokens) for [tokens] in kept) / 4
-        assert mean == pytest.approx(wanted(0.2)[b], abs=1)
-    # the second layer's list: the most attention in the first, over all heads
-    importance = document.masses(0)
-    importance = (importance / importance.sum(-1, keepdim=True)).sum(1)
-    for b, [tokens] in enumerate(found[1]):
-        assert set(tokens) == set(importance[b].topk(len(tokens)).indices.tolist())
-    assert made.touched == 0
+        lists, outputs, one = naive_spatten(document, b, wanted(0.2)[b], Hq - gone[-1])
+        spared += one
+        assert {layer: [tokens] for layer, tokens in lists.items()} == {layer: found[layer][b] for layer in found}
+        for layer, output in outputs.items():
+            torch.testing.assert_close(document.outputs[layer][b], output, rtol=1e-4, atol=1e-5)
+        kept = [set(tokens) for tokens in lists.values()]
+        assert all(after < before for before, after in pairwise(kept)), "what is pruned is gone"
+        assert sum(map(len, kept)) / 4 == pytest.approx(wanted(0.2)[b], abs=1)
+        silent = [(document.outputs[layer][b] == 0).all(-1).all(0).sum() for layer in TARGET.layers]
+        assert silent == gone, "a head of four goes, for all layers that follow"
+    assert (made.touched, made.spared.sum()) == (0, spared)
+
+
+def test_spatten_spares_the_keys_of_a_group_that_is_gone():
+    class OneHead(SpAtten):
+        heads = ((0.0, 0.25),)
+
+    document = Document()
+    made = OneHead(target=TARGET, budget=Budget(keep=0.2, min_context=0))
+    left = [*LENGTHS.tolist(), *(len(tokens) for layer in document.run(made).values() for [tokens] in layer)]
+    values = sum(math.ceil(0.3 * count) for count in left)
+    assert made.spared.sum() == (3 * sum(left) - values) * D * 2, "one group's keys, and all values but those of one head"
 
 
 def test_snapkv_chooses_once():
@@ -349,6 +441,80 @@ def test_twilight_finds_what_a_head_needs():
     assert few == [40] and len(many) > 0.9 * wanted(0.25)[0]
 
 
+class Scripted(Controller):
+    """Scores come from a table: those that `given` [S] holds at the moment."""
+
+    given: Tensor
+
+    def logits(self, asking: Tensor, states: Tensor, lengths: Tensor) -> Tensor:
+        return self.given[: states.shape[1]].expand(*asking.shape[:2], -1)
+
+
+def scripted_adore(document: Document, keep: float) -> Rival:
+    made = build_rival(
+        "adore", replace(TARGET, controller=Scripted(EMBEDDINGS.shape[1], width=6)), Budget(keep=keep, min_context=0)
+    )
+    made.begin(document.keys, document.lengths)
+    made.read(document.tokens[:, : int(document.lengths.max())], torch.zeros_like(document.lengths))
+    return made
+
+
+def test_adore_keeps_what_its_controller_scores_highest():
+    document = Document()
+    found = document.run(rival("adore", document=document))
+    assert sorted(found) == list(TARGET.layers)
+    states = TARGET.controller.states(EMBEDDINGS[document.tokens])
+    for b, n in enumerate(LENGTHS.tolist()):
+        scores = TARGET.controller.logits(states[b : b + 1, n : n + T], states[b : b + 1, :n], LENGTHS[b : b + 1])
+        best = scores.sigmoid().mean(1)[0].topk(wanted(0.2)[b]).indices.tolist()
+        assert all(found[layer][b] == [sorted(best)] for layer in TARGET.layers), "one list, the same in all layers"
+
+
+def test_adore_takes_released_tokens_back(monkeypatch):
+    """Its size stays; what scores high again comes back, but only so many in a round; all of it is charged."""
+    monkeypatch.setattr(adore, "REBUILT", 2)
+    document = Document(lengths=torch.tensor([150]))
+    made, n = scripted_adore(document, 0.1), 150
+    rising = torch.arange(200.0) / 200
+    made.target.controller.given = rising
+    first = document.run(made)[0][0][0]
+    assert first == list(range(n - 15, n)), "the last fifteen score highest"
+    assert made.touched == n * 6 * 2, "states alone: nothing was released yet"
+    made.target.controller.given = -rising  # now the first ones do
+    cached = set(first)
+    for step in range(1, 5):
+        later = Document(seed=step, lengths=document.lengths + 2 * step)
+        before, [found] = made.touched, document_lists(later, made)
+        size = int(later.lengths)
+        cached |= set(range(size - 2, size))  # what has come since
+        returned = sorted(set(found) - cached)
+        assert len(found) == math.ceil(0.1 * size)
+        assert len(returned) == min(2 * T, len(found)) or step > 2
+        assert set(found) == set(sorted(cached | set(returned))[: len(found)]), "of both, the highest scores"
+        assert returned == sorted(set(range(size)) - cached)[: len(returned)]
+        assert made.touched - before == size * 6 * 2 + len(returned) * 2 * Hkv * D * 2 * len(TARGET.layers)
+        cached = set(found)
+    assert cached == set(range(len(found))), "the first tokens are all back"
+
+
+def document_lists(document: Document, made: Rival) -> list[list[int]]:
+    """The one list of every sequence."""
+    found = document.run(made)
+    assert all(layer == found[0] for layer in found.values()), "the same in all layers"
+    return [heads[0] for heads in found[0]]
+
+
+def test_adore_forgets_rejected_tokens():
+    """A token's state follows from those in front of it alone, whatever was read in its place before."""
+    document, other = Document(), Document(seed=5)
+    made, plain = rival("adore", document=document), rival("adore", document=document)
+    made.read(other.round, LENGTHS)
+    made.read(document.round, LENGTHS)
+    plain.read(document.round, LENGTHS)
+    assert torch.equal(made._asking, plain._asking) and not torch.equal(made._asking, torch.zeros_like(made._asking))
+    assert document.run(made) == document.run(plain)
+
+
 def test_what_is_refused():
     with pytest.raises(
         OptionError,
@@ -361,3 +527,5 @@ def test_what_is_refused():
         build_rival("twilight", TARGET, Budget())
     with pytest.raises(OptionError, match=r"channels: got None; allowed: a file made by `outrider calibrate --channels`"):
         build_rival("double-sparsity", replace(TARGET, channels=None), Budget())
+    with pytest.raises(OptionError, match=r"controller: got None; allowed: a file made by `recipes/adore` for this target"):
+        build_rival("adore", replace(TARGET, controller=None), Budget())

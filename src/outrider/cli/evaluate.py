@@ -33,8 +33,8 @@ class EvaluationOptions:
     text: tuple[Path, ...] = field(metadata={"help": "file of UTF-8 text to evaluate on"})
     method: tuple[str, ...] = option(
         ("outrider",),
-        "dense, outrider, sts, specattn, dustin; oracle, streaming, h2o, snapkv, quest, tidal, spatten, double-sparsity or "
-        "twilight (which takes --top-p)",
+        "dense, outrider, sts, specattn, dustin; oracle, streaming, h2o, snapkv, quest, tidal, spatten, double-sparsity, adore "
+        "or twilight (which takes --top-p)",
     )
     context: int = option(16384, "tokens of each text that are read")
     json: Path | None = field(
@@ -63,6 +63,13 @@ Channels = Annotated[
         rich_help_panel="Models",
     ),
 ]
+Controller = Annotated[
+    Path | None,
+    typer.Option(
+        help="trained controller of the target for method adore (from recipes/adore); default: the built-in target's own",
+        rich_help_panel="Models",
+    ),
+]
 ENGINE = Flags(
     source=EngineConfig,
     panel="Models",
@@ -84,6 +91,7 @@ def perplexity(
     scored_tokens: Annotated[int, typer.Option(help="last tokens of the context that are predicted")] = 1280,
     batch_size: Annotated[int, typer.Option(help="texts that are read together, which a GPU does in little more time")] = 1,
     channels: Channels = None,
+    controller: Controller = None,
     **values: Any,
 ) -> None:
     """How well the target predicts a text when it reads only its lists."""
@@ -94,7 +102,7 @@ def perplexity(
 
         return partial(evaluate, texts=_texts(contents), scored_tokens=scored_tokens, batch_size=batch_size)
 
-    _evaluate(task, values, channels=channels)
+    _evaluate(task, values, channels=channels, controller=controller)
 
 
 @app.command()
@@ -103,6 +111,7 @@ def facts(
     facts: Annotated[int, typer.Option(help="facts planted in each text, and asked for")] = 20,
     seed: Annotated[int, typer.Option(help="seed of the facts and their places")] = 0,
     channels: Channels = None,
+    controller: Controller = None,
     **values: Any,
 ) -> None:
     """How many facts planted in a text the target recalls."""
@@ -113,7 +122,7 @@ def facts(
 
         return partial(evaluate, texts=_texts(contents), facts=facts, seed=seed)
 
-    _evaluate(task, values, channels=channels)
+    _evaluate(task, values, channels=channels, controller=controller)
 
 
 @app.command()
@@ -225,15 +234,20 @@ def _texts(contents: list[tuple[str, str]]) -> list[Text]:
     return [Text(name=name, text=text) for name, text in contents]
 
 
-def _evaluate(task: Callable[[], Task], values: dict[str, Any], *, each: bool = True, channels: Path | None = None) -> None:
+def _evaluate(task: Callable[[], Task], values: dict[str, Any], *, each: bool = True, **learned: Path | None) -> None:
     """Check, load, run the task. With `each`, every text gets a table of its own before the means, and the task is one on given
-    tokens, which takes the target's channels, too."""
-    rows, cases, screen = _start(task, values, channels=channels, on_given_tokens=each)
+    tokens, which takes what was `learned` about the target, too: its channels and controller."""
+    rows, cases, screen = _start(task, values, on_given_tokens=each, **learned)
     report(rows, cases if each else None, values["json"], screen)
 
 
 def _start(
-    task: Callable[[], Task], values: dict[str, Any], *, channels: Path | None = None, on_given_tokens: bool = False
+    task: Callable[[], Task],
+    values: dict[str, Any],
+    *,
+    on_given_tokens: bool = False,
+    channels: Path | None = None,
+    controller: Path | None = None,
 ) -> tuple[Iterable[Any], int, Screen]:
     """Check and load, up to the work: rows as they come, the number of cases, and the screen that shows how far it is."""
     # flags that all tasks have
@@ -242,7 +256,7 @@ def _start(
     budgets = _budgets(BUDGET.pick(values))
     screen = Screen()
     with screen.waiting("loading models"):
-        from outrider.decoding.pair import find_alignment, find_channels, load_pair
+        from outrider.decoding.pair import find_alignment, find_channels, find_controller, load_pair
         from outrider.eval.rows import Case, check_rows_path
 
         evaluate = task()
@@ -255,6 +269,7 @@ def _start(
         pair = load_pair(**models, backend=engine.pop("backend"), kv_dtype=engine.pop("kv_dtype"))
         if on_given_tokens:
             given["channels"] = find_channels(channels, pair[0])
+            given["controller"] = find_controller(controller, pair[0])
         return evaluate(pair, find_alignment(alignment, *pair), **given, **engine), len(cases), screen
 
 

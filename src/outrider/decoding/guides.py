@@ -3,16 +3,14 @@ generation a rival for each row, the draft's lists being the runner's own busine
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from outrider.decoding.scoring import score
-from outrider.guidance.rivals import InForward, Rival, as_selection
+from outrider.guidance.rivals import InForward, Rival, Rows, as_selection
 from outrider.guidance.selectors.base import Selector
 from outrider.models import KVCache, LanguageModel
 from outrider.models.quantization import dequantize
@@ -71,15 +69,15 @@ class InTarget:
     """Lists that a rival makes inside the target's forward."""
 
     def __init__(self, rival: Rival, target: LanguageModel, cache: KVCache) -> None:
-        self._rival, self._keys = rival, partial(_keys, target, cache)
+        self._rival, self._target, self._cache = rival, target, cache
 
     def touched(self, rows: int) -> list[float]:
-        """Bytes read so far in order to choose, by row."""
-        return torch.as_tensor(self._rival.touched).expand(rows).tolist()
+        """Bytes read so far in order to choose, less those of listed rows that were left unread, by row."""
+        return torch.as_tensor(self._rival.touched - self._rival.spared).expand(rows).tolist()
 
     def lists(self, part: Tensor, lengths: Tensor, cached: int, *, sparse: bool) -> InForward | None:
         """For a round of tokens [B, T] behind `cached` ones."""
-        return InForward(self._rival, self._keys(cached + part.shape[1]), lengths) if sparse else None
+        return _in_forward(self._rival, part, self._target, self._cache, cached, lengths) if sparse else None
 
 
 class ByRow:
@@ -98,16 +96,17 @@ class ByRow:
         self._begun[row] = self._begun.pop(source)
 
     def touched(self, rows: int) -> list[float]:
-        """Bytes read so far in order to choose, by row."""
-        return [float(self._begun[row].touched) for row in range(rows)]
+        """Bytes read so far in order to choose, less those of listed rows that were left unread, by row."""
+        return [float(self._begun[row].touched - self._begun[row].spared) for row in range(rows)]
 
-    def lists(self, rows: int, running: int, t: int) -> RowsInForward:
-        """For a round of `t` tokens in `rows` rows, of which the last ones may be idle."""
-        lengths = self._cache.lengths[:rows].clone()
+    def lists(self, tokens: Tensor, running: int) -> RowsInForward:
+        """For a round of `tokens` [B, T], of whose rows the last ones may be idle."""
+        lengths = self._cache.lengths[: len(tokens)].clone()
         parts = []
         for row, length in enumerate(lengths[:running].tolist()):
-            keys = _keys(self._target, self._cache.rows(row, row + 1), length + t)
-            parts.append(InForward(self._begun[row], keys, lengths[row : row + 1]))
+            one = slice(row, row + 1)
+            cache = self._cache.rows(row, row + 1)
+            parts.append(_in_forward(self._begun[row], tokens[one], self._target, cache, length, lengths[one]))
         return RowsInForward(parts, lengths)
 
 
@@ -131,6 +130,12 @@ class RowsInForward:
         self._made[layer] = TokenLists(indices, counts)
         return indices, counts
 
+    def attended(self, layer: int, queries: Tensor, output: Tensor) -> Tensor:
+        """Like `InForward.attended`."""
+        given = [(part, slice(row, row + 1)) for row, part in enumerate(self._parts)]
+        rows = [part.attended(layer, queries[one], output[one]) for part, one in given]
+        return torch.cat([*rows, output[len(rows) :]])
+
     @property
     def made(self) -> Selection | None:
         """Like `InForward.made`."""
@@ -139,9 +144,10 @@ class RowsInForward:
 
 def begin(rival: Rival, target: LanguageModel, cache: KVCache, documents: Tensor) -> Rival:
     """A copy of `rival` that has seen documents [B, S], which are cached; its state is theirs."""
-    begun = replace(rival, touched=0.0)
+    begun = replace(rival, touched=0.0, spared=0.0)
     end = documents.shape[1]
     begun.begin(_keys(target, cache, end), cache.lengths.clone())
+    begun.read(documents.to(cache.device), torch.zeros_like(cache.lengths))
     start = 0 if rival.window is None else max(end - rival.window, 0)
     cache.truncate(start)
     for part in documents[:, start:].split(OBSERVED, dim=1) if start < end else ():  # once more, for its queries
@@ -152,6 +158,17 @@ def begin(rival: Rival, target: LanguageModel, cache: KVCache, documents: Tensor
     return begun
 
 
-def _keys(target: LanguageModel, cache: KVCache, stop: int) -> Callable[[int], Tensor]:
+def _in_forward(rival: Rival, tokens: Tensor, target: LanguageModel, cache: KVCache, length: int, lengths: Tensor) -> InForward:
+    """A round of `tokens` [B, T] behind `length` cached ones, which are `lengths` [B] on the device."""
+    stop = length + tokens.shape[1]
+    return InForward(rival, tokens.to(cache.device), _keys(target, cache, stop), _values(target, cache, stop), lengths)
+
+
+def _keys(target: LanguageModel, cache: KVCache, stop: int) -> Rows:
     """keys(layer) [B, stop, Hkv, D], as attention reads them."""
     return lambda layer: dequantize(cache.keys(layer, stop), cache.key_scales[layer], target.spec.dtype)
+
+
+def _values(target: LanguageModel, cache: KVCache, stop: int) -> Rows:
+    """values(layer), like `_keys`."""
+    return lambda layer: dequantize(cache.values(layer, stop), cache.value_scales[layer], target.spec.dtype)

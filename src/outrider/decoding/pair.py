@@ -11,7 +11,7 @@ import torch
 from outrider.config import Budget, EngineConfig
 from outrider.decoding.scoring import score
 from outrider.errors import AlignmentError, OptionError
-from outrider.guidance import channels
+from outrider.guidance import channels, controller
 from outrider.guidance.alignment import AlignmentFile, ModelIdentity, load
 from outrider.guidance.rivals import RIVALS, Rival, Target, build_rival
 from outrider.guidance.selectors import SELECTORS, build_selector
@@ -27,6 +27,7 @@ BUILTIN = "builtin"  # the name of the pair that ships with Outrider
 PAIR_FOLDER = Path(__file__).parents[1] / "pair"
 BUILTIN_ALIGNMENT = PAIR_FOLDER / "alignment.json"
 BUILTIN_CHANNELS = PAIR_FOLDER / "channels.json"
+BUILTIN_CONTROLLER = PAIR_FOLDER / "target" / "controller.safetensors"
 
 
 def load_pair(
@@ -140,13 +141,21 @@ def make_selector(
     return selector
 
 
-def make_rival(method: str, target: LanguageModel, budget: Budget, ranked: channels.ChannelFile | None = None) -> Rival:
-    """The method of that name inside this target; `ranked` are the target's channels, None: those that ship with it, if any.
+def make_rival(
+    method: str,
+    target: LanguageModel,
+    budget: Budget,
+    ranked: channels.ChannelFile | None = None,
+    trained: controller.ControllerFile | None = None,
+) -> Rival:
+    """The method of that name inside this target; `ranked` are the target's channels, `trained` its controller, None: those
+    that ship with it, if any.
 
     Raises OptionError for an unknown method, and for what it does not take.
     """
     spec, shape = target.spec, target.spec.full_shape
-    found = ranked or find_channels(None, target)
+    found, learned = ranked or find_channels(None, target), trained or find_controller(None, target)
+    embeddings = target.module.get_input_embeddings()
     known = Target(
         layers=spec.full_layers,
         query_heads=shape.query_heads,
@@ -155,6 +164,8 @@ def make_rival(method: str, target: LanguageModel, budget: Budget, ranked: chann
         scales=tuple(layer.scale for layer in spec.layers),
         value_bytes=spec.cache_dtype.itemsize,
         channels=None if found is None else found.ranking,
+        controller=None if learned is None else learned.controller.to(spec.device),
+        embed=lambda tokens: embeddings(tokens).detach(),
     )
     return build_rival(method, known, budget)
 
@@ -249,6 +260,17 @@ def find_channels(given: str | Path | None, target: LanguageModel) -> channels.C
         return channels.load(given, target=identity(target))
     if BUILTIN_CHANNELS.exists():
         shipped = channels.load(BUILTIN_CHANNELS, target=None)
+        if shipped.target == identity(target):
+            return shipped
+    return None
+
+
+def find_controller(given: str | Path | None, target: LanguageModel) -> controller.ControllerFile | None:
+    """The controller asked for, or the built-in target's own; None when there is none."""
+    if given is not None:
+        return controller.load(given, target=identity(target))
+    if BUILTIN_CONTROLLER.exists():
+        shipped = controller.load(BUILTIN_CONTROLLER, target=None)
         if shipped.target == identity(target):
             return shipped
     return None

@@ -199,7 +199,7 @@ class Runner:
             with clock.stage("select"):
                 chosen = run("select", lambda: selected(guidance))
         if self.rivals is not None and kind.sparse:
-            chosen = self.rivals.lists(kind.rows, len(self._begun), self.k + 1)
+            chosen = self.rivals.lists(torch.cat([inputs.pending[:, None], trace.tokens], dim=1), len(self._begun))
         with clock.stage("verify"):
             logits = run("verify", lambda: verify(self.target, caches[0], inputs.pending, trace.tokens, chosen))
         with clock.stage("accept"):

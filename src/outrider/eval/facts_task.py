@@ -17,6 +17,7 @@ from outrider.eval.rows import Case, Row, Text, conditions, with_map
 from outrider.eval.teacher_forced import TeacherForced, budget_of, check_context, make_selector, tokenize
 from outrider.guidance.alignment import AlignmentFile
 from outrider.guidance.channels import ChannelFile
+from outrider.guidance.controller import ControllerFile
 from outrider.guidance.rivals import Rival
 from outrider.guidance.selectors.base import Selector
 from outrider.models import LanguageModel
@@ -36,6 +37,7 @@ def evaluate(
     score_keys: str = "auto",
     map_name: str | None = None,
     channels: ChannelFile | None = None,
+    controller: ControllerFile | None = None,
     prefill_chunk: int = 2048,
     progress: ProgressCallback | None = None,
     facts: int = 20,
@@ -50,7 +52,8 @@ def evaluate(
     check("facts", facts, facts >= 1, "a whole number >= 1")
     check_context(context, pair, 2)
     bits = code_bits(score_keys, pair[1], draft_tokens + 1)
-    selectors = [make_selector(case, pair, alignments, map_name, draft_tokens, bits, channels) for case in cases]
+    learned = channels, controller
+    selectors = [make_selector(case, pair, alignments, map_name, draft_tokens, bits, *learned) for case in cases]
     documents = []
     for number, text in enumerate(texts):
         rng = random.Random(f"{seed} {context} {number}")

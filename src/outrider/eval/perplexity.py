@@ -13,6 +13,7 @@ from outrider.eval.rows import Case, Row, Text, conditions, with_map
 from outrider.eval.teacher_forced import Run, TeacherForced, budget_of, check_context, make_selector, tokenize
 from outrider.guidance.alignment import AlignmentFile
 from outrider.guidance.channels import ChannelFile
+from outrider.guidance.controller import ControllerFile
 from outrider.models import LanguageModel
 from outrider.models.quantized_keys import code_bits
 
@@ -29,6 +30,7 @@ def evaluate(
     score_keys: str = "auto",
     map_name: str | None = None,
     channels: ChannelFile | None = None,
+    controller: ControllerFile | None = None,
     prefill_chunk: int = 2048,
     batch_size: int = 1,
     progress: ProgressCallback | None = None,
@@ -43,7 +45,8 @@ def evaluate(
     check("batch-size", batch_size, batch_size >= 1, "a whole number >= 1")
     check_context(context, pair, 2)
     bits = code_bits(score_keys, pair[1], draft_tokens + 1)
-    selectors = [make_selector(case, pair, alignments, map_name, draft_tokens, bits, channels) for case in cases]
+    learned = channels, controller
+    selectors = [make_selector(case, pair, alignments, map_name, draft_tokens, bits, *learned) for case in cases]
     documents = [(text.name, tokenize(pair[0], text.name, text.text, context)) for text in texts]
 
     common = conditions(pair, draft_tokens, map_name, bits)

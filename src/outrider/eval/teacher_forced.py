@@ -10,6 +10,7 @@ from outrider.errors import OptionError, PromptError
 from outrider.eval.rows import DENSE, Case
 from outrider.guidance.alignment import AlignmentFile
 from outrider.guidance.channels import ChannelFile
+from outrider.guidance.controller import ControllerFile
 from outrider.guidance.rivals import RIVALS, Rival
 from outrider.guidance.selectors import SELECTORS
 from outrider.guidance.selectors.base import Selector
@@ -26,16 +27,17 @@ def make_selector(
     draft_tokens: int,
     bits: int | None = None,
     channels: ChannelFile | None = None,
+    controller: ControllerFile | None = None,
 ) -> Selector | Rival | None:
     """The selector of a case, or a rival; None for "dense".
 
-    Raises OptionError for an unknown method, for an alignment or channels that are missing, and where keys in `bits` cannot be
-    scored.
+    Raises OptionError for an unknown method, for an alignment, channels or a controller that are missing, and where keys in
+    `bits` cannot be scored.
     """
     if case.method == DENSE:
         return None
     if case.method in RIVALS:
-        return make_rival(case.method, pair[0], budget_of(case), channels)
+        return make_rival(case.method, pair[0], budget_of(case), channels, controller)
     if case.method not in SELECTORS:
         raise OptionError("method", case.method, ", ".join((DENSE, *SELECTORS, *RIVALS)))
     if alignments is None:

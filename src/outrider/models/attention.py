@@ -110,7 +110,7 @@ def attend_cached(queries: Tensor, forward: Forward, layer: int, scale: float, w
         return _prefill_attention(queries.transpose(1, 2), forward, layer, scale, window)
     cache, selection = forward.cache, forward.selection
     indices, counts = selection.of(layer, queries) if selection is not None else (None, None)
-    return sparse_attention(
+    output = sparse_attention(
         queries,
         cache.keys(layer),
         cache.values(layer),
@@ -123,6 +123,7 @@ def attend_cached(queries: Tensor, forward: Forward, layer: int, scale: float, w
         window=window if indices is None else None,
         backend=forward.backend,
     )
+    return output if selection is None else selection.attended(layer, queries, output)
 
 
 def _prefill_attention(query: Tensor, forward: Forward, layer: int, scale: float, window: int | None) -> Tensor:

@@ -26,8 +26,8 @@ def test_the_whole_plan(tmp_path, monkeypatch):
     assert len(plan.works[0].subjects) == 8 and plan.works[0].contexts == (16384, 32768)
     assert len(plan.works[0].subjects) * plan.works[0].task.scored_tokens == 20_000
     assert {case.method for case in plan.works[0].cases} == set(METHODS)
-    # dense, five budgets for twelve methods, three shares of the mass for one and two for another; eleven at three, and dense
-    assert [len(work.cases) for work in plan.works] == [66, 66, 34]
+    # dense, five budgets for 13 methods, three shares of the mass for one and two for another; twelve at three, and dense
+    assert [len(work.cases) for work in plan.works] == [71, 71, 37]
     assert len(plan.cells) == 2 * 8 * (1 + 1 + 4)
 
 

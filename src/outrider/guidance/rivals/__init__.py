@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from outrider.config import Budget
 from outrider.errors import OptionError
-from outrider.guidance.rivals.base import InForward, Rival, Target, as_selection
+from outrider.guidance.rivals.adore import Adore
+from outrider.guidance.rivals.base import InForward, Rival, Rows, Target, as_selection
 from outrider.guidance.rivals.double_sparsity import DoubleSparsity
 from outrider.guidance.rivals.h2o import H2O
 from outrider.guidance.rivals.oracle import Oracle
@@ -28,9 +29,10 @@ RIVALS: dict[str, type[Rival]] = {
     "spatten": SpAtten,
     "double-sparsity": DoubleSparsity,
     "twilight": Twilight,
+    "adore": Adore,
 }
 
-__all__ = ["RIVALS", "InForward", "Rival", "Target", "as_selection", "build_rival"]
+__all__ = ["RIVALS", "InForward", "Rival", "Rows", "Target", "as_selection", "build_rival"]
 
 
 def build_rival(method: str, target: Target, budget: Budget) -> Rival:

@@ -11,9 +11,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from outrider.config import Budget
+from outrider.guidance.controller import Controller
 from outrider.guidance.selectors.base import top_k, top_p
 from outrider.ops import TokenLists, attention_mass, token_select
 from outrider.types import Selection
+
+Rows = Callable[[int], Tensor]  # of a layer, keys or values: [B, S, Hkv, D]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -27,6 +30,8 @@ class Target:
     scales: tuple[float, ...]  # of the logits, by layer of the model
     value_bytes: int  # of one number in the cache
     channels: Tensor | None = None  # [L, Hkv, D] int64: of keys, those that weigh most first; None: not ranked
+    controller: Controller | None = None  # guesses what it will look at; None: not trained
+    embed: Callable[[Tensor], Tensor] | None = None  # tokens [...] -> input embeddings [..., E]
 
     @property
     def row_bytes(self) -> int:
@@ -38,15 +43,17 @@ class Target:
 class Rival:
     """Chooses the tokens of one layer after the other, from the layer's own queries and keys.
 
-    One object serves one document, or a batch: `begin` where the prefix is cached, `observe` for what the method wants to see
-    of it, then rounds. `touched` adds up the bytes that choosing itself reads for each sequence, of keys or of what the method
-    keeps about them; rows that are attended to are not in it. A round's queries share their lists, as they are read together:
-    what a method computes for one query is averaged over them.
+    One object serves one document, or a batch: `begin` where the prefix is cached, `read` for its tokens, `observe` for what
+    the method wants to see of it, then rounds: `read` once, `choose` and `attended` in every layer. `touched` adds up the bytes
+    that choosing itself reads for each sequence, of keys or of what the method keeps about them; rows that are attended to are
+    not in it. `spared` adds up the bytes of such rows, keys and values apart, that the method does not read after all. A
+    round's queries share their lists, as they are read together: what a method computes for one query is averaged over them.
     """
 
     target: Target
     budget: Budget
     touched: Tensor | float = 0.0  # [B] once something is read
+    spared: Tensor | float = 0.0  # [B] once something is
 
     window: ClassVar[int | None] = 0  # last tokens of the prefix whose queries are observed; None: all
     budgeted: ClassVar[str] = "keep"  # what the budget must say: "keep" or "top_p"
@@ -54,12 +61,16 @@ class Rival:
     def __post_init__(self) -> None:
         """Raise OptionError where the target or the budget lacks what the method needs."""
 
-    def begin(self, keys: Callable[[int], Tensor], lengths: Tensor) -> None:
+    def begin(self, keys: Rows, lengths: Tensor) -> None:
         """A document's prefix of `lengths` [B] tokens is cached; keys(layer) [B, S, Hkv, D]."""
 
-    def observe(self, queries: tuple[Tensor, ...], keys: Callable[[int], Tensor], start: int) -> None:
+    def observe(self, queries: tuple[Tensor, ...], keys: Rows, start: int) -> None:
         """Queries of the prefix, T tokens from position `start` on, in order: by layer [B, T, Hq, D]; keys(layer)
         [B, start + T, Hkv, D]."""
+
+    def read(self, tokens: Tensor, lengths: Tensor) -> None:
+        """Tokens [B, n] int64 that follow the first `lengths` [B] of the text: those of the prefix, later each round's. Earlier
+        ones from there on were rejected."""
 
     def choose(self, layer: int, queries: Tensor, keys: Tensor, lengths: Tensor) -> TokenLists | None:
         """The lists of a layer's round, 1, Hkv or Hq to a sequence; None: it reads everything.
@@ -67,6 +78,13 @@ class Rival:
         queries [B, T, Hq, D]; keys [B, S, Hkv, D], those of the round behind `lengths` [B].
         """
         raise NotImplementedError
+
+    def attended(self, layer: int, queries: Tensor, keys: Rows, values: Rows, lengths: Tensor, output: Tensor) -> Tensor:
+        """What the layer goes on with: `output` [B, T, Hq, D], its attention over the lists, or something else in its place.
+
+        keys(layer) and values(layer) [B, S, Hkv, D], else as in `choose`.
+        """
+        return output
 
     def mass(self, layer: int, queries: Tensor, keys: Tensor, lengths: Tensor) -> Tensor:
         """Softmax mass of each query head on every cached token, mean over the queries [B, Hq, S]."""
@@ -92,10 +110,11 @@ class Rival:
 
 
 class InForward:
-    """The lists of one round, made while the target's forward runs; in place of a `Selection` there."""
+    """The lists of one round of `tokens` [B, T], made while the target's forward runs; in place of a `Selection` there."""
 
-    def __init__(self, rival: Rival, keys: Callable[[int], Tensor], lengths: Tensor) -> None:
-        self._rival, self._keys, self._lengths = rival, keys, lengths
+    def __init__(self, rival: Rival, tokens: Tensor, keys: Rows, values: Rows, lengths: Tensor) -> None:
+        self._rival, self._keys, self._values, self._lengths = rival, keys, values, lengths
+        rival.read(tokens, lengths)
         self._made: dict[int, TokenLists] = {}
 
     def of(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
@@ -107,6 +126,12 @@ class InForward:
             return None, None
         self._made[layer] = lists
         return lists.indices, lists.counts
+
+    def attended(self, layer: int, queries: Tensor, output: Tensor) -> Tensor:
+        """What the layer goes on with, [B, T, Hq, D] like `output`, its attention."""
+        if layer not in self._rival.target.layers:
+            return output
+        return self._rival.attended(layer, queries, self._keys, self._values, self._lengths, output)
 
     @property
     def made(self) -> Selection | None:
