@@ -264,6 +264,48 @@ def rivals_table(name: str) -> str:
     return markdown(header, cells)
 
 
+def against(rows: list[Line], plain: list[Line], figure: str, digits: int) -> tuple[str, str]:
+    """The mean difference of a figure from its rows' partners, and its 95% interval over texts."""
+    gains = [row[figure] - other[figure] for row, other in zip(rows, plain, strict=True)]
+    low, high = mean_interval(gains) or (gains[0], gains[0])
+    return f"{sum(gains) / len(gains):+.{digits}f}", f"{low:+.{digits}f} .. {high:+.{digits}f}"
+
+
+def unlisted_table(name: str) -> str:
+    """Lists with a mean value for what they leave out, paired text by text with lists alone."""
+    found = lines(name)
+    recalls = [row for row in found if row["task"] == "facts"]
+    groups: dict[tuple[str, float], dict[str, dict[str, Line]]] = {}
+    for row in found:
+        if row["task"] == "perplexity":
+            variants = groups.setdefault((row["method"], row["keep"]), {})
+            variants.setdefault(row["conditions"]["unlisted"], {})[row["text"]] = row
+    cells = []
+    for (method, keep), variants in groups.items():
+        for unlisted in ("none", "mean"):
+            rows, plain = ([variants[kind][text] for text in variants["none"]] for kind in (unlisted, "none"))
+            asked = [
+                row
+                for row in recalls
+                if (row["method"], row["keep"], row["conditions"]["unlisted"]) == (method, keep, unlisted)
+            ]
+            compared = unlisted != "none"
+            cells.append([
+                method,
+                unlisted,
+                f"{100 * keep:g}%",
+                f"{100 * mean(rows, 'kv_read_fraction'):.1f}%",
+                str(len(rows)),
+                f"{mean(rows, 'delta_percent'):+.2f}%",
+                *(against(rows, plain, "delta_percent", 2) if compared else ("", "")),
+                f"{mean(rows, 'agreement'):.3f}",
+                *(against(rows, plain, "agreement", 3) if compared else ("", "")),
+                f"{sum(row['recalled'] for row in asked)}/{sum(row['asked'] for row in asked)}" if asked else "",
+            ])  # fmt: skip
+    header = ["method", "unlisted", "budget", "KV bytes read", "texts", "perplexity", "against none", "95%"]
+    return markdown([*header, "agreement with dense", "against none", "95%", "facts recalled"], cells)
+
+
 def tail_correction_table(name: str) -> str:
     """Corrections of one budget side by side, paired with "none" text by text. Lines of a stage of development are left out."""
     groups: dict[tuple[str, float, int], dict[str, dict[str, Line]]] = {}
@@ -275,8 +317,9 @@ def tail_correction_table(name: str) -> str:
     for (lists, keep, scored), corrections in groups.items():
         for correction, by_text in corrections.items():
             rows, plain = list(by_text.values()), [corrections["none"][text] for text in by_text]
-            gains = [row["delta_percent"] - other["delta_percent"] for row, other in zip(rows, plain, strict=True)]
-            interval = None if correction == "none" else mean_interval(gains)
+            compared = correction != "none"
+            gains = against(rows, plain, "delta_percent", 2) if compared else ("", "")
+            agrees = against(rows, plain, "agreement", 3) if compared else ("", "")
             cells.append([
                 correction if lists == "draft" else f"{correction}, {lists}'s lists",
                 f"{100 * keep:g}%",
@@ -284,13 +327,13 @@ def tail_correction_table(name: str) -> str:
                 f"{len(rows)} x {scored:,}",
                 f"{mean(rows, 'output_error'):.4f}",
                 f"{mean(rows, 'delta_percent'):+.2f}%",
-                "" if correction == "none" else f"{sum(gains) / len(gains):+.2f}",
-                "" if interval is None else f"{interval[0]:+.2f} .. {interval[1]:+.2f}",
+                *gains,
                 f"{mean(rows, 'agreement'):.3f}",
+                *agrees,
                 f"{sum(row['recalled'] for row in rows)}/{sum(row['asked'] for row in rows)}",
             ])  # fmt: skip
     header = ["correction", "budget", "KV bytes read", "texts x tokens", "output error", "perplexity", "against none", "95%"]
-    return markdown([*header, "agreement with dense", "facts recalled"], cells)
+    return markdown([*header, "agreement with dense", "against none", "95%", "facts recalled"], cells)
 
 
 def diagnosed(rows: list[Line], task: str, between: str | None = None) -> list[Line]:
@@ -434,6 +477,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "rivals": rivals_table,
     "spatten": perplexity_table,
     "tail-correction": tail_correction_table,
+    "unlisted": unlisted_table,
     "diagnostics": diagnostics_table,
     "diagnostics-layers": diagnostics_layers_table,
     "diagnostics-heads": diagnostics_heads_table,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 from unittest.mock import patch
 
@@ -40,10 +40,19 @@ EVERY = 8  # rounds, of which one is also attended to densely, for the error of 
 Note = Callable[[str, int, int], None]
 
 
+# of the draft's mass outside a list: what the tail's share is a linear combination of
+FEATURES: dict[str, Callable[[Tensor], list[Tensor]]] = {
+    "fixed": lambda unlisted: [torch.ones_like(unlisted)],
+    "draft": lambda unlisted: [torch.ones_like(unlisted), unlisted],
+    "proportional": lambda unlisted: [unlisted],
+}
+SEVERAL = (0.02, 0.05, 0.1, 0.2)  # budgets that one fit can be made for
+
 # what a summary reads a KV head, in rows of keys and values of head dim 64
 SUMMARY_ROWS = {
     None: 0.0,
     "constant": 0.0,
+    "learned": 0.0,
     "mean": 0.5,
     "all": 0.5,
     "bound": 0.5,
@@ -62,10 +71,12 @@ class Correction:
     power: float = 1.0  # of the draft's mass
     blend: float = 0.0  # share of the sample that is spread evenly, whatever the mass
     shrink: float = 1.0  # weights are the inverse probabilities to this power; 0: no weights
-    # of the tail: mean (value), all (listed ones in it), constant (the mean of the text calibrated on), centroid (mean key and
-    # value), diagonal or covariance (of keys, besides), bound (the mean with the tail's true share, which nobody knows)
+    # of the tail: mean (value), all (listed ones in it), constant (all of the text calibrated on), learned (what fits best
+    # there, by query head), centroid (mean key and value), diagonal or covariance (of keys, besides), bound (the mean with the
+    # tail's true share, which nobody knows)
     summary: str | None = None
-    fitted: str | None = None  # the summary's weight: fixed (by head), draft (from its tail mass) or offset (to the log mass)
+    fitted: str | None = None  # the summary's weight, by head: one of FEATURES, or offset (to the log mass)
+    fitted_at: tuple[float, ...] = ()  # the budgets fitted for, in one; none: that of the case
 
     page: int | None = None  # the mean is that of pages of so many tokens, weighted by the draft's mass; None: of all alike
 
@@ -89,6 +100,13 @@ CORRECTIONS = {
     "mean of all, share from the draft": Correction(summary="all", fitted="draft"),
     "constant, share from the draft": Correction(summary="constant", fitted="draft"),
     "constant, fixed share": Correction(summary="constant", fitted="fixed"),
+    "mean, proportional share": Correction(summary="mean", fitted="proportional"),
+    "constant, proportional share": Correction(summary="constant", fitted="proportional"),
+    "learned, proportional share": Correction(summary="learned", fitted="proportional"),
+    "learned, fixed share": Correction(summary="learned", fitted="fixed"),
+    "constant, share from the draft, all budgets": Correction(summary="constant", fitted="draft", fitted_at=SEVERAL),
+    "constant, proportional share, all budgets": Correction(summary="constant", fitted="proportional", fitted_at=SEVERAL),
+    "learned, proportional share, all budgets": Correction(summary="learned", fitted="proportional", fitted_at=SEVERAL),
     **{f"pages of {page}, fixed share": Correction(summary="mean", fitted="fixed", page=page) for page in (1024, 256, 64)},
     **{
         f"pages of {page}, share from the draft": Correction(summary="mean", fitted="draft", page=page)
@@ -120,11 +138,11 @@ class Fit:
     """What calibration finds for one correction and budget, by layer: sums over queries, by query head."""
 
     sums: dict[int, list[Tensor]] = field(default_factory=dict)
-    means: dict[int, tuple[Tensor, int]] = field(default_factory=dict)  # sum of mean values [Hkv, 1, D], and how many
+    means: dict[int, Tensor] = field(default_factory=dict)  # mean value of the text [Hkv, 1, D]
 
     def add(self, layer: int, *terms: Tensor) -> None:
-        """Adds terms [Hkv, g, T], summed over T."""
-        found = [term.sum(-1) for term in terms]
+        """Adds terms [Hkv, g, T, ...], summed over T."""
+        found = [term.sum(2) for term in terms]
         held = self.sums.get(layer)
         self.sums[layer] = found if held is None else [a + b for a, b in zip(held, found, strict=True)]
 
@@ -177,6 +195,10 @@ class Reader:
         self.layer = layer
         none = torch.zeros(1, 1, 0, dtype=torch.int32)
         return none, none.sum(-1)
+
+    def unlisted_of(self, layer: int) -> tuple[None, None]:
+        """What stands for unlisted tokens is this class's own affair."""
+        return None, None
 
     def attended(self, layer: int, queries: Tensor, output: Tensor) -> Tensor:
         return output
@@ -233,29 +255,24 @@ class Reader:
         left = k.shape[1] - listed.shape[1]
         mean_value = self._mean_value(v, draft, listed)
 
-        def by_head(x: Tensor) -> Tensor:  # [Hkv, g T] -> [Hkv, g, T]
-            return x.view(len(q), -1, t)
+        def by_head(x: Tensor) -> Tensor:  # [Hkv, g T, ...] -> [Hkv, g, T, ...]
+            return x.unflatten(1, (-1, t))
 
-        def by_query(x: Tensor) -> Tensor:  # [Hkv, g] -> [Hkv, g T]
+        def by_query(x: Tensor) -> Tensor:  # [Hkv, g, ...] -> [Hkv, g T, ...]
             return x.repeat_interleave(t, dim=1)
 
-        if fitted == "fixed":
+        if fitted in FEATURES:
+            features = FEATURES[fitted](unlisted[:, None].expand(mass.shape))
             if dense is not None and self.fitting:
-                x, y = mean_value - out, dense[0] - out
-                self.fit.add(self.layer, by_head((x * y).sum(-1)), by_head((x * x).sum(-1)))
+                terms = moments if kind == "learned" else squares
+                self.fit.add(self.layer, *map(by_head, terms(features, out, dense[0] - out, mean_value)))
                 return out
-            xy, xx = self.fit.sums[self.layer]
-            share = by_query((xy / xx).clamp(0, 1))
-        elif fitted == "draft":
-            seen = unlisted[:, None].expand(mass.shape)
-            if dense is not None and self.fitting:
-                x, y = mean_value - out, dense[0] - out
-                xx, xy = (x * x).sum(-1), (x * y).sum(-1)
-                self.fit.add(self.layer, *map(by_head, (xx, seen * xx, seen * seen * xx, xy, seen * xy)))
-                return out
-            xx, sxx, ssxx, xy, sxy = self.fit.sums[self.layer]
-            slope = (xx * sxy - sxx * xy) / (xx * ssxx - sxx * sxx).clamp(min=1e-12)
-            share = (by_query((xy - slope * sxx) / xx) + by_query(slope) * seen).clamp(0, 1)
+            if kind == "learned":
+                weight, vector = learned(*self.fit.sums[self.layer])
+                share = (by_query(weight) * features[0]).clamp(0, 1)
+                return torch.lerp(out, by_query(vector), share[..., None])
+            share = sum(by_query(weight) * x for weight, x in zip(solved(self.fit.sums[self.layer]), features, strict=True))
+            share = torch.as_tensor(share).clamp(0, 1)
         elif dense is not None and kind == "bound":
             share = -torch.expm1(mass - dense[1]).clamp(max=0)
         else:
@@ -281,18 +298,13 @@ class Reader:
     def _mean_value(self, v: Tensor, draft: Tensor, listed: Tensor) -> Tensor:
         """[Hkv, 1, D]: what stands for the tail's values, of cached rows [Hkv, n, D]."""
         kind, page = self.case.correction.summary, self.case.correction.page
-        if kind == "constant" and not self.fitting:
-            total, count = self.fit.means[self.layer]
-            return total / count
+        if kind == "constant":
+            return self.fit.means.setdefault(self.layer, v.mean(1, keepdim=True))
         if page is not None:
             return paged_mean(v, draft, listed, page)
         if kind == "all":
             listed = listed[:, :0]
-        mean = self._unlisted("values", v, listed, row_sum) / (v.shape[1] - listed.shape[1])
-        if kind == "constant":
-            total, count = self.fit.means.get(self.layer, (torch.zeros(()), 0))
-            self.fit.means[self.layer] = total + mean, count + 1
-        return mean
+        return self._unlisted("values", v, listed, row_sum) / (v.shape[1] - listed.shape[1])
 
     def _unlisted(self, kind: str, x: Tensor, listed: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
         """`total` of the rows [Hkv, n, D] that are not listed: of all, kept up as they come, less that of the listed ones."""
@@ -300,6 +312,35 @@ class Reader:
         held = held + total(x[:, known:])
         self.totals[self.layer, kind] = x.shape[1], held
         return held - total(take(x, listed))
+
+
+def squares(features: list[Tensor], out: Tensor, missing: Tensor, value: Tensor) -> list[Tensor]:
+    """Terms [Hkv, g T] of the normal equations of missing [Hkv, g T, D] ~ share (value - out), share linear in the features."""
+    x = value - out
+    xx, xy = (x * x).sum(-1), (x * missing).sum(-1)
+    return [*(a * b * xx for a in features for b in features), *(a * xy for a in features)]
+
+
+def solved(sums: list[Tensor]) -> list[Tensor]:
+    """The weight [Hkv, g] of each feature, from sums of `squares`."""
+    n = 1 if len(sums) == 2 else 2  # n n + n sums
+    square, right = torch.stack(sums[: n * n], -1).unflatten(-1, (n, n)), torch.stack(sums[n * n :], -1)
+    return list(torch.linalg.lstsq(square.double(), right.double()[..., None]).solution[..., 0].float().unbind(-1))
+
+
+def moments(features: list[Tensor], out: Tensor, missing: Tensor, _: Tensor) -> list[Tensor]:
+    """Terms of the same where the value is sought, too, with one feature."""
+    f = features[0]
+    by_value = [f[..., None] * missing, (f * f)[..., None] * out]
+    return [*by_value, f * f, f * (out * missing).sum(-1), f * f * (out * out).sum(-1)]
+
+
+def learned(y: Tensor, out: Tensor, count: Tensor, out_y: Tensor, out_out: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight [Hkv, g] of the feature and the value [Hkv, g, D], from sums of `moments`: a regression with an intercept."""
+    count = count.clamp(min=1e-30)
+    weight = ((y * out).sum(-1) / count - out_y) / (out_out - (out * out).sum(-1) / count)
+    weight = weight.clamp(min=1e-3)
+    return weight, out / count[..., None] + y / count[..., None] / weight[..., None]
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:
@@ -452,7 +493,8 @@ def fit(document: Document, following: list[int], cases: Sequence[Case], seed: i
     fitted = [case for case in cases if case.correction.fitted is not None]
     for done, case in enumerate(fitted):
         note("calibrating", done, len(fitted))
-        document.run(rounds, Reader(case, Budget(), fits[case], seed, fitting=True))
+        for keep in case.correction.fitted_at or (case.keep,):
+            document.run(rounds, Reader(replace(case, keep=keep), Budget(), fits[case], seed, fitting=True))
     return fits
 
 

@@ -28,9 +28,10 @@ from outrider.decoding.outrider import Outrider, Result
 from outrider.decoding.pair import PAIR_FOLDER, find_alignment, identity, load_pair
 from outrider.guidance.alignment import AlignmentFile, AlignmentMap
 from outrider.guidance.controller import Controller, ControllerFile
+from outrider.guidance.selectors import SELECTORS
 from outrider.models import LanguageModel, wrap
 from outrider.models.attention import NAME, register
-from outrider.types import Alignment
+from outrider.types import Alignment, UnlistedFit
 
 # one thread: the models are so small that threads only wait for each other, 20 times slower on a busy machine
 torch.set_num_threads(1)
@@ -176,7 +177,7 @@ def controllers(monkeypatch: pytest.MonkeyPatch, untrained: Callable[[LanguageMo
 
 @pytest.fixture(scope="session")
 def align() -> Callable[..., AlignmentFile]:
-    """`align(target, draft, seed=0)`: random alignments under the names that the methods ask for."""
+    """`align(target, draft, seed=0)`: random alignments under the names that the methods ask for, with random fits."""
 
     def make(target: LanguageModel, draft: LanguageModel, seed: int = 0) -> AlignmentFile:
         generator = torch.Generator().manual_seed(seed)
@@ -194,7 +195,14 @@ def align() -> Callable[..., AlignmentFile]:
             ("proportional", "jaccard"): sources(shape.query_heads, 1),
             ("monotone", "average"): whole,
         }
-        maps = [AlignmentMap(*names, Alignment(sources=tensor), {"recall": 0.5}) for names, tensor in made.items()]
+        values = torch.randn(layers, shape.kv_heads, shape.head_dim, generator=generator)
+        fits = {
+            name: UnlistedFit(values=values, weights=torch.rand(layers, shape.query_heads, generator=generator))
+            for name in SELECTORS
+        }
+        maps = [
+            AlignmentMap(*names, Alignment(sources=tensor, unlisted=fits), {"recall": 0.5}) for names, tensor in made.items()
+        ]
         return AlignmentFile(
             target=identity(target),
             draft=identity(draft),
@@ -214,11 +222,12 @@ def align() -> Callable[..., AlignmentFile]:
 def make_engine(align: Callable[..., AlignmentFile]) -> Callable[..., Outrider]:
     """`make_engine((target, draft), **options)`: the public face over a pair, with a random alignment.
 
-    Lists are short and sparse rounds begin early, so that tiny contexts are enough, unless the options say otherwise.
+    Lists are short, nothing stands for unlisted tokens and sparse rounds begin early, so that tiny contexts are enough, unless
+    the options say otherwise.
     """
 
     def make(pair: tuple[LanguageModel, LanguageModel], **options: Any) -> Outrider:
-        short = {"sinks": 2, "recent": 4, "min_context": 8} | ({} if "top_p" in options else {"keep": 0.3})
+        short = {"sinks": 2, "recent": 4, "min_context": 8, "unlisted": "none"} | ({} if "top_p" in options else {"keep": 0.3})
         config = engine_config(**({"mode": "dense", "draft_tokens": 3} | short | options))
         return Outrider(*pair, config, align(*pair))
 

@@ -14,6 +14,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 KV_DTYPES = ("auto", "fp8")
 CODE_BITS: dict[str, int | None] = {"exact": None, "4bit": 4, "2bit": 2}
 SCORE_KEYS = ("auto", *CODE_BITS)
+UNLISTED = ("auto", "none", "mean")
 BACKENDS = ("auto", "reference", "triton", "cuda")
 DEFAULT_KEEP = 0.1
 
@@ -49,6 +50,11 @@ class Budget:
     sinks: int = option(4, "first tokens of the context that every list of methods outrider and dustin keeps")
     recent: int = option(64, "last cached tokens that every list of methods outrider and dustin keeps")
     min_context: int = option(1024, "below this many cached tokens a sequence is verified densely")
+    unlisted: str = option(
+        "auto",
+        "what stands for the tokens that a list of methods outrider, sts, specattn and dustin leaves out: mean (a mean value, "
+        "by as much as calibrated), none (the listed tokens do), or auto (mean with method outrider if the alignment has it)",
+    )
 
     def __post_init__(self) -> None:
         if self.keep is not None and self.top_p is not None:
@@ -57,6 +63,7 @@ class Budget:
             check(name, value, value is None or (_is_number(value) and 0 < value <= 1), "a number in (0, 1]")
         for name, value in (("sinks", self.sinks), ("recent", self.recent), ("min-context", self.min_context)):
             check(name, value, _is_int(value) and value >= 0, "a whole number >= 0")
+        check("unlisted", self.unlisted, self.unlisted in UNLISTED, ", ".join(UNLISTED))
         if self.keep is None and self.top_p is None:
             object.__setattr__(self, "keep", DEFAULT_KEEP)
 
@@ -141,7 +148,8 @@ class EngineConfig:
     def draft_budget(self) -> Budget:
         """What the draft may read when it drafts sparsely."""
         budget = self.budget
-        return Budget(keep=self.draft_keep, sinks=budget.sinks, recent=self.draft_recent, min_context=budget.min_context)
+        least = budget.min_context
+        return Budget(keep=self.draft_keep, sinks=budget.sinks, recent=self.draft_recent, min_context=least, unlisted="none")
 
 
 def engine_config(**options: Any) -> EngineConfig:

@@ -15,7 +15,8 @@ are the pending token and the K drafted ones, at positions S .. S + K.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -40,10 +41,27 @@ class DraftScores:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UnlistedFit:
+    """What stands for the tokens that the lists of one method leave out, as calibrated."""
+
+    values: Tensor  # [Lt, Hkv, D] fp32: the mean of the text's cached values; zeros in layers without lists
+    weights: Tensor  # [Lt, Hq] fp32 >= 0: the share of a query head's output that they take, per unlisted mass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Alignment:
     """For every target layer and list-owning head: the draft heads whose scores it takes (their mean)."""
 
     sources: Tensor  # [Lt, Hs, G, 2] int64: (draft layer, draft query head)
+    unlisted: Mapping[str, UnlistedFit] = field(default_factory=dict)  # by method, where calibrated
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unlisted:
+    """What stands for the tokens that the lists of a round leave out; the layers are those of the `Selection`."""
+
+    values: Tensor  # [layers, Hkv, D] fp32
+    shares: Tensor  # [layers, B, Hq] fp32 in 0 .. 1: of the output; 0 where every token is listed
 
 
 class Lists(Protocol):
@@ -59,6 +77,9 @@ class Lists(Protocol):
     def attended(self, layer: int, queries: Tensor, output: Tensor) -> Tensor:
         """What the layer goes on with: `output` [B, T, Hq, D], its attention over the lists, or what a method puts there."""
 
+    def unlisted_of(self, layer: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Values [Hkv, D] that stand for a layer's unlisted tokens, and their shares [B, Hq]; None twice: nothing does."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
@@ -68,6 +89,7 @@ class Selection:
     indices: Tensor  # [len(layers), B, Hs, M] int32, ascending; entries at and past the count are -1
     counts: Tensor  # [len(layers), B, Hs] int32
     lengths: Tensor  # [B] int64, cached tokens the lists refer to: every listed token is below it
+    unlisted: Unlisted | None = None  # None: the listed tokens stand for all
 
     @property
     def made(self) -> Selection:
@@ -85,11 +107,20 @@ class Selection:
         """`output` as it is."""
         return output
 
+    def unlisted_of(self, layer: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Values [Hkv, D] and shares [B, Hq] of a target layer; None twice where it has no lists or these stand for all."""
+        if self.unlisted is None or layer not in self.layers:
+            return None, None
+        row = self.layers.index(layer)
+        return self.unlisted.values[row], self.unlisted.shares[row]
+
     def rows(self, start: int, stop: int) -> Selection:
         """The lists of sequences start .. stop - 1, sharing storage with these."""
+        rest = self.unlisted
         return Selection(
             layers=self.layers,
             indices=self.indices[:, start:stop],
             counts=self.counts[:, start:stop],
             lengths=self.lengths[start:stop],
+            unlisted=None if rest is None else replace(rest, shares=rest.shares[:, start:stop]),
         )

@@ -76,11 +76,28 @@ def test_the_table_of_the_test_matrix(results):
     )
 
 
+def test_unlisted_tokens_are_compared_with_none_text_by_text(results):
+    def line(unlisted, text, change, task="perplexity", **more):
+        return {
+            "task": task, "method": "outrider", "text": text, "keep": 0.05, "kv_read_fraction": 0.217, "delta_percent": change,
+            "agreement": 0.9, "conditions": {"unlisted": unlisted},
+        } | more  # fmt: skip
+
+    rows = [line("none", text, change) for text, change in (("a", 1.0), ("b", 2.0))]
+    rows += [line("mean", text, change) for text, change in (("b", 1.0), ("a", -1.0))]
+    rows += [line("mean", text, None, "facts", recalled=19, asked=20) for text in "ab"]
+    (results / "unlisted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert tables.unlisted_table("unlisted").splitlines()[2:] == [
+        "| outrider | none | 5% | 21.7% | 2 | +1.50% |  |  | 0.900 |  |  |  |",
+        "| outrider | mean | 5% | 21.7% | 2 | +0.00% | -1.50 | -2.00 .. -1.00 | 0.900 | +0.000 | +0.000 .. +0.000 | 38/40 |",
+    ]
+
+
 def test_corrections_are_compared_with_none_text_by_text(results):
     def line(correction, text, change, **more):
         return {
             "correction": correction, "text": text, "keep": 0.05, "lists": "draft", "scored": 1279, "kv_read_fraction": 0.217,
-            "output_error": 0.1, "delta_percent": change, "agreement": 0.9, "recalled": 9, "asked": 10,
+            "output_error": 0.1, "delta_percent": change, "agreement": 0.9 + change / 1000, "recalled": 9, "asked": 10,
         } | more  # fmt: skip
 
     rows = [line("none", text, change) for text, change in (("a", 1.0), ("b", 2.0), ("c", 6.0))]
@@ -90,6 +107,7 @@ def test_corrections_are_compared_with_none_text_by_text(results):
     ]
     (results / "tail-correction.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert tables.tail_correction_table("tail-correction").splitlines()[2:] == [
-        "| none | 5% | 21.7% | 3 x 1,279 | 0.1000 | +3.00% |  |  | 0.900 | 27/30 |",
-        "| mean | 5% | 21.7% | 3 x 1,279 | 0.0700 | +2.00% | -1.00 | -1.00 .. -1.00 | 0.900 | 27/30 |",
+        "| none | 5% | 21.7% | 3 x 1,279 | 0.1000 | +3.00% |  |  | 0.903 |  |  | 27/30 |",
+        "| mean | 5% | 21.7% | 3 x 1,279 | 0.0700 | +2.00% | -1.00 | -1.00 .. -1.00 | 0.902 | -0.001 "
+        "| -0.001 .. -0.001 | 27/30 |",
     ]

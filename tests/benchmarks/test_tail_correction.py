@@ -75,6 +75,24 @@ def test_what_is_fitted_on_a_round_serves_that_round_better(attend, cache, name)
     assert (fitted - dense).norm() < (plain - dense).norm()
 
 
+def test_a_learned_value_is_found_where_there_is_one():
+    """Outputs that lack a known share of a known value, by head: regression gives both back, of features of any size."""
+    generator = torch.Generator().manual_seed(3)
+    out = torch.randn(HEADS, GROUP, 50, D, generator=generator)
+    value, weight = torch.randn(HEADS, GROUP, 1, D, generator=generator), torch.rand(HEADS, GROUP, generator=generator) + 0.1
+    feature = torch.rand(HEADS, GROUP, 50, generator=generator)
+    missing = (weight[..., None] * feature)[..., None] * (value - out)
+    flat = [x.flatten(1, 2) for x in (feature, out, missing)]
+    fit = tail.Fit()
+    fit.add(0, *(term.unflatten(1, (GROUP, -1)) for term in tail.moments([flat[0]], *flat[1:], torch.zeros(()))))
+    found_weight, found_value = tail.learned(*fit.sums[0])
+    torch.testing.assert_close(found_weight, weight, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found_value, value[:, :, 0], rtol=1e-2, atol=1e-3)
+    with_known = tail.squares([flat[0]], *flat[1:], value.expand_as(out).flatten(1, 2))
+    fit.add(1, *(term.unflatten(1, (GROUP, -1)) for term in with_known))
+    torch.testing.assert_close(tail.solved(fit.sums[1])[0], weight, rtol=1e-3, atol=1e-4)
+
+
 @given(st.integers(1, 30), st.integers(0, 1000), st.booleans())
 @settings(max_examples=50, deadline=None)
 def test_samples_have_distinct_tokens_of_positive_size(count, seed, in_order):
@@ -131,7 +149,7 @@ def test_rounds_without_a_correction_are_those_of_the_evaluation(builtin_pair, b
     case = tail.Case(name="none", keep=0.3)
     ran = document.run(document.rounds(tokens[500:]), tail.Reader(case, Budget(), tail.Fit(), 0))
     alignment = builtin_alignment.map("joint+divergence").alignment
-    selector = make_selector(*builtin_pair, "outrider", alignment, Budget(keep=0.3, min_context=0), 4)
+    selector = make_selector(*builtin_pair, "outrider", alignment, Budget(keep=0.3, min_context=0, unlisted="none"), 4)
     reader = TeacherForced(builtin_pair, 560, 4)
     reader.read([tokens[:500]], 2048)
     [wanted] = reader.run([tokens[500:]], selector)

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from outrider.config import SamplingParams
+from outrider.decoding import unlisted
 from outrider.decoding.calibrate import DEFAULT_MAPS, calibrate
 from outrider.decoding.outrider import Outrider
 from outrider.decoding.pair import find_alignment, identity
 from outrider.errors import OptionError, PromptError
 from outrider.guidance.alignment import save
+from outrider.guidance.selectors import SELECTORS
 
 SMALL = {"text_name": "book", "tokens": 300, "rounds": 16, "queries_per_round": 3, "keep": 0.1}
 
@@ -65,6 +67,50 @@ def test_file_survives_the_disk_and_guides_a_run(found, text_pair, method, tmp_p
     assert result.statistics.kept_fraction < 0.9
 
 
+def test_every_method_gets_a_fit_of_the_text_it_was_calibrated_on(found, text_pair, book):
+    target = text_pair[0]
+    cache = target.new_cache(1, 300)
+    tokens = target.tokenizer(book[2000:3000], verbose=False)["input_ids"][:300]
+    target.forward(torch.tensor([tokens]), cache, logits=False)
+    for entry in found.maps.values():
+        assert entry.alignment.unlisted.keys() == SELECTORS.keys()
+        for fit in entry.alignment.unlisted.values():
+            for layer in target.spec.full_layers:
+                mean = cache.values(layer, 300)[0].mean(0)
+                torch.testing.assert_close(fit.values[layer], mean, rtol=1e-4, atol=1e-5)
+            assert fit.weights.shape == (len(target.spec.layers), target.spec.full_shape.query_heads)
+            assert (fit.weights >= 0).all() and fit.weights.max() > 0
+
+
+def test_fits_bring_outputs_nearer_to_dense_ones(text_pair, book, monkeypatch):
+    """Of outputs, squared and summed over the rounds fitted on, all budgets in one: least squares find the best weights."""
+    seen = []
+    weigh = unlisted._products
+
+    def record(out, dense, values, mass):
+        seen.append((out.double(), dense.double(), values.double(), mass.double()))
+        return weigh(out, dense, values, mass)
+
+    monkeypatch.setattr(unlisted, "_products", record)
+    monkeypatch.setattr(unlisted, "SELECTORS", {"sts": SELECTORS["sts"]})
+    file = calibrate(*text_pair, book[2000:3000], maps=("proportional+jaccard",), **SMALL)
+    weights = file.maps["proportional+jaccard"].alignment.unlisted["sts"].weights.double()
+    layers = len(weights)
+
+    def error(weights):
+        total = torch.zeros_like(weights)
+        for i, (out, dense, values, mass) in enumerate(seen):
+            share = (weights[i % layers] * mass)[:, None, :, None]
+            mixed = (1 - share) * out + share * values.repeat_interleave(out.shape[2] // len(values), 0)
+            total[i % layers] += (mixed - dense).square().sum((0, 1, 3))
+        return total
+
+    best = error(weights)
+    assert (best <= error(torch.zeros_like(weights))).all() and (best < 0.99 * error(torch.zeros_like(weights))).any()
+    for change in (0.9, 1.1):
+        assert (best <= error(weights * change) + 1e-12).all()
+
+
 def test_the_same_run_twice_is_the_same_file(found, text_pair, book):
     again = calibrate(*text_pair, book[2000:3000], maps=("joint+divergence",), **(SMALL | {"prefill_chunk": 77}))
     first = found.maps["joint+divergence"].alignment.sources
@@ -75,7 +121,12 @@ def test_the_same_run_twice_is_the_same_file(found, text_pair, book):
 def test_progress(text_pair, book):
     seen = []
     calibrate(*text_pair, book[2000:3000], maps=("joint+divergence",), progress=lambda *step: seen.append(step), **SMALL)
-    assert {what for what, _, _ in seen} == {"read text with the draft", "read text with the target", "compare layers"}
+    assert {what for what, _, _ in seen} == {
+        "read text with the draft",
+        "read text with the target",
+        "compare layers",
+        "fit what stands for unlisted tokens",
+    }
     assert all(done <= of for _, done, of in seen)
 
 

@@ -11,17 +11,28 @@ import torch
 from outrider.errors import AlignmentError
 from outrider.guidance import alignment as module
 from outrider.guidance.alignment import AlignmentFile, AlignmentMap, ModelIdentity, load, save
-from outrider.types import Alignment
+from outrider.types import Alignment, UnlistedFit
 
 TARGET, DRAFT = ModelIdentity("big", "sha256:1"), ModelIdentity("little", "sha256:2")
 
 
-def make_file() -> AlignmentFile:
+def make_file(fitted: bool = True) -> AlignmentFile:
     joint = torch.randint(0, 3, (4, 2, 4, 2))
     joint[1] = -1
+    fit = UnlistedFit(values=torch.randn(4, 2, 3), weights=torch.rand(4, 8))
     maps = [
-        AlignmentMap("joint", "recall", Alignment(sources=joint), {"recall": 0.8123456789}),
-        AlignmentMap("proportional", "jaccard", Alignment(sources=torch.zeros(4, 8, 1, 2, dtype=torch.int64)), {}),
+        AlignmentMap(
+            "joint", "recall", Alignment(sources=joint, unlisted={"sts": fit} if fitted else {}), {"recall": 0.8123456789}
+        ),
+        AlignmentMap(
+            "proportional",
+            "jaccard",
+            Alignment(
+                sources=torch.zeros(4, 8, 1, 2, dtype=torch.int64),
+                unlisted={"outrider": replace(fit, weights=torch.rand(4, 8))} if fitted else {},
+            ),
+            {},
+        ),
     ]
     return AlignmentFile(TARGET, DRAFT, "a book", "sha256:3", 4096, 32, 5, 0.1, {entry.name: entry for entry in maps})
 
@@ -40,6 +51,11 @@ def test_round_trip(tmp_path):
     assert again.maps.keys() == file.maps.keys()
     for name, entry in file.maps.items():
         assert torch.equal(again.map(name).alignment.sources, entry.alignment.sources)
+        fits, kept = again.map(name).alignment.unlisted, entry.alignment.unlisted
+        assert fits.keys() == kept.keys() and len(fits) == 1
+        for method, fit in fits.items():
+            torch.testing.assert_close(fit.values, kept[method].values, rtol=1e-4, atol=0)
+            torch.testing.assert_close(fit.weights, kept[method].weights, rtol=1e-4, atol=0)
         assert again.map(name).quality == entry.quality
         assert again.map(name).name == name
 
@@ -47,8 +63,36 @@ def test_round_trip(tmp_path):
 def test_file_has_one_line_per_target_layer(path):
     text = path.read_text()
     assert json.loads(text)["format"] == "outrider-alignment"
-    assert sum(line.strip().startswith("[[") for line in text.splitlines()) == 8
-    assert len(text.splitlines()) < 45
+    assert sum(line.strip().startswith("[[[") for line in text.splitlines()) == 8
+    assert len(text.splitlines()) < 75
+
+
+def test_a_file_without_what_stands_for_unlisted_tokens_is_one(tmp_path):
+    """As they were written before there was any such thing."""
+    save(make_file(fitted=False), tmp_path / "a.json")
+    assert "unlisted" not in (tmp_path / "a.json").read_text()
+    loaded = load(tmp_path / "a.json", target=None, draft=None)
+    assert all(not entry.alignment.unlisted for entry in loaded.maps.values())
+
+
+NUMBERS = [[0.5] * 8] * 4
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"unlisted_values": 3}, r"unlisted_values: malformed; allowed: finite numbers \[layers\]\[KV heads\]\[head dim\]"),
+        ({"unlisted_values": [[[1.0]]]}, "unlisted_values: got 1 layers; allowed: 4, as maps.joint.recall.sources"),
+        ({"unlisted_weights": NUMBERS}, r"maps.joint\+recall.unlisted_weights: got .*; allowed: a dict"),
+        ({"unlisted_weights": {"sts": [[0.5] * 8, [1.0]]}}, r"unlisted_weights.sts: malformed"),
+        ({"unlisted_weights": {"sts": [[0.5] * 7] * 4}}, r"unlisted_weights.sts: got \[4, 7\] .* a multiple of 2 heads"),
+        ({"unlisted_weights": {"sts": [[-0.5] * 8] * 4}}, r"unlisted_weights.sts: got .* from -0.5 on; allowed: numbers >= 0"),
+    ],
+)
+def test_malformed_fits_are_named(path, change, message):
+    edit(path, lambda document: (document if "unlisted_values" in change else document["maps"]["joint+recall"]).update(change))
+    with pytest.raises(AlignmentError, match=message):
+        load(path, target=None, draft=None)
 
 
 def test_save_replaces_and_leaves_nothing_behind(path, monkeypatch):

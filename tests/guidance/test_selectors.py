@@ -13,7 +13,7 @@ from outrider.config import Budget
 from outrider.errors import OptionError, PairError
 from outrider.guidance.selectors import SELECTORS, build_selector
 from outrider.guidance.selectors.base import list_width, top_k
-from outrider.types import Alignment, DraftScores
+from outrider.types import Alignment, DraftScores, UnlistedFit
 
 B, Ld, Hd, Lt, Hq, Hkv, S, T = 3, 3, 2, 5, 4, 2, 60, 4
 TARGET_LAYERS = (0, 1, 3, 4)  # layer 2 has a sliding window
@@ -49,6 +49,58 @@ def make(method, alignment, **budget):
     return build_selector(
         method, alignment=alignment, budget=Budget(**options), target_layers=TARGET_LAYERS, kv_heads=Hkv, draft_heads=Hd
     )
+
+
+FITS = {
+    name: UnlistedFit(
+        values=torch.randn(Lt, Hkv, 8), weights=4 * torch.rand(Lt, Hq, generator=torch.Generator().manual_seed(i))
+    )
+    for i, name in enumerate(SELECTORS)
+}
+
+
+@pytest.mark.parametrize("budget", [{"keep": 0.3}, {"top_p": 0.6}], ids=str)
+@pytest.mark.parametrize("method", SELECTORS)
+def test_what_stands_for_unlisted_tokens_against_naive(method, budget):
+    """Its share is the weight times what the lists leave out of the draft's mass, at most 1."""
+    aligned = averaged([0, 1, 0, 2, 1]) if method == "specattn" else alignment(Hq, 2)
+    aligned = Alignment(sources=aligned.sources, unlisted=FITS)
+    selector = make(method, aligned, unlisted="mean", **budget)
+    scores, mass = make_scores(selector)
+    selection = selector.select(scores)
+    plain = make(method, aligned, unlisted="none", **budget).select(scores)
+    assert plain.unlisted is None and torch.equal(selection.indices, plain.indices)
+    got, heads, clamped = lists(selection), selection.indices.shape[2], 0
+    for layer in selection.layers:
+        values, shares = selection.unlisted_of(layer)
+        assert torch.equal(values, FITS[method].values[layer])
+        for b, length in enumerate(LENGTHS):
+            for h in range(Hq):
+                owner = h * heads // Hq
+                named = aligned.sources[layer] if method in ("outrider", "sts") else aligned.sources[list(TARGET_LAYERS)]
+                if method in ("outrider", "sts"):
+                    named = named[owner * Hq // heads : (owner + 1) * Hq // heads]
+                elif method == "specattn":
+                    named = aligned.sources[layer]
+                pairs = named.flatten(0, -2).unique(dim=0).tolist() if method == "dustin" else named.flatten(0, -2).tolist()
+                row = torch.stack([mass[b, :, d, i, :length] for d, i in pairs]).double().mean((0, 1))
+                left = 1 - float(row[got[layer, b, owner]].sum() / row.sum())
+                wanted = min(float(FITS[method].weights[layer, h]) * left, 1)
+                clamped += wanted == 1
+                assert float(shares[b, h]) == pytest.approx(wanted, abs=1e-5)
+    assert clamped
+    assert selection.unlisted_of(2) == (None, None) == plain.unlisted_of(0)
+    part = selection.rows(1, 3)
+    assert torch.equal(part.unlisted_of(3)[1], selection.unlisted_of(3)[1][1:])
+
+
+@pytest.mark.parametrize("method", SELECTORS)
+def test_by_default_outrider_alone_has_something_stand_for_unlisted_tokens(method):
+    fitted = Alignment(sources=alignment(Hq, 2).sources, unlisted=FITS)
+    assert (make(method, fitted).unlisted is not None) == (method == "outrider")
+    assert make(method, alignment(Hq, 2)).unlisted is None
+    with pytest.raises(OptionError, match=f"unlisted: got 'mean'; allowed: none, .* method {method} .* calibrate again"):
+        make(method, alignment(Hq, 2), unlisted="mean")
 
 
 def lists(selection) -> dict[tuple[int, int, int], list[int]]:

@@ -25,7 +25,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 import emulation
 
 GPU = torch.cuda.is_available()
-OPS = ("attention_mass", "token_select", "sparse_attention", "kv_append", "rotary_append", "fused_linear", "quantized_keys")
+OPS = (
+    "attention_mass",
+    "token_select",
+    "sparse_attention",
+    "kv_append",
+    "rotary_append",
+    "fused_linear",
+    "quantized_keys",
+    "unlisted_mass",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -49,7 +49,7 @@ def attention_mass(
 
 def sparse_attention(
     run: Callable, queries: torch.dtype, D: int, *, keys: torch.dtype | None = None, paged: bool = False,
-    T: int = 5, Hs: int = 2, dense: bool = False, window: int | None = None,
+    T: int = 5, Hs: int = 2, dense: bool = False, window: int | None = None, unlisted: bool = False,
 ) -> None:  # fmt: skip
     q, k = torch.empty(2, T, 8, D, dtype=queries), torch.empty(2, 4096, 2, D, dtype=keys or queries)
     k = k.view(512, 16, 2, D) if paged else k
@@ -57,13 +57,19 @@ def sparse_attention(
     scale = torch.empty(2) if keys == FP8 else None
     lists = (None, None) if dense else (indices, counts)
     run(q, k, k, *lists, torch.empty(2, dtype=torch.int64), scale=0.1, key_scale=scale, value_scale=scale, window=window,
-        page_table=torch.empty(2, 256, dtype=torch.int32) if paged else None)  # fmt: skip
+        page_table=torch.empty(2, 256, dtype=torch.int32) if paged else None,
+        **({"unlisted_values": torch.empty(2, D), "unlisted_shares": torch.empty(2, 8)} if unlisted else {}))  # fmt: skip
 
 
 def token_select(run: Callable, scores: torch.dtype, S: int, *, G: int = 1, merge: str = "mean", **budget) -> None:
     sources = torch.zeros(2, 8, G, dtype=torch.int64)
     run(torch.empty(2, 8, S, dtype=scores), torch.empty(2, dtype=torch.int32), sources, sinks=4, recent=64, merge=merge,
         width=64, **{"top_k": None, "top_p": None} | budget)  # fmt: skip
+
+
+def unlisted_mass(run: Callable, scores: torch.dtype, S: int, G: int) -> None:
+    lists = torch.empty(2, 2, 8, 64, dtype=torch.int32), torch.empty(2, 2, 8, dtype=torch.int32)
+    run(torch.empty(2, 8, S, dtype=scores), torch.empty(2, dtype=torch.int64), torch.zeros(2, 8, G, dtype=torch.int64), *lists)
 
 
 def kv_append(run: Callable, new: torch.dtype, D: int, cache: torch.dtype | None = None) -> None:
@@ -92,6 +98,7 @@ CASES: dict[str, list[Callable[[Callable], None]]] = {
         partial(sparse_attention, queries=FP16, D=64, paged=True, Hs=1),
         partial(sparse_attention, queries=BF16, D=128, keys=FP8, Hs=8),
         partial(sparse_attention, queries=BF16, D=256, T=16),
+        partial(sparse_attention, queries=BF16, D=128, unlisted=True),
         partial(sparse_attention, queries=BF16, D=128, dense=True),
         partial(sparse_attention, queries=FP16, D=64, paged=True, T=16, dense=True, window=4096),
     ],
@@ -101,6 +108,10 @@ CASES: dict[str, list[Callable[[Callable], None]]] = {
         partial(token_select, scores=BF16, S=131072, G=4, top_k=4096),
         partial(token_select, scores=FP32, S=1000, G=2, merge="max", top_k=100),
         partial(token_select, scores=FP16, S=1000, G=9, top_k=torch.tensor([3, 5])),
+    ],
+    "unlisted_mass": [
+        partial(unlisted_mass, scores=BF16, S=131072, G=4),
+        partial(unlisted_mass, scores=FP32, S=1000, G=1),
     ],
 }
 

@@ -17,10 +17,11 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu doe
     [
         ("outrider", {"keep": 1.0}),
         ("outrider", {"keep": 0.1, "recent": 5}),
+        ("outrider", {"keep": 0.1, "recent": 5, "unlisted": "mean"}),
         ("sts", {"keep": 1.0}),
         ("specattn", {"top_p": 1.0}),
     ],
-    ids=["outrider-all", "outrider-forced", "sts", "specattn"],
+    ids=["outrider-all", "outrider-forced", "outrider-unlisted", "sts", "specattn"],
 )
 def test_triton_gives_the_tokens_of_the_reference(name, budget, make_pair, generate, random_prompts):
     pair, prompts = make_pair("llama", "other"), random_prompts([12, 9])

@@ -57,10 +57,12 @@ class Case:
     lists: str = "kv_head"
     keep: str = "some"
     window: int | None = None
+    unlisted: bool = False  # a value stands for unlisted tokens
 
     def __str__(self) -> str:
         kinds = f"{NAMES[self.dtype]}_{NAMES[self.cache]}-D{self.D}-{self.heads[0]}q{self.heads[1]}kv-T{self.T}"
-        return f"{kinds}-{'_'.join(map(str, self.lengths))}-{self.layout}-{self.lists}-{self.window or self.keep}"
+        name = f"{kinds}-{'_'.join(map(str, self.lengths))}-{self.layout}-{self.lists}-{self.window or self.keep}"
+        return name + "-unlisted" * self.unlisted
 
     @property
     def owners(self) -> int:
@@ -69,9 +71,9 @@ class Case:
 
 def matrix() -> list[Case]:
     """Every combination of dtypes, head dim, heads and queries; what else varies is drawn."""
-    draw = random.Random(0).choice
+    draw, flip = random.Random(0).choice, random.Random(1).choice
     return [
-        Case(*dtypes, D, heads, T, draw(LENGTHS), draw(LAYOUTS), draw(LISTS), draw([*KEEP]))
+        Case(*dtypes, D, heads, T, draw(LENGTHS), draw(LAYOUTS), draw(LISTS), draw([*KEEP]), unlisted=flip([False, True]))
         for dtypes, D, heads, T in product(DTYPES, HEAD_DIMS, HEADS, QUERIES)
     ]
 
@@ -135,6 +137,12 @@ def make(case: Case, device: torch.device, seed: int = 0) -> Problem:
         "queries": queries, "keys": keys, "values": values, "indices": indices, "counts": counts, "lengths": lengths,
         "scale": scale, "key_scale": scales[0], "value_scale": scales[1], "page_table": page_table,
     }  # fmt: skip
+    if case.unlisted:
+        value = torch.randn(Hkv, D, generator=generator, device=device)
+        share = torch.rand(B, Hq, generator=generator, device=device)
+        arguments |= {"unlisted_values": value, "unlisted_shares": share}
+        exact = mix(exact, value, share)
+        rounded = mix(rounded, value, share).to(case.dtype)
     if case.lists == "none":
         arguments |= {"indices": None, "counts": None, "window": case.window}
     return Problem(arguments, exact, rounded, listed)
@@ -150,6 +158,12 @@ def judge(queries: Tensor, keys: Tensor, values: Tensor, scales: list, visible: 
     exact = logits.softmax(-1) @ v
     rounded = scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=visible, scale=scale)
     return exact.transpose(1, 2), rounded.transpose(1, 2)
+
+
+def mix(out: Tensor, value: Tensor, share: Tensor) -> Tensor:
+    """`[B, T, Hq, D]` in fp64: outputs, with shares [B, Hq] of the values [Hkv, D]."""
+    value = value.double().repeat_interleave(out.shape[2] // len(value), 0)
+    return torch.lerp(out.double(), value.expand(out.shape), share.double()[:, None, :, None])
 
 
 def lay_out(
@@ -207,18 +221,40 @@ def test_two_runs_are_equal(backend, device, run_or_skip, lists):
 
 @pytest.mark.parametrize(
     ("layout", "form"),
-    [("plain", {"keep": "most"}), ("pages_3", {"keep": "most"}), ("plain", DENSE), ("pages_3", DENSE | {"window": 40})],
+    [
+        ("plain", {"keep": "most"}),
+        ("pages_3", {"keep": "most", "unlisted": True}),
+        ("plain", DENSE),
+        ("pages_3", DENSE | {"window": 40}),
+    ],
     ids=["plain", "pages_3", "plain-dense", "pages_3-window"],
 )
 def test_a_sequence_in_a_ragged_batch_agrees_with_the_same_alone(backend, device, run_or_skip, margin, layout, form):
     problem = make(Case(lengths=LENGTHS[0], layout=layout, **form), device)
     together = run_or_skip(lambda: sparse_attention(**problem.arguments, backend=backend))
-    cut = ["queries", "indices", "counts", "lengths"] + (["keys", "values"] if layout == "plain" else ["page_table"])
+    cut = ["queries", "indices", "counts", "lengths", "unlisted_shares"] + (
+        ["keys", "values"] if layout == "plain" else ["page_table"]
+    )
     for b in range(len(together)):
         row = {name: x[b : b + 1] if name in cut and x is not None else x for name, x in problem.arguments.items()}
         alone = sparse_attention(**row, backend=backend)
         margin(alone, problem.rounded[b : b + 1], problem.exact[b : b + 1])
         torch.testing.assert_close(alone, together[b : b + 1], rtol=2**-7, atol=2**-7)  # splits and so roundings differ
+
+
+@pytest.mark.parametrize("lists", LISTS)
+def test_what_stands_for_unlisted_tokens_counts_by_its_share(backend, device, run_or_skip, lists):
+    """A share of 0 changes no bit, a share of 1 leaves nothing else (fp16: the interpreter cuts bfloat16 off)."""
+    arguments = make(Case(*DTYPES[1], lengths=LENGTHS[1], lists=lists, unlisted=True), device).arguments
+    value, share = arguments["unlisted_values"], arguments["unlisted_shares"]
+    plain = run_or_skip(
+        lambda: sparse_attention(**(arguments | {"unlisted_values": None, "unlisted_shares": None}), backend=backend)
+    )
+    nothing = sparse_attention(**(arguments | {"unlisted_shares": torch.zeros_like(share)}), backend=backend)
+    assert torch.equal(nothing, plain)
+    alone = sparse_attention(**(arguments | {"unlisted_shares": torch.ones_like(share)}), backend=backend)
+    wanted = value.repeat_interleave(plain.shape[2] // len(value), 0).to(plain.dtype)
+    assert torch.equal(alone, wanted.expand(plain.shape))
 
 
 @pytest.mark.parametrize("width", [0, 3], ids=["no_slots", "padded_slots"])
@@ -289,10 +325,10 @@ def test_arguments_are_left_as_they_were(backend, device, run_or_skip):
 
 
 def test_queries_and_lists_may_have_any_strides(backend, device, run_or_skip):
-    problem = make(Case(lengths=LENGTHS[0], keep="most"), device)
+    problem = make(Case(lengths=LENGTHS[0], keep="most", unlisted=True), device)
     plain = run_or_skip(lambda: sparse_attention(**problem.arguments, backend=backend))
     strided = dict(problem.arguments)
-    for name in ("queries", "indices", "counts", "lengths"):
+    for name in ("queries", "indices", "counts", "lengths", "unlisted_values", "unlisted_shares"):
         strided[name] = torch.stack([x := problem.arguments[name], x], -1)[..., 0]
         assert not strided[name].is_contiguous()
     strided["queries"] = strided["queries"].transpose(1, 2).contiguous().transpose(1, 2)
@@ -333,7 +369,7 @@ CHANGES = [
     {"lengths": (3000, 5), "keep": "none"},
     {"lengths": (0, 3000), "keep": "all"},
 ]
-FORMS = {"lists": {"keep": "all"}, "dense": DENSE, "window": DENSE | {"window": 500}}
+FORMS = {"lists": {"keep": "all", "unlisted": True}, "dense": DENSE, "window": DENSE | {"window": 500}}
 
 
 @on_gpu
@@ -354,7 +390,8 @@ def test_a_captured_call_follows_its_arguments(backend, device, run_or_skip, lay
         for name in ("queries", "lengths"):
             static[name].copy_(other[name])
         if form == "lists":
-            static["counts"].copy_(other["counts"])
+            for name in ("counts", "unlisted_values", "unlisted_shares"):
+                static[name].copy_(other[name])
             static["indices"].fill_(-1)[..., : other["indices"].shape[2]] = other["indices"]
         graph.replay()
         assert torch.equal(result, sparse_attention(**static, backend=backend))

@@ -61,7 +61,7 @@ def make_selector(align: Callable[..., Any]) -> Callable[..., Selector]:
         return build_selector(
             method,
             alignment=(alignment or align(*pair)).map(SELECTORS[method].default_map).alignment,
-            budget=Budget(**({"sinks": 2, "recent": 4, "min_context": 8} | budget)),
+            budget=Budget(**({"sinks": 2, "recent": 4, "min_context": 8, "unlisted": "none"} | budget)),
             target_layers=target.spec.full_layers,
             kv_heads=target.spec.layers[0].kv_heads,
             draft_heads=draft.spec.layers[0].query_heads,

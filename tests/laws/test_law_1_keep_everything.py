@@ -51,6 +51,14 @@ def test_every_method(method, budget, make_pair, begin_round, independent, rando
     check_round(begin_round(pair, prompts, method, **budget), prompts, independent(pair[0], "eager", "float64"))
 
 
+@pytest.mark.parametrize("budget", [{"keep": 1.0}, {"top_p": 1.0}, {"keep": 0.1, "min_context": 50}], ids=str)
+def test_nothing_stands_for_unlisted_tokens_where_there_are_none(method, budget, make_pair, begin_round, random_prompts):
+    pair, prompts = make_pair("qwen2", "other"), random_prompts(PROMPTS)
+    begun, plain = (begin_round(pair, prompts, method, unlisted=unlisted, **budget) for unlisted in ("mean", "none"))
+    assert begun.selection.unlisted is not None and plain.selection.unlisted is None
+    assert torch.equal(begun.verify(begun.selection), plain.verify(plain.selection))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_builtin_pair(dtype, builtin_pair, begin_round, independent, book):
     from outrider.decoding.pair import load_pair

@@ -42,7 +42,9 @@ def test_dense(setting, make_pair, make_engine, random_prompts):
 
 
 @pytest.mark.parametrize("setting", ["greedy", "sampled"])
-@pytest.mark.parametrize("budget", [{"keep": 0.3}, {"top_p": 0.5}], ids=["keep", "top_p"])
+@pytest.mark.parametrize(
+    "budget", [{"keep": 0.3}, {"top_p": 0.5}, {"keep": 0.3, "unlisted": "mean"}], ids=["keep", "top_p", "unlisted"]
+)
 def test_sparse(method, budget, setting, make_pair, make_engine, random_prompts):
     engine = make_engine(make_pair("llama"), mode="sparse", method=method, batch_size=2, **budget)
     together = check_rows(engine, random_prompts(LENGTHS[:5]), params_for(LENGTHS[:5], **SETTINGS[setting]))

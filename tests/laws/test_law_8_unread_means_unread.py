@@ -33,7 +33,9 @@ def check(begun, read_rows):
     assert torch.equal(begun.verify(begun.selection), clean)  # never true of NaN
 
 
-@BUDGETS
+@pytest.mark.parametrize(
+    "budget", [{"keep": 0.25}, {"top_p": 0.5}, {"keep": 0.25, "unlisted": "mean"}], ids=["keep", "top_p", "unlisted"]
+)
 def test_every_method(method, budget, make_pair, begin_round, read_rows, random_prompts):
     check(begin_round(make_pair("llama", "other"), random_prompts(PROMPTS), method, **budget), read_rows)
 

@@ -121,6 +121,22 @@ def test_error_is_at_most_twice_that_of_torch(lay_out, assert_as_good_as_torch, 
     assert_as_good_as_torch(got, by_torch(x), oracle(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["fp64", "bf16"])
+@pytest.mark.parametrize("Hs", [1, 2, 6])
+def test_what_stands_for_unlisted_tokens_counts_by_its_share(lay_out, Hs, dtype):
+    x = case([0, 21, 33], Hs=Hs, dtype=dtype)
+    plain = run(poison(x), lay_out)
+    value, share = torch.randn(2, 8), torch.rand(3, 6)
+    given = {"unlisted_values": value, "unlisted_shares": share}
+    got = run(poison(x) | given, lay_out)
+    for b in range(3):
+        for h in range(6):
+            wanted = (1 - share[b, h].double()) * plain[b, :, h].double() + share[b, h].double() * value[h // 3].double()
+            tolerance = 1e-12 if dtype == torch.float64 else 2**-7
+            torch.testing.assert_close(got[b, :, h].double(), wanted, rtol=tolerance, atol=tolerance)
+    assert torch.equal(run(poison(x) | given | {"unlisted_shares": torch.zeros(3, 6)}, lay_out), plain)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 def test_with_everything_listed_it_is_dense_attention(lay_out, assert_as_good_as_torch, dtype):
     x = case([1, 64, 130], keep=2.0, dtype=dtype, D=16)
@@ -310,6 +326,20 @@ BAD = [
     ),
     pytest.param({"indices": None}, ValueError, "indices: expected int32 lists with counts, .* got None", id="no_indices"),
     pytest.param({"counts": None}, ValueError, "counts: expected int32 lists with indices, .* got None", id="no_counts"),
+    pytest.param({"unlisted_values": torch.ones(2, 4)}, ValueError, "unlisted_shares: expected both", id="no_share"),
+    pytest.param({"unlisted_shares": torch.ones(1, 4)}, ValueError, "unlisted_shares: expected both", id="no_value"),
+    pytest.param(
+        NO_LISTS | {"unlisted_values": torch.ones(2, 4), "unlisted_shares": torch.ones(1, 4)},
+        ValueError,
+        "unlisted_values: expected both .* with token lists",
+        id="unlisted_without_lists",
+    ),
+    pytest.param(
+        {"unlisted_values": torch.ones(2, 4), "unlisted_shares": torch.ones(1, 2)},
+        ValueError,
+        "unlisted_shares: expected shape .* Hq=4",
+        id="share_shape",
+    ),
     pytest.param({"window": 7}, ValueError, "window: expected None with token lists, got 7", id="window_and_lists"),
     pytest.param(NO_LISTS | {"window": 0}, ValueError, "window: expected at least 1, got 0", id="window"),
     pytest.param(NO_LISTS | {"window": 1.5}, TypeError, "window: expected an int, got float", id="window_type"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from outrider.config import Budget, check
 from outrider.decoding.pair import identity
 from outrider.decoding.prefill import ProgressCallback
+from outrider.decoding.unlisted import fit_unlisted
 from outrider.errors import PromptError
 from outrider.guidance.alignment import AlignmentFile
 from outrider.guidance.calibration import Calibration
@@ -40,8 +42,8 @@ def calibrate(
     """Fit alignment maps ("joint+divergence", "monotone+average", ...) on the first `tokens` tokens of a text.
 
     Scores `rounds` rounds of `queries_per_round` consecutive query rows, spread evenly over the text behind its first eighth;
-    recall is measured for lists of the share `keep`. Raises, before any work, OptionError for unknown maps or numbers out of
-    range and PromptError for a text that is too short.
+    recall is measured for lists of the share `keep`. What stands for unlisted tokens is fitted on the same rounds. Raises,
+    before any work, OptionError for unknown maps or numbers out of range and PromptError for a text that is too short.
     """
     pairs = [_split(name) for name in maps]
     check("keep", keep, 0 < keep <= 1, "a number in (0, 1]")
@@ -80,6 +82,9 @@ def calibrate(
         calibration.add_target_layer(layer, _mass(target, *seen["target"], starts, layer))
         if progress is not None:
             progress("compare layers", done, len(target.spec.full_layers))
+    fitted = {name: calibration.fit(*pair) for name, pair in zip(maps, pairs, strict=True)}
+    alignments = {name: entry.alignment for name, entry in fitted.items()}
+    alignments = fit_unlisted(target, draft, alignments, seen, starts, progress)
     return AlignmentFile(
         target=identity(target),
         draft=identity(draft),
@@ -89,7 +94,7 @@ def calibrate(
         rounds=rounds,
         queries_per_round=queries_per_round,
         keep=keep,
-        maps={name: calibration.fit(*pair) for name, pair in zip(maps, pairs, strict=True)},
+        maps={name: replace(entry, alignment=alignments[name]) for name, entry in fitted.items()},
     )
 
 

@@ -136,6 +136,10 @@ class RowsInForward:
         rows = [part.attended(layer, queries[one], output[one]) for part, one in given]
         return torch.cat([*rows, output[len(rows) :]])
 
+    def unlisted_of(self, layer: int) -> tuple[None, None]:
+        """A rival's lists stand for all tokens."""
+        return None, None
+
     @property
     def made(self) -> Selection | None:
         """Like `InForward.made`."""

@@ -20,7 +20,7 @@ from outrider.models import LanguageModel, ModelSpec, check_pair, load_model
 from outrider.models.cache import aligned
 from outrider.models.quantized_keys import QuantizedKeys, check_codes, code_bits
 from outrider.ops.backends import BackendError
-from outrider.types import Alignment
+from outrider.types import Alignment, UnlistedFit
 
 METHODS = (*SELECTORS, *RIVALS)
 BUILTIN = "builtin"  # the name of the pair that ships with Outrider
@@ -178,9 +178,14 @@ def _build_selector(
     budget: Budget,
     scored: tuple[int, ...],
 ) -> Selector:
+    device = draft.spec.device
+    fits = {
+        name: UnlistedFit(values=fit.values.to(device), weights=fit.weights.to(device))
+        for name, fit in alignment.unlisted.items()
+    }
     return build_selector(
         method,
-        alignment=Alignment(sources=alignment.sources.to(draft.spec.device)),
+        alignment=Alignment(sources=alignment.sources.to(device), unlisted=fits),
         budget=budget,
         target_layers=reader.spec.full_layers,
         kv_heads=reader.spec.full_shape.kv_heads,

@@ -131,7 +131,9 @@ class Listed:
 
     layers: tuple[int, ...]  # target layers that have lists
     tokens: Tensor  # [B] fp64, averaged over list heads
-    rows: Tensor  # [B] fp64: cached rows that are read, a row of a KV head once, summed over KV heads
+    # [B] fp64: cached rows that are read, a row of a KV head once, and what stands for unlisted ones (fp32), as rows of as many
+    # bytes; summed over KV heads
+    rows: Tensor
 
     @classmethod
     def of(cls, selection: Selection, target: ModelSpec, size: int) -> Listed:
@@ -146,7 +148,10 @@ class Listed:
             places = torch.where(listed, selection.indices, size).reshape(layers, b, kv_heads, -1).long()
             marks = torch.zeros(layers, b, kv_heads, size + 1, dtype=torch.bool, device=counts.device)
             rows = marks.scatter_(-1, places, True)[..., :size].sum((-1, -2)).double()
-        return cls(layers=selection.layers, tokens=counts.mean(-1).sum(0), rows=rows.sum(0))
+        total = rows.sum(0)
+        if selection.unlisted is not None:
+            total = total + layers * kv_heads * 2 / target.cache_dtype.itemsize
+        return cls(layers=selection.layers, tokens=counts.mean(-1).sum(0), rows=total)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from outrider.config import check
 from outrider.decoding.prefill import ProgressCallback
 from outrider.errors import OptionError
 from outrider.eval.facts import Fact, draw_facts
-from outrider.eval.rows import Case, Row, Text, conditions, with_map
+from outrider.eval.rows import Case, Row, Text, conditions, of_case
 from outrider.eval.teacher_forced import TeacherForced, budget_of, check_context, make_selector, tokenize
 from outrider.guidance.alignment import AlignmentFile
 from outrider.guidance.channels import ChannelFile
@@ -88,7 +88,7 @@ def evaluate(
                     kept_fraction=asked.kept_fraction,
                     kv_read_fraction=asked.kv_read_fraction,
                     seconds=asked.seconds,
-                    conditions=with_map(common, case),
+                    conditions=of_case(common, case),
                 )
 
     return rows()

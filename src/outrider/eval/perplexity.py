@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from outrider.config import check
 from outrider.decoding.prefill import ProgressCallback
-from outrider.eval.rows import Case, Row, Text, conditions, with_map
+from outrider.eval.rows import Case, Row, Text, conditions, of_case
 from outrider.eval.teacher_forced import Run, TeacherForced, budget_of, check_context, make_selector, tokenize
 from outrider.guidance.alignment import AlignmentFile
 from outrider.guidance.channels import ChannelFile
@@ -79,7 +79,7 @@ def evaluate(
                     kept_fraction=run.kept_fraction,
                     kv_read_fraction=run.kv_read_fraction,
                     seconds=run.seconds,
-                    conditions=with_map(common, case),
+                    conditions=of_case(common, case),
                 )
 
     return (row for start in range(0, len(documents), batch_size) for row in together(documents[start : start + batch_size]))

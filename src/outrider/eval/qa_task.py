@@ -12,7 +12,7 @@ from outrider.errors import OptionError, PromptError
 from outrider.eval.answers import Answering, counter
 from outrider.eval.book import Book, longest_that_fits
 from outrider.eval.qa_data import Document
-from outrider.eval.rows import Case, Row, Text, conditions, with_map
+from outrider.eval.rows import Case, Row, Text, conditions, of_case
 from outrider.eval.scores import rouge_l, token_f1
 from outrider.eval.teacher_forced import check_context
 from outrider.guidance.alignment import AlignmentFile
@@ -90,7 +90,7 @@ def evaluate(
                     kept_fraction=answers.kept_fraction,
                     kv_read_fraction=answers.kv_read_fraction,
                     seconds=answers.seconds,
-                    conditions=with_map(common, case),
+                    conditions=of_case(common, case),
                 )
             if progress is not None:
                 progress("qa", done, len(documents))

@@ -116,9 +116,10 @@ def conditions(
     }
 
 
-def with_map(common: dict[str, str | int], case: Case) -> dict[str, str | int]:
-    """The conditions of a case's rows: those of all, and the case's own map where it has one."""
-    return common if case.map is None else common | {"map": case.map}
+def of_case(common: dict[str, str | int], case: Case) -> dict[str, str | int]:
+    """The conditions of a case's rows: those of all, its own map where it has one, and what stands for unlisted tokens."""
+    own = {} if case.map is None else {"map": case.map}
+    return common | own | ({} if case.budget is None else {"unlisted": case.budget.unlisted})
 
 
 def append_rows(path: str | Path, rows: Iterable[Line], command: str | None = None) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from outrider.decoding.prefill import ProgressCallback
 from outrider.eval.answers import Answering, counter
 from outrider.eval.book import Book
-from outrider.eval.rows import Case, Row, Text, conditions, with_map
+from outrider.eval.rows import Case, Row, Text, conditions, of_case
 from outrider.eval.ruler.families import FAMILIES, check_ruler, make_samples
 from outrider.eval.teacher_forced import check_context
 from outrider.guidance.alignment import AlignmentFile
@@ -80,7 +80,7 @@ def evaluate(
                     kept_fraction=answers.kept_fraction,
                     kv_read_fraction=answers.kv_read_fraction,
                     seconds=answers.seconds,
-                    conditions=with_map(common, case),
+                    conditions=of_case(common, case),
                 )
             if progress is not None:
                 progress("ruler", done, len(made))

@@ -2,7 +2,9 @@
 
 A file is JSON, one line per target layer, so that it can be read and compared by eye. `sources` is
 `[Lt][Hs][G][2]`: target layer, list-owning head, merged draft heads, (draft layer, draft query head). A target layer that
-has no lists (sliding-window attention, never calibrated) has (-1, -1) everywhere.
+has no lists (sliding-window attention, never calibrated) has (-1, -1) everywhere. What stands for the tokens that lists leave
+out is the same mean values for all (`unlisted_values`, `[Lt][Hkv][D]`), and by map and method the weights of their shares
+(`unlisted_weights`, `[Lt][Hq]`); files written before there was any such thing have neither.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from outrider.errors import AlignmentError
 from outrider.guidance.files import ModelIdentity, Reader, write
-from outrider.types import Alignment
+from outrider.types import Alignment, UnlistedFit
 
 FORMAT = "outrider-alignment"
 VERSION = 1
@@ -95,10 +98,28 @@ def _document(file: AlignmentFile) -> dict[str, Any]:
         "target": asdict(file.target),
         "draft": asdict(file.draft),
         **{name: getattr(file, name) for name in _FIELDS},
-        "maps": {
-            name: {"quality": entry.quality, "sources": entry.alignment.sources.tolist()} for name, entry in file.maps.items()
-        },
+        **_values(file),
+        "maps": {name: _entry(entry) for name, entry in file.maps.items()},
     }
+
+
+def _values(file: AlignmentFile) -> dict[str, Any]:
+    """The mean values, which all fits share."""
+    fits = [fit for entry in file.maps.values() for fit in entry.alignment.unlisted.values()]
+    return {"unlisted_values": _rounded(fits[0].values)} if fits else {}
+
+
+def _entry(entry: AlignmentMap) -> dict[str, Any]:
+    fits = entry.alignment.unlisted
+    weights = {"unlisted_weights": {method: _rounded(fit.weights) for method, fit in fits.items()}} if fits else {}
+    return {"quality": entry.quality, **weights, "sources": entry.alignment.sources.tolist()}
+
+
+def _rounded(x: Tensor) -> list[Any]:
+    """Nested lists of numbers with five digits, which read back as what they were rounded to."""
+    if x.dim() > 1:
+        return [_rounded(row) for row in x]
+    return [float(f"{value:.5g}") for value in x.tolist()]
 
 
 class _Reader(Reader):
@@ -106,17 +127,19 @@ class _Reader(Reader):
 
     def file(self) -> AlignmentFile:
         document = self.document(FORMAT, VERSION)
-        maps = self.get(document, "maps")
+        maps, values = self.get(document, "maps"), None
+        if "unlisted_values" in document:
+            values = self._numbers(document, "unlisted_values", "[layers][KV heads][head dim]", 3)
         if not isinstance(maps, dict) or not maps:
             self.fail(f"maps: got {maps!r}; allowed: an object with at least one map")
         return AlignmentFile(
             target=self.identity(document, "target"),
             draft=self.identity(document, "draft"),
-            maps={name: self._map(name, entry) for name, entry in maps.items()},
+            maps={name: self._map(name, entry, values) for name, entry in maps.items()},
             **{name: self.typed(document, name, kind) for name, kind in _FIELDS.items()},
         )
 
-    def _map(self, name: str, entry: Any) -> AlignmentMap:
+    def _map(self, name: str, entry: Any, values: Tensor | None) -> AlignmentMap:
         where = f"maps.{name}."
         layer_map, plus, head_map = name.partition("+")
         if not (layer_map and plus and head_map):
@@ -125,9 +148,35 @@ class _Reader(Reader):
             self.fail(f"maps.{name}: got {entry!r}; allowed: an object")
         quality = self.typed(entry, "quality", dict, where)
         quality = {key: self.typed(quality, key, float, f"{where}quality.") for key in quality}
-        return AlignmentMap(layer_map, head_map, self._sources(entry, where), quality)
+        sources = self._sources(entry, where)
+        fits = {} if values is None else self._fits(entry, where, values, len(sources))
+        return AlignmentMap(layer_map, head_map, Alignment(sources=sources, unlisted=fits), quality)
 
-    def _sources(self, entry: dict[str, Any], where: str) -> Alignment:
+    def _fits(self, entry: dict[str, Any], where: str, values: Tensor, layers: int) -> dict[str, UnlistedFit]:
+        if len(values) != layers:
+            self.fail(f"unlisted_values: got {len(values)} layers; allowed: {layers}, as {where}sources")
+        found = self.typed(entry, "unlisted_weights", dict, where)
+        where, fits = f"{where}unlisted_weights.", {}
+        for method in found:
+            weights = self._numbers(found, method, "[layers][query heads]", 2, where)
+            if len(weights) != layers or weights.shape[1] % values.shape[1] or (weights < 0).any():
+                allowed = f"numbers >= 0, of {layers} layers, each of a multiple of {values.shape[1]} heads"
+                self.fail(
+                    f"{where}{method}: got {list(weights.shape)} numbers from {float(weights.min()):g} on; allowed: {allowed}"
+                )
+            fits[method] = UnlistedFit(values=values, weights=weights)
+        return fits
+
+    def _numbers(self, entry: dict[str, Any], name: str, shape: str, dims: int, where: str = "") -> Tensor:
+        try:
+            tensor = torch.tensor(self.get(entry, name, where), dtype=torch.float32)
+        except (ValueError, TypeError, RuntimeError, OverflowError):
+            tensor = torch.empty(0)
+        if tensor.dim() != dims or tensor.numel() == 0 or not tensor.isfinite().all():
+            self.fail(f"{where}{name}: malformed; allowed: finite numbers {shape}, every layer alike")
+        return tensor
+
+    def _sources(self, entry: dict[str, Any], where: str) -> Tensor:
         sources = self.get(entry, "sources", where)
         try:
             tensor = torch.tensor(sources)
@@ -138,4 +187,4 @@ class _Reader(Reader):
         without_lists = (tensor == -1).flatten(1).all(1)
         if (tensor[~without_lists] < 0).any():
             self.fail(f"{where}sources: got a negative number; allowed: numbers >= 0, or -1 throughout a layer without lists")
-        return Alignment(sources=tensor)
+        return tensor

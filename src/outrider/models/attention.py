@@ -110,6 +110,7 @@ def attend_cached(queries: Tensor, forward: Forward, layer: int, scale: float, w
         return _prefill_attention(queries.transpose(1, 2), forward, layer, scale, window)
     cache, selection = forward.cache, forward.selection
     indices, counts = selection.of(layer, queries) if selection is not None else (None, None)
+    unlisted_values, unlisted_shares = selection.unlisted_of(layer) if selection is not None else (None, None)
     output = sparse_attention(
         queries,
         cache.keys(layer),
@@ -121,6 +122,8 @@ def attend_cached(queries: Tensor, forward: Forward, layer: int, scale: float, w
         key_scale=cache.key_scales[layer],
         value_scale=cache.value_scales[layer],
         window=window if indices is None else None,
+        unlisted_values=unlisted_values,
+        unlisted_shares=unlisted_shares,
         backend=forward.backend,
     )
     return output if selection is None else selection.attended(layer, queries, output)

@@ -8,6 +8,7 @@ from outrider.ops.rotary_append import rotary_append
 from outrider.ops.sparse_attention import sparse_attention
 from outrider.ops.token_select import TokenLists, token_select, union_lists
 from outrider.ops.token_verify import Verified, token_verify
+from outrider.ops.unlisted_mass import unlisted_mass
 
 __all__ = [
     "TokenLists",
@@ -22,4 +23,5 @@ __all__ = [
     "token_select",
     "token_verify",
     "union_lists",
+    "unlisted_mass",
 ]

@@ -172,7 +172,7 @@ class _Reader:
 
         return replace(models, target=folder(models.target), draft=models.draft and folder(models.draft))
 
-    def _budget(self) -> dict[str, int]:
+    def _budget(self) -> dict[str, Any]:
         """What the budgets of all cases have in common."""
         budget = Budget()
         if "budget" in self.top:
@@ -180,7 +180,7 @@ class _Reader:
             budget = self.top["budget"].fill(Budget)
         return {f.name: getattr(budget, f.name) for f in fields(Budget) if f.name not in SHARES}
 
-    def _work(self, name: str, node: Node, models: Models, budget: dict[str, int]) -> Work:
+    def _work(self, name: str, node: Node, models: Models, budget: dict[str, Any]) -> Work:
         if node.value is None:  # "facts:" alone
             node = Node(value={}, path=node.path, file=node.file)
         shared = [*CASES, "contexts", *(["texts"] if TASKS[name].reads_texts else [])]
@@ -201,7 +201,7 @@ class _Reader:
             subjects=tuple(node.checked(lambda: task.subjects(texts, self.read_text))),
         )
 
-    def _cases(self, entries: dict[str, Node], budget: dict[str, int]) -> Iterator[Case]:
+    def _cases(self, entries: dict[str, Node], budget: dict[str, Any]) -> Iterator[Case]:
         seen = set()
         for node in entries["methods"].items("methods"):
             own = node.entries(["name", "keeps", "top-p", "map"]) if isinstance(node.value, dict) else {"name": node}
@@ -225,7 +225,7 @@ class _Reader:
                 yield Case(method=method, budget=given, map=alignment_map)
 
     def _budgets(
-        self, node: Node, entries: dict[str, Node], own: dict[str, Node], method: str, common: dict[str, int]
+        self, node: Node, entries: dict[str, Node], own: dict[str, Node], method: str, common: dict[str, Any]
     ) -> list[Budget]:
         named = zip(CASES[1:], SHARES, strict=True)
         shares = [(key, name, entries[key].items("numbers")) for key, name in named if key in entries]

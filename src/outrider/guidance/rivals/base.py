@@ -133,6 +133,10 @@ class InForward:
             return output
         return self._rival.attended(layer, queries, self._keys, self._values, self._lengths, output)
 
+    def unlisted_of(self, layer: int) -> tuple[None, None]:
+        """A rival's lists stand for all tokens."""
+        return None, None
+
     @property
     def made(self) -> Selection | None:
         """The lists of all layers that had some, once the forward is done; None where none had."""

@@ -9,7 +9,7 @@ from outrider.guidance.selectors.dustin import Dustin
 from outrider.guidance.selectors.outrider import Outrider
 from outrider.guidance.selectors.specattn import SpecAttn
 from outrider.guidance.selectors.sts import Sts
-from outrider.types import Alignment
+from outrider.types import Alignment, UnlistedFit
 
 SELECTORS: dict[str, type[Outrider] | type[Sts] | type[SpecAttn] | type[Dustin]] = {
     "outrider": Outrider,
@@ -37,7 +37,8 @@ def build_selector(
     alignment: sources [Lt, Hs, G, 2] for all target layers, on the device where scores will be. target_layers: the target
     layers with full attention, ascending; the others get no lists. kv_heads: of the target; draft_heads: query heads of the
     draft. backend: of the ops. scored: draft layers that are scored anyway, whether the alignment uses them or not.
-    Raises OptionError for an unknown method and PairError when the alignment does not fit the models.
+    Raises OptionError for an unknown method, PairError when the alignment does not fit the models, and OptionError when the
+    budget asks for a mean value in place of unlisted tokens and the alignment has none for the method.
     """
     if method not in SELECTORS:
         raise OptionError("method", method, ", ".join(SELECTORS))
@@ -49,4 +50,17 @@ def build_selector(
         draft_heads=draft_heads,
         backend=backend,
         scored=scored,
+        unlisted=_unlisted(method, alignment, budget, tuple(target_layers)),
     )
+
+
+def _unlisted(method: str, alignment: Alignment, budget: Budget, layers: tuple[int, ...]) -> UnlistedFit | None:
+    """The fit that the budget asks for, of these target layers."""
+    fit = alignment.unlisted.get(method)
+    if budget.unlisted == "mean" and fit is None:
+        allowed = f"none, or an alignment with shares for method {method} and this map: calibrate again"
+        raise OptionError("unlisted", budget.unlisted, allowed)
+    wanted = SELECTORS[method].default_unlisted if budget.unlisted == "auto" else budget.unlisted
+    if wanted == "none" or fit is None:
+        return None
+    return UnlistedFit(values=fit.values[list(layers)], weights=fit.weights[list(layers)])

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from outrider.config import Budget
 from outrider.errors import OptionError, PairError
-from outrider.types import Alignment, DraftScores, Selection
+from outrider.ops import TokenLists, unlisted_mass
+from outrider.types import Alignment, DraftScores, Selection, Unlisted, UnlistedFit
 
 
 class Selector(Protocol):
     """Turns the draft's scores of a round into the token lists of the target."""
 
     default_map: ClassVar[str]  # the alignment this method is used with, "layer_map+head_map"
+    default_unlisted: ClassVar[str]  # what `Budget.unlisted` auto means: "mean" (where calibrated) or "none", as published
 
     @property
     def draft_layers(self) -> tuple[int, ...]:
@@ -89,6 +91,20 @@ def check_layers(scores: DraftScores, draft_layers: tuple[int, ...]) -> None:
 def query_mean(scores: DraftScores) -> Tensor:
     """[B, Q, R, S] -> [B, R, S]: the mean over the queries of the round."""
     return scores.mass[:, 0] if scores.mass.shape[1] == 1 else scores.mass.mean(1)
+
+
+def stand_in(fit: UnlistedFit | None, scores: DraftScores, rows: Tensor, lists: TokenLists, backend: str) -> Unlisted | None:
+    """What stands for the tokens that `lists` [L, B, Hs, M] leave out; None without a fit.
+
+    A list was chosen from the score rows `rows` [L, Hs, G]; L is that of the fit, or 1 where all its layers share the lists.
+    What a list leaves out of the draft's mass, times the fitted weight, is the share that the mean value takes.
+    """
+    if fit is None:
+        return None
+    given = query_mean(scores), scores.lengths, rows, *lists
+    mass = unlisted_mass(*given, backend="auto" if backend == "cuda" else backend)  # it has no kernel in CUDA C++
+    weights = fit.weights.unflatten(1, (rows.shape[1], -1))[:, None]  # [L, 1, Hs, Hq / Hs]
+    return Unlisted(values=fit.values, shares=(weights * mass[..., None]).clamp(max=1).flatten(2))
 
 
 def top_k(budget: Budget, lengths: Tensor) -> Tensor | None:

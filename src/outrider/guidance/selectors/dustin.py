@@ -15,11 +15,12 @@ from outrider.guidance.selectors.base import (
     longest_list,
     query_mean,
     score_rows,
+    stand_in,
     top_k,
     top_p,
 )
 from outrider.ops import token_select
-from outrider.types import Alignment, DraftScores, Selection
+from outrider.types import Alignment, DraftScores, Selection, UnlistedFit
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,6 +42,7 @@ class Dustin:
     """
 
     default_map: ClassVar[str] = "joint+divergence"
+    default_unlisted: ClassVar[str] = "none"
     per_query: ClassVar[bool] = False
     waits: ClassVar[bool] = False
 
@@ -51,6 +53,7 @@ class Dustin:
     draft_heads: int  # query heads of the draft
     backend: str = "auto"
     scored: tuple[int, ...] = ()  # draft layers that are scored anyway
+    unlisted: UnlistedFit | None = None  # of the target layers
     draft_layers: tuple[int, ...] = field(init=False)
     rows: Tensor = field(init=False, repr=False)  # [1, 1, G] int64: the score rows that are averaged
 
@@ -83,4 +86,5 @@ class Dustin:
             indices=lists.indices.expand(count, -1, -1, -1),
             counts=lists.counts.expand(count, -1, -1),
             lengths=scores.lengths,
+            unlisted=stand_in(self.unlisted, scores, self.rows, lists, self.backend),
         )

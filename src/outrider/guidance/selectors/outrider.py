@@ -16,11 +16,12 @@ from outrider.guidance.selectors.base import (
     per_kv_head,
     query_mean,
     score_rows,
+    stand_in,
     top_k,
     top_p,
 )
 from outrider.ops import token_select
-from outrider.types import Alignment, DraftScores, Selection
+from outrider.types import Alignment, DraftScores, Selection, UnlistedFit
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,6 +35,7 @@ class Outrider:
     """
 
     default_map: ClassVar[str] = "joint+divergence"
+    default_unlisted: ClassVar[str] = "mean"
     per_query: ClassVar[bool] = False
     waits: ClassVar[bool] = False
 
@@ -44,6 +46,7 @@ class Outrider:
     draft_heads: int  # query heads of the draft
     backend: str = "auto"
     scored: tuple[int, ...] = ()  # draft layers that are scored anyway
+    unlisted: UnlistedFit | None = None  # of the target layers
     draft_layers: tuple[int, ...] = field(init=False)
     rows: Tensor = field(init=False, repr=False)  # [Lt, Hs, G] int64 score rows, Hs = 1 or Hkv
 
@@ -72,4 +75,10 @@ class Outrider:
             width=list_width(budget, scores.mass.shape[-1], budget.sinks + budget.recent, scores.lengths.device),
             backend=self.backend,
         )
-        return Selection(layers=self.target_layers, indices=lists.indices, counts=lists.counts, lengths=scores.lengths)
+        return Selection(
+            layers=self.target_layers,
+            indices=lists.indices,
+            counts=lists.counts,
+            lengths=scores.lengths,
+            unlisted=stand_in(self.unlisted, scores, self.rows, lists, self.backend),
+        )

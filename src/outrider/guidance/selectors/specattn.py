@@ -10,9 +10,18 @@ from torch import Tensor
 
 from outrider.config import Budget
 from outrider.errors import OptionError
-from outrider.guidance.selectors.base import check_layers, layer_sources, list_width, longest_list, score_rows, top_k, top_p
+from outrider.guidance.selectors.base import (
+    check_layers,
+    layer_sources,
+    list_width,
+    longest_list,
+    score_rows,
+    stand_in,
+    top_k,
+    top_p,
+)
 from outrider.ops import token_select, union_lists
-from outrider.types import Alignment, DraftScores, Selection
+from outrider.types import Alignment, DraftScores, Selection, UnlistedFit
 
 DENSE_LAYERS = 2
 
@@ -38,6 +47,7 @@ class SpecAttn:
     """
 
     default_map: ClassVar[str] = "monotone+average"
+    default_unlisted: ClassVar[str] = "none"
     per_query: ClassVar[bool] = True
     waits: ClassVar[bool] = True
 
@@ -48,10 +58,12 @@ class SpecAttn:
     draft_heads: int  # query heads of the draft
     backend: str = "auto"
     scored: tuple[int, ...] = ()  # draft layers that are scored anyway
+    unlisted: UnlistedFit | None = None  # of the target layers
     draft_layers: tuple[int, ...] = field(init=False)
     layers: tuple[int, ...] = field(init=False)  # target layers that get lists
     groups: Tensor = field(init=False, repr=False)  # [U, G] int64: distinct sets of score rows that are averaged
     sources: Tensor = field(init=False, repr=False)  # [Lt, 1, 1] int64: the group of each listed target layer
+    rows: Tensor = field(init=False, repr=False)  # [Lt, 1, G] int64: the score rows of that group
 
     def __post_init__(self) -> None:
         layers = self.target_layers
@@ -66,6 +78,12 @@ class SpecAttn:
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "groups", groups)
         object.__setattr__(self, "sources", place.view(-1, 1, 1))
+        object.__setattr__(self, "rows", rows.flatten(1)[:, None])
+        if self.unlisted is not None:
+            values, weights = (
+                x[len(self.target_layers) - len(layers) :] for x in (self.unlisted.values, self.unlisted.weights)
+            )
+            object.__setattr__(self, "unlisted", UnlistedFit(values=values, weights=weights))
 
     def entries(self, size: int) -> int:
         return len(self.layers) * longest_list(self.budget, size, 0)
@@ -92,4 +110,10 @@ class SpecAttn:
             lists = union_lists(
                 each.indices.unflatten(1, (-1, queries)), each.counts.unflatten(1, (-1, queries)), steps.shape[-1]
             )
-        return Selection(layers=self.layers, indices=lists.indices, counts=lists.counts, lengths=scores.lengths)
+        return Selection(
+            layers=self.layers,
+            indices=lists.indices,
+            counts=lists.counts,
+            lengths=scores.lengths,
+            unlisted=stand_in(self.unlisted, scores, self.rows, lists, self.backend),
+        )

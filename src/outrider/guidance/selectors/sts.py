@@ -15,11 +15,12 @@ from outrider.guidance.selectors.base import (
     longest_list,
     query_mean,
     score_rows,
+    stand_in,
     top_k,
     top_p,
 )
 from outrider.ops import token_select
-from outrider.types import Alignment, DraftScores, Selection
+from outrider.types import Alignment, DraftScores, Selection, UnlistedFit
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,6 +37,7 @@ class Sts:
     """
 
     default_map: ClassVar[str] = "proportional+jaccard"
+    default_unlisted: ClassVar[str] = "none"
     per_query: ClassVar[bool] = False
     waits: ClassVar[bool] = False
 
@@ -46,6 +48,7 @@ class Sts:
     draft_heads: int  # query heads of the draft
     backend: str = "auto"
     scored: tuple[int, ...] = ()  # draft layers that are scored anyway
+    unlisted: UnlistedFit | None = None  # of the target layers
     draft_layers: tuple[int, ...] = field(init=False)
     rows: Tensor = field(init=False, repr=False)  # [Lt, Hq, 1] int64 score rows
 
@@ -69,4 +72,10 @@ class Sts:
             width=list_width(self.budget, scores.mass.shape[-1], 0, scores.lengths.device),
             backend=self.backend,
         )
-        return Selection(layers=self.target_layers, indices=lists.indices, counts=lists.counts, lengths=scores.lengths)
+        return Selection(
+            layers=self.target_layers,
+            indices=lists.indices,
+            counts=lists.counts,
+            lengths=scores.lengths,
+            unlisted=stand_in(self.unlisted, scores, self.rows, lists, self.backend),
+        )

@@ -36,6 +36,8 @@ def sparse_attention(
     value_scale: Tensor | None = None,
     page_table: Tensor | None = None,
     window: int | None = None,
+    unlisted_values: Tensor | None = None,
+    unlisted_shares: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Grouped-query attention of T queries over listed cached tokens, or all of them, and the causal tail.
@@ -57,6 +59,9 @@ def sparse_attention(
         t=1   . . . x x      x x .
         t=2   . . . . x      x x x
 
+    What a list leaves out may be stood for by one value a KV head: with `unlisted_values` m and `unlisted_shares` s the
+    output o of a head becomes `(1 - s) o + s m`.
+
     Rows that no query attends to, those behind the tail among them, are not read at all, so they may hold anything, NaN too.
 
     Args:
@@ -74,6 +79,8 @@ def sparse_attention(
             `i % page_size`, and N is `P * page_size`. Entries past the page of the last tail token may hold anything.
         window: without lists only: query t, at position `lengths[b] + t`, attends to at most so many positions, the last of
             them its own; at least 1. None: to all.
+        unlisted_values: with lists only: `[Hkv, D]` float32, finite. None: lists stand for the whole cache.
+        unlisted_shares: `[B, Hq]` float32, in 0 .. 1; None together with `unlisted_values`.
         backend: "auto" (see `ops/README.md`), "reference", "triton" or "cuda". No silent fall-back.
 
     Returns:
@@ -83,8 +90,9 @@ def sparse_attention(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape, device, stride or choice, only one of `indices` and `counts` None, a window below 1 or with
-            lists, or a backend that cannot run the call; the reference, and with `OUTRIDER_DEBUG=1` every backend, also checks
-            the values of `lengths`, `counts`, `indices` and `page_table` (debug mode: that lists ascend, too).
+            lists, only one of `unlisted_values` and `unlisted_shares` or these without lists, or a backend that cannot run the
+            call; the reference, and with `OUTRIDER_DEBUG=1` every backend, also checks the values of `lengths`, `counts`,
+            `indices` and `page_table` (debug mode: that lists ascend, too).
 
     Source: sparse verification of STS (arXiv 2605.15508) and SpecAttn (arXiv 2510.27641), with lists per KV head.
     """
@@ -111,6 +119,11 @@ def sparse_attention(
     check("lengths", lengths, shape="B", dtypes=INTS)
     if page_table is not None:
         check("page_table", page_table, shape="B P", dtypes=INTS[:1])
+    for name, x, shape in (("unlisted_values", unlisted_values, "Hkv D"), ("unlisted_shares", unlisted_shares, "B Hq")):
+        if (x is None) != (unlisted_values is None) or (x is not None and indices is None):
+            raise ValueError(f"{name}: expected both unlisted_values and unlisted_shares, with token lists, or neither")
+        if x is not None:
+            check(name, x, shape=shape, dtypes=FLOATS[2:3])
     check_heads(sizes)
     if indices is not None and sizes["Hs"] not in (1, sizes["Hkv"], sizes["Hq"]):
         raise ValueError(f"indices: expected Hs of 1, Hkv={sizes['Hkv']} or Hq={sizes['Hq']} lists, got Hs={sizes['Hs']}")
@@ -118,6 +131,7 @@ def sparse_attention(
     if indices is not None and sizes["M"] > capacity:
         raise ValueError(f"indices: expected lists of at most N={capacity} tokens, got width M={sizes['M']}")
     arguments = {"scale": scale, "key_scale": key_scale, "value_scale": value_scale, "page_table": page_table, "window": window}
+    arguments |= {"unlisted_values": unlisted_values, "unlisted_shares": unlisted_shares}
     chosen = choose(
         backend,
         queries.device,

@@ -6,7 +6,7 @@ With lists:
              instead and are masked, so no unlisted row is touched
     tail     rows lengths[b] .. lengths[b]+T-1, masked causally
     weights  softmax over [past logits, tail logits], fp32 (fp64 for fp64 inputs)
-    out      weights_past @ values_past + weights_tail @ values_tail
+    out      weights_past @ values_past + weights_tail @ values_tail, mixed with the value that stands for unlisted tokens
 
 The tail's product is summed term by term, hidden terms left out, so that a later row cannot reach an earlier query.
 
@@ -37,6 +37,8 @@ def sparse_attention(
     value_scale: Tensor | None,
     page_table: Tensor | None,
     window: int | None = None,
+    unlisted_values: Tensor | None = None,
+    unlisted_shares: Tensor | None = None,
 ) -> Tensor:
     if indices is None or counts is None:
         return _dense(queries, keys, values, lengths, scale, key_scale, value_scale, page_table, window)
@@ -71,6 +73,9 @@ def sparse_attention(
     out = weights[..., :M].reshape(B, H, Hq // H * T, M) @ rows(values, value_scale, past, owner)
     terms = weights[..., M:].unsqueeze(-1) * rows(values, value_scale, tail, all_kv).view(B, Hkv, 1, 1, T, D)
     out = out.view(B, Hkv, Hq // Hkv, T, D) + terms.masked_fill(~visible.unsqueeze(-1), 0).sum(-2)
+    if unlisted_values is not None and unlisted_shares is not None:
+        share = unlisted_shares.to(dtype).view(B, Hkv, -1, 1, 1)
+        out = (1 - share) * out + share * unlisted_values.to(dtype).view(Hkv, 1, 1, D)
     return out.permute(0, 3, 1, 2, 4).reshape(B, T, Hq, D).to(output)
 
 

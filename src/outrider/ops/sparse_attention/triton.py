@@ -40,6 +40,16 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
+def _mixed(out, unlisted_values, unlisted_shares, sequence, query_head, kv_head, query_heads, dim, D: tl.constexpr):
+    """Outputs of query heads, one or a column of them, by dims; with what stands for unlisted tokens, if anything does."""
+    if unlisted_values is not None:
+        share = tl.load(unlisted_shares + sequence * query_heads + query_head, mask=query_head < query_heads, other=0.0)
+        value = tl.load(unlisted_values + kv_head * D + dim, mask=dim < D, other=0.0)
+        out = (1 - share) * out + share * value
+    return out
+
+
+@triton.jit
 def _locate(position, wanted, sequence, page_table, table_stride, page_size):
     """First two cache coordinates of the positions: sequence and token, or page and slot."""
     if page_table is None:
@@ -62,6 +72,8 @@ def _attend(
     key_scale,
     value_scale,
     page_table,
+    unlisted_values,  # [Hkv, D], or None
+    unlisted_shares,  # [B, Hq]; both for one split, else `_combine` has them
     shares,  # [B, T, Hq, splits, D], or the result when there is one split
     share_bests,  # [B, T, Hq, splits]: largest logit, -inf for no tokens; None when there is one split
     share_sums,  # [B, T, Hq, splits]: sum of weights
@@ -173,6 +185,8 @@ def _attend(
     if value_scale is not None:
         out *= tl.load(value_scale + kv_head)
     query_heads = tl.num_programs(1) // row_tiles * group
+    column = query_head[:, None]
+    out = _mixed(out, unlisted_values, unlisted_shares, sequence, column, kv_head, query_heads, dim[None, :], D)
     slot = ((sequence * T + step) * query_heads + query_head) * splits + split
     some = total != 0  # false for a share without tokens: its output is never read
     tl.store(shares + slot[:, None] * D + dim[None, :], out, mask=asked & some[:, None])
@@ -181,13 +195,18 @@ def _attend(
         tl.store(share_sums + slot, total, mask=row < T * group)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits", "T", "query_heads", "group"])
 def _combine(
     shares,  # [rows, splits, D]
     share_bests,  # [rows, splits]
     share_sums,  # [rows, splits]
+    unlisted_values,
+    unlisted_shares,
     result,  # [rows, D]
     splits,
+    T,
+    query_heads,
+    group,  # query heads of a KV head
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
@@ -208,7 +227,11 @@ def _combine(
         some = (weight != 0)[:, None] & (dim < D)[None, :]
         share = tl.load(shares + (row * splits + part)[:, None] * D + dim[None, :], mask=some, other=0.0)
         out += tl.sum(share * weight[:, None], 0)
-    tl.store(result + row * D + dim, out / total, mask=dim < D)
+    head = row % query_heads
+    out = _mixed(
+        out / total, unlisted_values, unlisted_shares, row // (T * query_heads), head, head // group, query_heads, dim, D
+    )
+    tl.store(result + row * D + dim, out, mask=dim < D)
 
 
 def obstacle(queries: Tensor, keys: Tensor) -> str | None:
@@ -244,6 +267,8 @@ def sparse_attention(
     value_scale: Tensor | None,
     page_table: Tensor | None,
     window: int | None = None,
+    unlisted_values: Tensor | None = None,
+    unlisted_shares: Tensor | None = None,
 ) -> Tensor:
     B, T, Hq, D = queries.shape
     Hkv = keys.shape[2]
@@ -265,12 +290,15 @@ def sparse_attention(
     wide = torch.float64 if queries.dtype == torch.float32 else torch.float32
     shares = result if alone else torch.empty(B, T, Hq, splits, D, dtype=wide, device=queries.device)
     bests, sums = (None if alone else torch.empty(B, T, Hq, splits, dtype=wide, device=queries.device) for _ in range(2))
+    unlisted: tuple[Tensor | None, Tensor | None] = None, None
+    if unlisted_values is not None and unlisted_shares is not None:
+        unlisted = unlisted_values.contiguous(), unlisted_shares.contiguous()
     with _current(queries.device):
         _attend[splits, heads * row_tiles, B](
             queries, keys, values, indices, counts, lengths.contiguous(), window,
             None if key_scale is None else key_scale.contiguous(),
             None if value_scale is None else value_scale.contiguous(),
-            page_table, shares, bests, sums,
+            page_table, *(unlisted if alone else (None, None)), shares, bests, sums,
             scale, T, group, heads // Hkv, row_tiles, splits,
             keys.shape[1], 0 if page_table is None else page_table.stride(0),
             queries.stride(), keys.stride()[:3], values.stride()[:3],
@@ -280,7 +308,7 @@ def sparse_attention(
         if not alone:
             padded = triton.next_power_of_2(splits)
             _combine[B * T * Hq,](
-                shares, bests, sums, result, splits,
+                shares, bests, sums, *unlisted, result, splits, T, Hq, Hq // Hkv,
                 D=D, D_PADDED=D_padded, SPLITS_PADDED=padded, TILE=min(padded, 8192 // D_padded),
             )  # fmt: skip
     return result

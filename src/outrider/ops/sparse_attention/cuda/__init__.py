@@ -30,7 +30,8 @@ class Arguments(ctypes.Structure):
         [
             (name, ctypes.c_void_p)
             for name in (
-                "queries", "keys", "values", "indices", "counts", "lengths", "page_table", "output", "mailboxes",
+                "queries", "keys", "values", "indices", "counts", "lengths", "page_table", "unlisted_values",
+                "unlisted_shares", "output", "mailboxes",
             )
         ]
         + [(name, ctypes.c_longlong * 3) for name in ("query_stride", "stride")]
@@ -73,12 +74,16 @@ def sparse_attention(
     value_scale: None,
     page_table: Tensor | None,
     window: int | None = None,
+    unlisted_values: Tensor | None = None,
+    unlisted_shares: Tensor | None = None,
 ) -> Tensor:
     B, T, Hq, D = queries.shape
     Hkv = keys.shape[2]
     lists, width = (1, 0) if indices is None else indices.shape[1:]
     heads = max(lists, Hkv)
-    indices, counts = (None if x is None else x.contiguous() for x in (indices, counts))
+    indices, counts, unlisted_values, unlisted_shares = (
+        None if x is None else x.contiguous() for x in (indices, counts, unlisted_values, unlisted_shares)
+    )
     lengths = lengths.contiguous()
     page_table = None if page_table is None else page_table.contiguous()
     output = torch.empty(B, T, Hq, D, dtype=queries.dtype, device=queries.device)
@@ -103,6 +108,8 @@ def sparse_attention(
         counts=None if counts is None else counts.data_ptr(),
         lengths=lengths.data_ptr(),
         page_table=None if page_table is None else page_table.data_ptr(),
+        unlisted_values=None if unlisted_values is None else unlisted_values.data_ptr(),
+        unlisted_shares=None if unlisted_shares is None else unlisted_shares.data_ptr(),
         output=output.data_ptr(),
         mailboxes=mailboxes.data_ptr(),
         query_stride=queries.stride()[:3],

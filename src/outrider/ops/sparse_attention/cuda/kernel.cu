@@ -57,6 +57,8 @@ struct Arguments {
   const int* counts;       // [B, lists], unless DENSE
   const void* lengths;     // [B] int32 or int64
   const int* page_table;   // [B, pages_per_sequence], or null
+  const float* unlisted_values;  // [Hkv, D], or null: nothing stands for unlisted tokens
+  const float* unlisted_shares;  // [B, Hq]
   ELEMENT* output;         // [B, T, Hq, D] contiguous
   float* mailboxes;        // [virtual blocks][QUADS][MESSAGE], EMPTY before and after
   long long query_stride[3], stride[3];  // elements: (b, t, h); of keys and values alike (sequence or page, token, head)
@@ -416,9 +418,17 @@ __global__ void __launch_bounds__(THREADS, 1) sparse_attention(const __grid_cons
     auto store = [&](int quad, float4 x, float weight) {
       const int r = quad / (D / 4), t = quotient(first_row + r, a.group), g = first_row + r - t * a.group;
       const float inverse = __fdividef(1, weight);
-      const long long row = ((long long)b * a.T + t) * a.heads * a.group + h * a.group + g;
+      const int head = h * a.group + g, query_heads = a.heads * a.group;
+      x.x *= inverse, x.y *= inverse, x.z *= inverse, x.w *= inverse;
+      if (!DENSE && a.unlisted_values) {
+        const float share = a.unlisted_shares[b * query_heads + head], rest = 1 - share;
+        const float* value = a.unlisted_values + kv_head * D + quad % (D / 4) * 4;
+        x.x = rest * x.x + share * value[0], x.y = rest * x.y + share * value[1];
+        x.z = rest * x.z + share * value[2], x.w = rest * x.w + share * value[3];
+      }
+      const long long row = ((long long)b * a.T + t) * query_heads + head;
       *(uint2*)(a.output + row * D + quad % (D / 4) * 4) =
-          make_uint2(ptx::pack<ELEMENT>(x.x * inverse, x.y * inverse), ptx::pack<ELEMENT>(x.z * inverse, x.w * inverse));
+          make_uint2(ptx::pack<ELEMENT>(x.x, x.y), ptx::pack<ELEMENT>(x.z, x.w));
     };
 #pragma unroll
     for (int i = 0; i < (QUADS + THREADS - 1) / THREADS; i++) {
