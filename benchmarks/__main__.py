@@ -23,6 +23,7 @@ DRAFTING_RESULTS = RESULTS.with_name("drafting.jsonl")
 EVALUATION_RESULTS = RESULTS.with_name("evaluation.jsonl")
 TAIL_RESULTS = RESULTS.with_name("tail-correction.jsonl")
 SPATTEN_RESULTS = RESULTS.with_name("spatten.jsonl")
+BUDGET_RESULTS = RESULTS.with_name("budgets.jsonl")
 BACKENDS = ("auto", "triton", "cuda", "reference")
 BAD_INPUT = 2
 
@@ -149,7 +150,8 @@ def tail_correction(
 
     import torch
 
-    from benchmarks.tail_correction import CORRECTIONS, LISTS, Case, check_budgets, compare, fit, prepare
+    from benchmarks.given import prepare
+    from benchmarks.tail_correction import CORRECTIONS, LISTS, Case, check_budgets, compare, fit
     from outrider.decoding.pair import BUILTIN, load_pair
 
     for name in correction or ():
@@ -232,6 +234,67 @@ def spatten(
         append_rows(output, [row], shlex.join([*PROGRAM.split(), *sys.argv[1:]]))
         shown = f"{100 * row.kv_read_fraction:5.1f}% {row.delta_percent:+.2f}% {row.agreement:.3f}"
         print(f"{row.text:40s} {row.keep:<5g} {row.method:28s} {shown}", flush=True)
+
+
+@app.command()
+def budgets(
+    text: Annotated[list[Path], typer.Option(help="file of UTF-8 text that neither model has seen; can be repeated")],
+    calibrate: Annotated[Path, typer.Option(help="another one, which budgets are fitted on")],
+    variant: Annotated[list[str] | None, typer.Option(help="how budgets are made, all unless given; can be repeated")] = None,
+    keep: Annotated[list[float] | None, typer.Option(help="share of the cached tokens of all lists; can be repeated")] = None,
+    context: Annotated[int, typer.Option(help="tokens of a text, those that are scored among them")] = 16384,
+    scored: Annotated[int, typer.Option(help="last tokens that are predicted")] = 1280,
+    calibrated: Annotated[int, typer.Option(help="tokens that budgets are fitted on")] = 320,
+    facts: Annotated[int, typer.Option(help="facts planted in each text")] = 10,
+    draft_tokens: Annotated[int, typer.Option("--draft-tokens", "-K", help="tokens of a round, but one")] = 4,
+    seed: Annotated[int, typer.Option(help="of facts")] = 0,
+    output: Annotated[Path, typer.Option(help="file of JSON lines; same rows are replaced")] = BUDGET_RESULTS,
+) -> None:
+    """What one budget for all lists wastes, at equal bytes, to the built-in pair on a CPU."""
+    from outrider.bench.conditions import conditions
+    from outrider.bench.results import replace_rows
+    from outrider.cli.files import read_text, writable_file
+    from outrider.cli.screen import Screen
+
+    words, output = {path: read_text("--text", path) for path in (calibrate, *text)}, writable_file("--output", output)
+
+    import torch
+
+    from benchmarks.budgets import SHARES, VARIANTS, compare, fit
+    from benchmarks.given import prepare
+    from outrider.decoding.pair import BUILTIN, load_pair
+
+    for name in variant or ():
+        if name not in VARIANTS:
+            raise OptionError("--variant", name, ", ".join(VARIANTS))
+    counts = ("--scored", scored, 2), ("--calibrated", calibrated, 1), ("--facts", facts, 0), ("-K", draft_tokens, 1)
+    for option, count, least in counts:
+        if count < least:
+            raise OptionError(option, count, f"a whole number >= {least}")
+    for share in keep or ():
+        if not SHARES[0] < share < 1:
+            raise OptionError("--keep", share, f"a number in ({SHARES[0]}, 1)")
+    if calibrate in text:
+        raise OptionError("--calibrate", str(calibrate), "a text that is not among those compared")
+    pair = load_pair(BUILTIN, None)
+    tokens = {path: pair[0].tokenizer(found, verbose=False)["input_ids"][:context] for path, found in words.items()}
+    shortest = min(map(len, tokens.values()))
+    if not max(scored, calibrated) < context <= min(shortest, pair[0].spec.context):
+        raise OptionError("--context", context, f"more than --scored, at most the {shortest} tokens of the shortest text")
+    known = conditions(torch.device("cpu"), shlex.join([*PROGRAM.split(), *sys.argv[1:]])) | {"calibrate": calibrate.stem}
+    asked = keep or [0.1, 0.05, 0.02]
+    cases = [(name, share) for share in asked for name in variant or VARIANTS]
+    screen = Screen()
+    with screen.working():
+        document, following, _ = prepare(pair, tokens[calibrate], calibrated, 0, draft_tokens, seed)
+        found = fit(document, following, asked, screen.progress)
+        for path in text:
+            given = prepare(pair, tokens[path], scored, facts, draft_tokens, seed)
+            for row in compare(*given, cases, found, screen.progress):
+                made = {"text": path.stem, "context": context} | row | {"seed": seed, "conditions": known}
+                replace_rows(output, [made], ("text", "context", "scored", "budgets", "keep", "seed"))
+                shown = f"{row['kl']:.4f} {row['delta_percent']:+.2f}% {row['held']:.3f} {row['recalled']}/{row['asked']}"
+                print(f"{path.stem:40s} {row['keep']:<5g} {row['budgets']:24s} {shown}", flush=True)
 
 
 def run_cases(cases: Sequence[Case], bench: Bench, output: Path, screen: Screen) -> bool:

@@ -336,6 +336,45 @@ def tail_correction_table(name: str) -> str:
     return markdown([*header, "agreement with dense", "against none", "95%", "facts recalled"], cells)
 
 
+def budgets_table(name: str) -> str:
+    """Ways to divide a budget side by side, paired with "flat" text by text. Lines of a stage of development are left out."""
+    groups: dict[tuple[float, int], dict[str, dict[str, Line]]] = {}
+    for row in lines_if_any(name):
+        if "stage" not in row:
+            groups.setdefault((row["keep"], row["scored"]), {}).setdefault(row["budgets"], {})[row["text"]] = row
+    cells = []
+    for (keep, scored), variants in groups.items():
+        for variant, by_text in variants.items():
+            rows, flat = list(by_text.values()), [variants["flat"][text] for text in by_text]
+            more = {
+                figure: [row[figure] - other[figure] for row, other in zip(rows, flat, strict=True)]
+                for figure in ("kl", "delta_percent", "agreement")
+            }
+            whole = [other["kl"] for other in flat]
+            intervals = mean_interval(more["kl"], whole), mean_interval(more["delta_percent"]), mean_interval(more["agreement"])
+            factors = 100, 1, 100
+            compared = ["" if found is None or variant == "flat" else f"{factor * found[0]:+.1f} .. {factor * found[1]:+.1f}"
+                        for found, factor in zip(intervals, factors, strict=True)]  # fmt: skip
+            cells.append([
+                variant,
+                f"{100 * keep:g}%",
+                f"{100 * mean(rows, 'kv_read_fraction'):.1f}%",
+                f"{len(rows)} x {scored:,}",
+                f"{mean(rows, 'kl'):.4f}",
+                "" if variant == "flat" else f"{100 * sum(more['kl']) / sum(whole):+.0f}%",
+                compared[0],
+                f"{mean(rows, 'agreement'):.3f}",
+                compared[2],
+                f"{mean(rows, 'delta_percent'):+.2f}%",
+                compared[1],
+                f"{mean(rows, 'held'):.3f}",
+                f"{sum(row['recalled'] for row in rows)}/{sum(row['asked'] for row in rows)}",
+            ])  # fmt: skip
+    header = ["budgets", "share", "KV bytes read", "texts x tokens", "KL", "against flat", "95%, percent"]
+    header += ["agreement with dense", "95%, points", "perplexity", "95%, points", "attention held", "facts recalled"]
+    return markdown(header, cells) if cells else NOT_MEASURED
+
+
 def diagnosed(rows: list[Line], task: str, between: str | None = None) -> list[Line]:
     """The lines of one question."""
     return [row for row in rows if row["task"] == task and row.get("between") == between]
@@ -478,6 +517,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "spatten": perplexity_table,
     "tail-correction": tail_correction_table,
     "unlisted": unlisted_table,
+    "budgets": budgets_table,
     "diagnostics": diagnostics_table,
     "diagnostics-layers": diagnostics_layers_table,
     "diagnostics-heads": diagnostics_heads_table,

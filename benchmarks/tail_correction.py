@@ -10,35 +10,22 @@ layers replaced.
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
-from unittest.mock import patch
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from benchmarks.given import Document, Given, Note
 from outrider.config import Budget
-from outrider.decoding.pair import find_alignment, make_selector
-from outrider.decoding.prefill import prefill
-from outrider.decoding.scoring import score
-from outrider.decoding.statistics import ReadCounter
 from outrider.errors import OptionError
-from outrider.eval.facts import draw_facts
-from outrider.eval.facts_task import Question, plant
-from outrider.guidance.selectors.base import query_mean
-from outrider.guidance.selectors.outrider import Outrider
-from outrider.models import LanguageModel, attention
-from outrider.models.cache import aligned
+from outrider.eval.facts_task import Question
+from outrider.types import Lists
 
-CHUNK = 2048
 LISTS = ("draft", "oracle")
 EVERY = 8  # rounds, of which one is also attended to densely, for the error of a layer's output
-
-Note = Callable[[str, int, int], None]
-
 
 # of the draft's mass outside a list: what the tail's share is a linear combination of
 FEATURES: dict[str, Callable[[Tensor], list[Tensor]]] = {
@@ -124,15 +111,6 @@ CORRECTIONS = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Given:
-    """A round of given tokens and what the draft made of the cache for it."""
-
-    tokens: Tensor  # [1, T]
-    length: int  # cached tokens before it
-    mass: Tensor  # [L, Hkv, S] fp32, of the draft heads that a target head is aligned with; sums to what the past gets
-
-
 @dataclass(kw_only=True)
 class Fit:
     """What calibration finds for one correction and budget, by layer: sums over queries, by query head."""
@@ -173,7 +151,7 @@ def check_budgets(cases: Sequence[Case], length: int) -> None:
             raise OptionError("--keep", case.keep, allowed)
 
 
-class Reader:
+class Reader(Lists):
     """Says that every layer has lists (`types.Lists`), and attends to them with a correction in place of `sparse_attention`."""
 
     def __init__(self, case: Case, budget: Budget, fit: Fit, seed: int, fitting: bool = False) -> None:
@@ -195,13 +173,6 @@ class Reader:
         self.layer = layer
         none = torch.zeros(1, 1, 0, dtype=torch.int32)
         return none, none.sum(-1)
-
-    def unlisted_of(self, layer: int) -> tuple[None, None]:
-        """What stands for unlisted tokens is this class's own affair."""
-        return None, None
-
-    def attended(self, layer: int, queries: Tensor, output: Tensor) -> Tensor:
-        return output
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, *_: Any, scale: float, **__: Any) -> Tensor:
         """queries [1, T, Hq, D], keys and values [1, N, Hkv, D] -> [1, T, Hq, D]."""
@@ -419,72 +390,6 @@ def inclusion(size: Tensor, count: int) -> Tensor:
         if not bool(more.any()):
             return chance.masked_fill(certain, 1)
         certain |= more
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ran:
-    """A case over given tokens."""
-
-    logits: Tensor  # [n, V]
-    bytes_read: float
-    bytes_dense: float
-
-
-class Document:
-    """A pair with a text cached, and given tokens behind it."""
-
-    def __init__(self, pair: tuple[LanguageModel, LanguageModel], tokens: list[int], room: int, draft_tokens: int) -> None:
-        self.target, self.draft = pair
-        self.t = draft_tokens + 1
-        self.caches = tuple(model.new_cache(1, aligned(len(tokens) + room + self.t)) for model in pair)
-        for model, cache in zip(pair, self.caches, strict=True):
-            prefill(model, cache, torch.tensor([tokens]), CHUNK)
-        alignments = find_alignment(None, *pair)
-        assert alignments is not None  # of the built-in pair
-        alignment = alignments.map(Outrider.default_map).alignment
-        self.selector = cast(Outrider, make_selector(*pair, "outrider", alignment, Budget(), draft_tokens))
-        self.counter = ReadCounter(self.target.spec, self.draft.spec, self.selector.draft_layers, self.t)
-
-    def rounds(self, tokens: list[int]) -> list[Given]:
-        """What the draft makes of `tokens`, for all cases."""
-        cache, found = self.caches[1], []
-        before = cache.lengths.clone()
-        for part in torch.tensor([tokens]).split(self.t, dim=1):
-            lengths = cache.lengths.clone()
-            queries = self.draft.forward(part, cache, record_queries=True, logits=False).queries
-            scores = score(self.draft, cache, queries, lengths, self.selector.draft_layers, per_query=False)
-            mass = query_mean(scores)[0][self.selector.rows].mean(2)
-            found.append(Given(tokens=part, length=int(lengths), mass=mass))
-            cache.advance(part.shape[1])
-        cache.truncate(before)
-        return found
-
-    def run(self, rounds: list[Given], reader: Reader | None) -> Ran:
-        """The target over the rounds, densely without a reader; the cache comes back as it was."""
-        cache, logits, read, dense = self.caches[0], [], 0.0, 0.0
-        before = cache.lengths.clone()
-        for number, given in enumerate(rounds):
-            if reader is None:
-                logits.append(self.target.forward(given.tokens, cache).logits[0])
-            else:
-                rows = reader.begin(given, number)
-                reads = self.counter.of(given.length, self.target.spec.full_layers, 0.0, rows)
-                read, dense = read + reads.bytes_read, dense + reads.bytes_dense
-                with patch.object(attention, "sparse_attention", reader.attend):
-                    logits.append(self.target.forward(given.tokens, cache, selection=reader).logits[0])
-            cache.advance(given.tokens.shape[1])
-        cache.truncate(before)
-        return Ran(logits=torch.cat(logits), bytes_read=read, bytes_dense=dense)
-
-
-def prepare(
-    pair: tuple[LanguageModel, LanguageModel], tokens: list[int], scored: int, facts: int, draft_tokens: int, seed: int
-) -> tuple[Document, list[int], list[Question]]:
-    """The document before the last `scored` of `tokens`, with facts planted in it; those last ones, and the questions."""
-    rng = random.Random(seed)
-    text, questions = plant(pair[0], tokens[:-scored], draw_facts(rng, facts), rng) if facts else (tokens[:-scored], [])
-    following = tokens[len(text) : len(text) + scored]
-    return Document(pair, text, max(scored, len(tokens) - len(text)), draft_tokens), following, questions
 
 
 def fit(document: Document, following: list[int], cases: Sequence[Case], seed: int, note: Note) -> dict[Case, Fit]:

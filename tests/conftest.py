@@ -27,11 +27,12 @@ from outrider.config import SamplingParams, engine_config
 from outrider.decoding.outrider import Outrider, Result
 from outrider.decoding.pair import PAIR_FOLDER, find_alignment, identity, load_pair
 from outrider.guidance.alignment import AlignmentFile, AlignmentMap
+from outrider.guidance.budgets import SHARES
 from outrider.guidance.controller import Controller, ControllerFile
 from outrider.guidance.selectors import SELECTORS
 from outrider.models import LanguageModel, wrap
 from outrider.models.attention import NAME, register
-from outrider.types import Alignment, UnlistedFit
+from outrider.types import Alignment, ListCosts, UnlistedFit
 
 # one thread: the models are so small that threads only wait for each other, 20 times slower on a busy machine
 torch.set_num_threads(1)
@@ -177,7 +178,8 @@ def controllers(monkeypatch: pytest.MonkeyPatch, untrained: Callable[[LanguageMo
 
 @pytest.fixture(scope="session")
 def align() -> Callable[..., AlignmentFile]:
-    """`align(target, draft, seed=0)`: random alignments under the names that the methods ask for, with random fits."""
+    """`align(target, draft, seed=0)`: random alignments under the names that the methods ask for, with random fits of what
+    stands for unlisted tokens, and with costs for outrider."""
 
     def make(target: LanguageModel, draft: LanguageModel, seed: int = 0) -> AlignmentFile:
         generator = torch.Generator().manual_seed(seed)
@@ -200,8 +202,12 @@ def align() -> Callable[..., AlignmentFile]:
             name: UnlistedFit(values=values, weights=torch.rand(layers, shape.query_heads, generator=generator))
             for name in SELECTORS
         }
+        falls = torch.rand(layers, shape.kv_heads, len(SHARES) - 1, generator=generator, dtype=torch.float64) ** 4
+        values = torch.cat([falls.flip(-1).cumsum(-1).flip(-1), torch.zeros(layers, shape.kv_heads, 1)], dim=-1)
+        costs = {("joint", "divergence"): ListCosts(shares=SHARES, values=values)}
         maps = [
-            AlignmentMap(*names, Alignment(sources=tensor, unlisted=fits), {"recall": 0.5}) for names, tensor in made.items()
+            AlignmentMap(*names, Alignment(sources=tensor, costs=costs.get(names), unlisted=fits), {"recall": 0.5})
+            for names, tensor in made.items()
         ]
         return AlignmentFile(
             target=identity(target),

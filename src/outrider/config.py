@@ -15,6 +15,7 @@ KV_DTYPES = ("auto", "fp8")
 CODE_BITS: dict[str, int | None] = {"exact": None, "4bit": 4, "2bit": 2}
 SCORE_KEYS = ("auto", *CODE_BITS)
 UNLISTED = ("auto", "none", "mean")
+ALLOCATIONS = ("auto", "flat", "fitted")
 BACKENDS = ("auto", "reference", "triton", "cuda")
 DEFAULT_KEEP = 0.1
 
@@ -55,6 +56,11 @@ class Budget:
         "what stands for the tokens that a list of methods outrider, sts, specattn and dustin leaves out: mean (a mean value, "
         "by as much as calibrated), none (the listed tokens do), or auto (mean with method outrider if the alignment has it)",
     )
+    allocation: str = option(
+        "auto",
+        "how lists share what all may keep: flat (each the same), fitted (by layer and head, as calibration found; method "
+        "outrider) or auto (fitted where the alignment has it, else flat)",
+    )
 
     def __post_init__(self) -> None:
         if self.keep is not None and self.top_p is not None:
@@ -64,8 +70,17 @@ class Budget:
         for name, value in (("sinks", self.sinks), ("recent", self.recent), ("min-context", self.min_context)):
             check(name, value, _is_int(value) and value >= 0, "a whole number >= 0")
         check("unlisted", self.unlisted, self.unlisted in UNLISTED, ", ".join(UNLISTED))
+        check("allocation", self.allocation, self.allocation in ALLOCATIONS, ", ".join(ALLOCATIONS))
+        if self.allocation == "fitted" and self.top_p is not None:
+            raise OptionError("allocation", self.allocation, "flat or auto with top-p, under which lists differ anyway")
         if self.keep is None and self.top_p is None:
             object.__setattr__(self, "keep", DEFAULT_KEEP)
+
+
+def check_flat(budget: Budget, method: str) -> None:
+    """Raise OptionError where lists of several lengths are asked for of a method that has none."""
+    if budget.allocation == "fitted":
+        raise OptionError("allocation", budget.allocation, f"flat or auto with method {method}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,8 +163,14 @@ class EngineConfig:
     def draft_budget(self) -> Budget:
         """What the draft may read when it drafts sparsely."""
         budget = self.budget
-        least = budget.min_context
-        return Budget(keep=self.draft_keep, sinks=budget.sinks, recent=self.draft_recent, min_context=least, unlisted="none")
+        return Budget(
+            keep=self.draft_keep,
+            sinks=budget.sinks,
+            recent=self.draft_recent,
+            min_context=budget.min_context,
+            allocation="flat",
+            unlisted="none",
+        )
 
 
 def engine_config(**options: Any) -> EngineConfig:

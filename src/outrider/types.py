@@ -49,10 +49,19 @@ class UnlistedFit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ListCosts:
+    """What calibration found lists of some lengths to cost, in terms that add up: see `guidance/budgets.py`."""
+
+    shares: tuple[float, ...]  # of the cached tokens beside sinks and recent ones, ascending from 0 to 1
+    values: Tensor  # [Lt, Hs, len(shares)] fp64; zeros in layers without lists
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Alignment:
     """For every target layer and list-owning head: the draft heads whose scores it takes (their mean)."""
 
     sources: Tensor  # [Lt, Hs, G, 2] int64: (draft layer, draft query head)
+    costs: ListCosts | None = None  # None: nobody has measured them
     unlisted: Mapping[str, UnlistedFit] = field(default_factory=dict)  # by method, where calibrated
 
 
@@ -65,7 +74,10 @@ class Unlisted:
 
 
 class Lists(Protocol):
-    """Who tells a layer what to read: a `Selection`, made before the forward, or a method that chooses inside it."""
+    """Who tells a layer what to read: a `Selection`, made before the forward, or a method that chooses inside it.
+
+    As long as a class says nothing else, lists stand for all tokens, and a layer goes on with its attention over them.
+    """
 
     @property
     def made(self) -> Selection | None:
@@ -76,9 +88,11 @@ class Lists(Protocol):
 
     def attended(self, layer: int, queries: Tensor, output: Tensor) -> Tensor:
         """What the layer goes on with: `output` [B, T, Hq, D], its attention over the lists, or what a method puts there."""
+        return output
 
     def unlisted_of(self, layer: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Values [Hkv, D] that stand for a layer's unlisted tokens, and their shares [B, Hq]; None twice: nothing does."""
+        return None, None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -65,6 +65,30 @@ def test_bad_input_of_tail_corrections_is_refused(arguments, message, capsys, mo
     assert sorted(path.name for path in tmp_path.iterdir()) == ["book.txt", "calibration.txt"]
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--variant", "magic"], "--variant: got 'magic'; allowed: flat, top-p, "),
+        (["--keep", "1"], "--keep: got 1.0; allowed: a number in (0.005, 1)"),
+        (["--calibrated", "0"], "--calibrated: got 0; allowed: a whole number >= 1"),
+        (["--facts", "-1"], "--facts: got -1; allowed: a whole number >= 0"),
+        (["--context", "20000"], "--context: got 20000; allowed: more than --scored, at most the 9 tokens"),
+        (["--text", "calibration.txt"], "--calibrate: got 'calibration.txt'; allowed: a text that is not among those"),
+        (["--output", "/nowhere/rows.jsonl"], "--output: got '/nowhere/rows.jsonl'; allowed: a file in a folder"),
+    ],
+)
+def test_bad_input_of_budgets_is_refused(arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("book.txt", "calibration.txt"):
+        (tmp_path / name).write_text("It was a dark and stormy night.")
+    defaults = ["--text", "book.txt", "--calibrate", "calibration.txt"]
+    if "--output" not in arguments:
+        defaults += ["--output", "rows.jsonl"]
+    assert run(["budgets", *defaults, *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["book.txt", "calibration.txt"]
+
+
 def test_help_loads_no_torch():
     code = (
         "import sys\nfrom benchmarks.__main__ import run\nassert run(['kernels', '-h']) == 0\nassert 'torch' not in sys.modules"

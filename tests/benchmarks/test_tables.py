@@ -93,6 +93,24 @@ def test_unlisted_tokens_are_compared_with_none_text_by_text(results):
     ]
 
 
+def test_budgets_are_compared_with_flat_ones_text_by_text(results):
+    def line(variant, text, kl, change, **more):
+        return {
+            "budgets": variant, "text": text, "keep": 0.05, "scored": 1279, "kl": kl, "delta_percent": change, "agreement": 0.9,
+            "kv_read_fraction": 0.217, "held": 0.75, "recalled": 9, "asked": 10,
+        } | more  # fmt: skip
+
+    rows = [line("flat", text, kl, 1.0) for text, kl in (("a", 0.02), ("b", 0.04))]
+    rows += [line("fitted", text, kl, 0.5, agreement=0.91) for text, kl in (("a", 0.01), ("b", 0.02))]
+    rows.append(line("fitted", "c", 1.0, 1.0, stage="development"))
+    (results / "budgets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert tables.budgets_table("budgets").splitlines()[2:] == [
+        "| flat | 5% | 21.7% | 2 x 1,279 | 0.0300 |  |  | 0.900 |  | +1.00% |  | 0.750 | 18/20 |",
+        "| fitted | 5% | 21.7% | 2 x 1,279 | 0.0150 | -50% | -50.0 .. -50.0 | 0.910 | "
+        "+1.0 .. +1.0 | +0.50% | -0.5 .. -0.5 | 0.750 | 18/20 |",
+    ]
+
+
 def test_corrections_are_compared_with_none_text_by_text(results):
     def line(correction, text, change, **more):
         return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from benchmarks.given import Document, Given, prepare
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -30,7 +31,7 @@ def attend(monkeypatch):
         queries = torch.randn(1, T, HEADS * GROUP, D, generator=generator)
         mass = torch.rand(1, HEADS, N + T, generator=generator)
         reader = tail.Reader(tail.Case(name=correction, keep=keep), BUDGET, fit or tail.Fit(), 0, fitting)
-        reader.begin(tail.Given(tokens=torch.zeros(1, T), length=N, mass=mass), 0)
+        reader.begin(Given(tokens=torch.zeros(1, T), length=N, mass=mass), 0)
         reader.of(0, queries)
         given = queries, keys[None], values[None]
         dense = sparse_attention(*given, None, None, torch.tensor([N]), scale=0.3)
@@ -136,7 +137,7 @@ def test_sums_kept_up_over_rounds_are_those_of_all_unlisted_rows(attend, cache):
 @pytest.mark.parametrize("keep", [0.05, 0.1, 0.5])
 def test_all_corrections_read_as_much(keep):
     """Of the rows that a budget allows at most one is left over by each."""
-    given = tail.Given(tokens=torch.zeros(1, 5), length=16000, mass=torch.zeros(6, 2, 1))
+    given = Given(tokens=torch.zeros(1, 5), length=16000, mass=torch.zeros(6, 2, 1))
     for name, correction in tail.CORRECTIONS.items():
         reader = tail.Reader(tail.Case(name=name, keep=keep), Budget(), tail.Fit(), 0)
         assert 16000 * keep - 1 < reader.begin(given, 0) / 12 <= 16000 * keep, (name, correction)
@@ -145,11 +146,12 @@ def test_all_corrections_read_as_much(keep):
 def test_rounds_without_a_correction_are_those_of_the_evaluation(builtin_pair, builtin_alignment, book):
     """The same lists, logits and bytes as `outrider eval` has for method outrider."""
     tokens = builtin_pair[0].tokenizer(book)["input_ids"][:560]
-    document = tail.Document(builtin_pair, tokens[:500], 60, 4)
+    document = Document(builtin_pair, tokens[:500], 60, 4)
     case = tail.Case(name="none", keep=0.3)
     ran = document.run(document.rounds(tokens[500:]), tail.Reader(case, Budget(), tail.Fit(), 0))
     alignment = builtin_alignment.map("joint+divergence").alignment
-    selector = make_selector(*builtin_pair, "outrider", alignment, Budget(keep=0.3, min_context=0, unlisted="none"), 4)
+    budget = Budget(keep=0.3, min_context=0, allocation="flat", unlisted="none")
+    selector = make_selector(*builtin_pair, "outrider", alignment, budget, 4)
     reader = TeacherForced(builtin_pair, 560, 4)
     reader.read([tokens[:500]], 2048)
     [wanted] = reader.run([tokens[500:]], selector)
@@ -163,9 +165,9 @@ def test_rows_of_a_text(builtin_pair, book, monkeypatch):
     monkeypatch.setattr(tail, "Budget", lambda: BUDGET)
     cases = [tail.Case(name=name, keep=0.5, lists=lists) for name in ("none", "mean, fixed share") for lists in tail.LISTS]
     quiet = lambda *step: None  # noqa: E731
-    document, following, _ = tail.prepare(builtin_pair, tokens, 20, 0, 4, 0)
+    document, following, _ = prepare(builtin_pair, tokens, 20, 0, 4, 0)
     fits = tail.fit(document, following, cases, 0, quiet)
-    rows = list(tail.compare(*tail.prepare(builtin_pair, tokens, 20, 1, 4, 0), fits, 0, quiet))
+    rows = list(tail.compare(*prepare(builtin_pair, tokens, 20, 1, 4, 0), fits, 0, quiet))
     assert [(row["correction"], row["lists"]) for row in rows] == [(case.name, case.lists) for case in cases]
     for row in rows:
         assert row["scored"] == 19 and row["asked"] == 1 and len(row["output_error_by_layer"]) == 6

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from outrider.config import SamplingParams
+from outrider.config import Budget, SamplingParams
 from outrider.decoding import unlisted
 from outrider.decoding.calibrate import DEFAULT_MAPS, calibrate
+from outrider.decoding.list_costs import one_list
 from outrider.decoding.outrider import Outrider
-from outrider.decoding.pair import find_alignment, identity
+from outrider.decoding.pair import find_alignment, identity, make_selector
+from outrider.decoding.scoring import score
 from outrider.errors import OptionError, PromptError
 from outrider.guidance.alignment import save
+from outrider.guidance.budgets import SHARES, WEIGHED, listed, rank
 from outrider.guidance.selectors import SELECTORS
 
-SMALL = {"text_name": "book", "tokens": 300, "rounds": 16, "queries_per_round": 3, "keep": 0.1}
+SMALL = {"text_name": "book", "tokens": 300, "rounds": 16, "queries_per_round": 3, "keep": 0.1, "budget_rounds": 4}
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +116,42 @@ def test_fits_bring_outputs_nearer_to_dense_ones(text_pair, book, monkeypatch):
         assert (best <= error(weights * change) + 1e-12).all()
 
 
+def test_costs_are_those_of_the_lists(found, text_pair):
+    """Of method outrider's map alone: they fall to nothing at the whole cache, and lists follow them."""
+    target = text_pair[0].spec
+    assert [name for name, entry in found.maps.items() if entry.alignment.costs is not None] == ["joint+divergence"]
+    costs = found.maps["joint+divergence"].alignment.costs
+    assert costs.values.shape == (len(target.layers), target.full_shape.kv_heads, len(costs.shares))
+    assert (costs.values[..., 0] > 0).all() and (costs.values[..., -1] < 1e-6 * costs.values[..., 0]).all()
+
+
+def test_a_list_alone_costs_the_divergence_it_makes(text_pair, book):
+    """At the share at which it is measured a cost is the KL divergence of predictions, all else dense."""
+    target, draft = text_pair
+    ids = target.tokenizer(book[2000:3000])["input_ids"][:300]
+    file = calibrate(*text_pair, book[2000:3000], maps=("joint+divergence",), **(SMALL | {"rounds": 2, "budget_rounds": 2}))
+    alignment = file.maps["joint+divergence"].alignment
+    t = 3
+    cache, start = target.new_cache(1, 300), 300 - t  # of two rounds the first one lies in the tokens that every list holds
+    draft_cache = draft.new_cache(1, 300)
+    for model, own in ((target, cache), (draft, draft_cache)):
+        model.forward(torch.tensor([ids[:start]]), own, logits=False)
+        own.advance(start)
+    part = torch.tensor([ids[start : start + t]])
+    queries = draft.forward(part, draft_cache, record_queries=True, logits=False).queries
+    selector = make_selector(target, draft, "outrider", replace(alignment, costs=None), Budget(keep=1.0), t - 1)
+    mass = score(draft, draft_cache, queries, torch.tensor([start]), selector.draft_layers, per_query=False).mass[0, 0]
+    dense = target.forward(part, cache).logits[0].log_softmax(-1)
+    count = listed(start, 68, (WEIGHED,))[0]
+    order = rank(mass[selector.rows].mean(2), start, 4, 64)
+    for layer, head in ((0, 0), (1, 1)):
+        alone = one_list(layer, head, order[layer], count)
+        sparse = target.forward(part, cache, selection=alone).logits[0].log_softmax(-1)
+        wanted = float((dense.double().exp() * (dense.double() - sparse.double())).sum(-1).mean()) / 2
+        assert wanted > 1e-7
+        assert float(alignment.costs.values[layer, head, SHARES.index(WEIGHED)]) == pytest.approx(wanted, rel=1e-2)
+
+
 def test_the_same_run_twice_is_the_same_file(found, text_pair, book):
     again = calibrate(*text_pair, book[2000:3000], maps=("joint+divergence",), **(SMALL | {"prefill_chunk": 77}))
     first = found.maps["joint+divergence"].alignment.sources
@@ -126,6 +167,7 @@ def test_progress(text_pair, book):
         "read text with the target",
         "compare layers",
         "fit what stands for unlisted tokens",
+        "measure lists",
     }
     assert all(done <= of for _, done, of in seen)
 
@@ -137,7 +179,9 @@ def test_progress(text_pair, book):
         ({"maps": ("joint",)}, OptionError, "maps: got 'joint'"),
         ({"keep": 0.0}, OptionError, "keep: got 0.0"),
         ({"rounds": 1}, OptionError, "rounds: got 1"),
+        ({"budget_rounds": -1}, OptionError, "budget-rounds: got -1; allowed: a whole number >= 0"),
         ({"queries_per_round": 0}, OptionError, "queries-per-round: got 0"),
+        ({"queries_per_round": 17}, OptionError, r"queries-per-round: got 17; allowed: 1 \.\. 16"),
         ({"tokens": 20}, OptionError, "tokens: got 20; allowed: .*16 rounds"),
         ({"tokens": 513}, OptionError, "tokens: got 513; allowed: .* 512"),
         ({"tokens": 400}, PromptError, "text book: got 350 tokens; allowed: at least --tokens 400"),

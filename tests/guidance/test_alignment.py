@@ -11,7 +11,7 @@ import torch
 from outrider.errors import AlignmentError
 from outrider.guidance import alignment as module
 from outrider.guidance.alignment import AlignmentFile, AlignmentMap, ModelIdentity, load, save
-from outrider.types import Alignment, UnlistedFit
+from outrider.types import Alignment, ListCosts, UnlistedFit
 
 TARGET, DRAFT = ModelIdentity("big", "sha256:1"), ModelIdentity("little", "sha256:2")
 
@@ -124,6 +124,36 @@ def test_save_into_a_missing_folder(tmp_path):
         save(make_file(), tmp_path / "nowhere" / "a.json")
 
 
+def test_costs_come_back(tmp_path):
+    values = torch.rand(4, 2, 3, dtype=torch.float64)
+    costs = ListCosts(shares=(0.0, 0.25, 1.0), values=values)
+    first = next(iter(make_file().maps.values()))
+    file = replace(make_file(), maps={first.name: replace(first, alignment=replace(first.alignment, costs=costs))})
+    save(file, tmp_path / "a.json")
+    again = load(tmp_path / "a.json", target=None, draft=None).map(first.name).alignment
+    assert again.costs.shares == costs.shares
+    assert torch.allclose(again.costs.values, values, rtol=1e-3)
+    for name, wrong in (
+        ("cost_shares", [0.0, 0.25]),
+        ("cost_shares", [0.0, 0.25, 0.25, 1.0]),
+        ("cost_shares", None),
+        ("costs", [[[1, 2, 3]]]),
+        ("costs", (values - 1).tolist()),
+        ("costs", (values / 0).tolist()),
+        ("costs", values[:, :, :2].tolist()),
+        ("costs", "many"),
+    ):
+        save(file, tmp_path / "a.json")
+        edit(tmp_path / "a.json", lambda document, name=name, wrong=wrong: document["maps"][first.name].update({name: wrong}))
+        assert f"{name}: malformed" in refused(tmp_path / "a.json")
+
+
+def test_a_file_without_costs_is_read_as_ever(path):
+    """Version 1 had none."""
+    edit(path, lambda document: document.update(version=1))
+    assert all(entry.alignment.costs is None for entry in load(path, target=None, draft=None).maps.values())
+
+
 def test_unknown_map_names_those_present(path):
     with pytest.raises(AlignmentError, match=r"'monotone\+average'.*joint\+recall, proportional\+jaccard"):
         load(path, target=None, draft=None).map("monotone+average")
@@ -168,7 +198,7 @@ def test_missing_field(path, field):
     ("field", "value"),
     [
         ("format", "other"),
-        ("version", 2),
+        ("version", 3),
         ("version", True),
         ("target", "big"),
         ("target", {"name": "big"}),
@@ -187,6 +217,7 @@ def test_missing_field(path, field):
         ("maps", {"joint+recall": {"quality": {}}}),
         ("maps", {"joint+recall": {"sources": [[[[0, 0]]]]}}),
         ("maps", {"joint+recall": {"sources": [[[[0, 0]]]], "quality": {"recall": "good"}}}),
+        ("maps", {"joint+recall": {"sources": [[[[0, 0]]]], "quality": {}, "costs": [[[1, 0]]]}}),
     ],
 )
 def test_wrong_field(path, field, value):

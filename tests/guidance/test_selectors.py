@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +14,8 @@ from hypothesis import strategies as st
 from outrider.config import Budget
 from outrider.errors import OptionError, PairError
 from outrider.guidance.selectors import SELECTORS, build_selector
-from outrider.guidance.selectors.base import list_width, top_k
-from outrider.types import Alignment, DraftScores, UnlistedFit
+from outrider.guidance.selectors.base import list_width, longest_list, top_k
+from outrider.types import Alignment, DraftScores, ListCosts, UnlistedFit
 
 B, Ld, Hd, Lt, Hq, Hkv, S, T = 3, 3, 2, 5, 4, 2, 60, 4
 TARGET_LAYERS = (0, 1, 3, 4)  # layer 2 has a sliding window
@@ -161,6 +163,62 @@ def test_outrider_against_naive(heads, merged, budget):
                 else:
                     assert float(row[kept].sum()) >= 0.8 * float(row.sum()) - 1e-6
                     assert kept == naive_top_p(row, length, 0.8, forced_tokens(length))
+
+
+def with_costs(aligned: Alignment, heads: int, seed: int = 0) -> Alignment:
+    falls = torch.rand(Lt, heads, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 4
+    costs = torch.cat([falls.flip(-1).cumsum(-1).flip(-1), torch.zeros(Lt, heads, 1)], -1)
+    return replace(aligned, costs=ListCosts(shares=(0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0), values=costs))
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.3, 1.0])
+@pytest.mark.parametrize(("heads", "merged"), [(Hq, 1), (Hkv, 4), (1, 2)], ids=["query", "kv", "shared"])
+def test_fitted_lists_have_the_total_of_equal_ones(heads, merged, keep):
+    """The best tokens still, in numbers that follow the costs; a sequence below min_context is read whole."""
+    owners = min(heads, Hkv)
+    aligned = with_costs(alignment(heads, merged), owners)
+    selector = make("outrider", aligned, keep=keep, min_context=10)
+    flat = make("outrider", aligned, keep=keep, min_context=10, allocation="flat")
+    scores, mass = make_scores(selector)
+    selection = selector.select(scores)
+    got, counts, equal = lists(selection), selection.counts.sum((0, 2)), flat.select(scores).counts
+    assert len(equal.flatten(2).unique(dim=2)[0, 0]) == 1
+    missing = equal.sum((0, 2)) - counts
+    assert (missing >= 0).all() and (missing < equal[:, 0].numel()).all(), (
+        "less than a token a list, by which equal ones are rounded up"
+    )
+    assert (selection.counts[:, 2] == LENGTHS[2]).all(), "below min_context"
+    assert (keep < 1) == bool(selection.counts[:, 0].unique().numel() > 1)
+    for b, length in enumerate(LENGTHS):
+        assert int(selection.counts[:, b].sum()) <= selector.entries(length)
+        assert int(selection.counts[:, b].max()) <= longest_list(selector.budget, length, 5, selector.longest)
+        for layer, h in itertools.product(TARGET_LAYERS, range(owners)):
+            members = range(h * heads // owners, (h + 1) * heads // owners)
+            pairs = [pair for m in members for pair in aligned.sources[layer, m].tolist()]
+            row, kept = torch.stack([mass[b, :, d, i] for d, i in pairs]).mean((0, 1)), got[layer, b, h]
+            assert kept == naive_top_k(row, length, len(kept), forced_tokens(length))
+
+
+def test_allocation():
+    plain, costly = alignment(Hkv, 4), with_costs(alignment(Hkv, 4), Hkv)
+    for aligned, budget, fitted in (
+        (plain, {"keep": 0.3}, False),
+        (costly, {"keep": 0.3}, True),
+        (costly, {"keep": 0.3, "allocation": "fitted"}, True),
+        (costly, {"keep": 0.3, "allocation": "flat"}, False),
+        (costly, {"top_p": 0.3}, False),
+    ):
+        assert (make("outrider", aligned, **budget).bounds is not None) == fitted
+    with pytest.raises(OptionError, match="allocation: got 'fitted'; allowed: flat, or an alignment with budgets"):
+        make("outrider", plain, allocation="fitted")
+    with pytest.raises(OptionError, match="allocation: got 'fitted'; allowed: flat or auto with method sts"):
+        make("sts", costly, allocation="fitted")
+    with pytest.raises(OptionError, match="allocation: got 'fitted'; allowed: flat or auto with top-p"):
+        Budget(top_p=0.5, allocation="fitted")
+    with pytest.raises(OptionError, match="allocation: got 'best'; allowed: auto, flat, fitted"):
+        Budget(allocation="best")
+    with pytest.raises(PairError, match="costs of 1 lists a layer, but 2 lists"):
+        make("outrider", with_costs(plain, 1), keep=0.3)
 
 
 @pytest.mark.parametrize("budget", [{"keep": 0.2}, {"top_p": 0.7}], ids=str)

@@ -65,8 +65,14 @@ def verify(
             for h in range(Hs):
                 row = merge_rows(scores[b, sources[layer, h], :n], merge)
                 got = indices[layer, b, h, : counts[layer, b, h]].long()
-                k, p = (x[b].item() if isinstance(x, Tensor) else x for x in (top_k, top_p))
+                k, p = (budget_of(x, layer, b, h) for x in (top_k, top_p))
                 check_list(got, row, k=k, p=p, sinks=sinks, recent=recent, width=width, exact=exact)
+
+
+def budget_of(budget: Tensor | float | None, layer: int, b: int, h: int) -> float | None:
+    if not isinstance(budget, Tensor):
+        return budget
+    return budget[(layer, b, h) if budget.dim() == 3 else b].item()
 
 
 def merge_rows(rows: Tensor, merge: str) -> Tensor:
@@ -257,6 +263,25 @@ def test_layers_and_ragged_batches(check, device, budget):
     for b in range(3) if GPU else [2]:
         alone = check(scores[b : b + 1], lengths[b : b + 1], sources, width=200, sinks=2, recent=3, **budget)
         assert torch.equal(alone.indices[:, 0], together.indices[:, b])
+
+
+@pytest.mark.parametrize(
+    ("budget", "dtype"), [("top_k", torch.int32), ("top_k", torch.int64), ("top_p", torch.float32)], ids=str
+)
+def test_budgets_by_list(check, device, budget, dtype):
+    """Each list has its own, whatever the strides."""
+    scores = random_scores("softmax", 2, 2, 90, torch.bfloat16, device)
+    lengths, sources = torch.tensor([90, 40], device=device), rows_of(device, 1, 2, 2, 2)
+    values = [[[20, 7], [40, 9]]] if budget == "top_k" else [[[0.5, 0.9], [1.5, 0.7]]]
+    own = torch.tensor(values, dtype=dtype, device=device)
+    lists = check(
+        scores, lengths, sources, width=90, sinks=2, recent=3, **{budget: own.transpose(1, 2).contiguous().transpose(1, 2)}
+    )
+    assert len(lists.counts.unique()) == 4
+    if GPU:
+        alike = check(scores, lengths, sources, width=90, **{budget: own[:, :, :1].expand(1, 2, 2)})
+        wanted = check(scores, lengths, sources, width=90, **{budget: own[0, :, 0]})
+        assert torch.equal(alike.indices, wanted.indices)
 
 
 def test_any_strides(check, device):

@@ -49,7 +49,7 @@ def owners_mass(round_, number, owner):
 @settings(max_examples=40)
 @given(budget=BUDGETS)
 def test_lists_of_a_round(method, pair, begun, make_selector, budget):
-    round_ = begun.select_again(make_selector(pair, method, **budget))
+    round_ = begun.select_again(make_selector(pair, method, allocation="flat", **budget))
     selection, lengths = round_.selection, begun.lengths.tolist()
     sinks, recent = (budget["sinks"], budget["recent"]) if method in ("outrider", "dustin") else (0, 0)
     dense_layers = 2 if method == "specattn" and "top_p" in budget else 0
@@ -72,9 +72,32 @@ def test_lists_of_a_round(method, pair, begun, make_selector, budget):
                 assert mass[listed].sum() >= budget["top_p"] * mass[:length].sum() * (1 - 1e-6)
 
 
+@settings(max_examples=40)
+@given(budget=BUDGETS.filter(lambda budget: "keep" in budget))
+def test_lists_of_several_lengths(pair, begun, make_selector, budget):
+    """Fitted lists have together what equal ones have before these are rounded up; each holds the heaviest tokens."""
+    fitted = begun.select_again(make_selector(pair, "outrider", allocation="fitted", **budget))
+    lists = fitted.selection.counts[:, 0].numel()
+    for b, length in enumerate(begun.lengths.tolist()):
+        always = min(budget["sinks"] + budget["recent"], length)
+        exact = length if length < budget["min_context"] else min(max(budget["keep"] * length, always), length)
+        assert abs(int(fitted.selection.counts[:, b].sum()) - lists * exact) <= 0.5001
+    for number, b, owner in torch.cartesian_prod(*map(torch.arange, fitted.selection.counts.shape)).tolist():
+        length, count = int(begun.lengths[b]), int(fitted.selection.counts[number, b, owner])
+        row = fitted.selection.indices[number, b, owner]
+        always = {i for i in range(length) if i < budget["sinks"] or i >= length - budget["recent"]}
+        listed = row[:count].tolist()
+        assert (row[count:] == -1).all()
+        assert listed == sorted(set(listed)) and all(0 <= i < length for i in listed) and always <= set(listed)
+        mass = owners_mass(fitted, number, owner)[b, 0]
+        chosen, others = (sorted(tokens) for tokens in (set(listed) - always, set(range(length)) - set(listed)))
+        if chosen and others:
+            assert min(mass[chosen]) >= max(mass[others]) - 1e-7
+
+
 def test_top_k_keeps_the_heaviest_tokens(pair, begun, make_selector):
     """No token left out weighs more than a listed one, but for the sinks and the recent window."""
-    round_ = begun.select_again(make_selector(pair, "outrider", keep=0.4, sinks=2, recent=4))
+    round_ = begun.select_again(make_selector(pair, "outrider", keep=0.4, sinks=2, recent=4, allocation="flat"))
     for number in range(3):
         for owner in range(2):
             mass = owners_mass(round_, number, owner)[0, 0]
@@ -114,6 +137,6 @@ def test_scores_equal_the_attention_weights_of_the_draft(draft_family, make_mode
 
 def test_builtin_pair(method, builtin_pair, begin_round, make_selector, book):
     tokens = builtin_pair[0].tokenizer(book, verbose=False)["input_ids"]
-    begun = begin_round(builtin_pair, [tokens[3000:3200], tokens[7000:7120]], method, keep=0.1, recent=8)
+    begun = begin_round(builtin_pair, [tokens[3000:3200], tokens[7000:7120]], method, keep=0.1, recent=8, allocation="flat")
     for b, length in enumerate(begun.lengths.tolist()):
         assert set(begun.selection.counts[:, b].flatten().tolist()) == {math.ceil(length / 10)}

@@ -88,6 +88,27 @@ def test_top_k_is_exact(case, data):
 
 @settings(max_examples=50, deadline=None)
 @given(case=cases(), data=st.data())
+def test_each_list_may_have_its_own_budget(case, data):
+    scores, lengths, sources, options = case
+    shape = (len(sources), len(lengths), sources.shape[1])
+    name, values = data.draw(
+        st.sampled_from([("top_k", st.integers(0, 30)), ("top_p", st.integers(0, 17).map(lambda n: n / 16))])
+    )
+    size = shape[0] * shape[1] * shape[2]
+    own = torch.tensor(data.draw(st.lists(values, min_size=size, max_size=size))).view(shape)
+    own = own.double() if name == "top_p" else own
+    got = lists_of(token_select(scores, lengths, sources, **{name: own}, **options))
+    forced = {"sinks": options["sinks"], "recent": options["recent"]}
+    for layer, heads in enumerate(sources.tolist()):
+        for b, length in enumerate(lengths.tolist()):
+            for h, rows in enumerate(heads):
+                budget = {name: own[layer, b, h].item()}
+                row = merge_rows(scores[b], rows, options["merge"])
+                assert got[layer][b][h] == oracle(row, length, **budget, **forced)
+
+
+@settings(max_examples=50, deadline=None)
+@given(case=cases(), data=st.data())
 def test_top_p_is_exact(case, data):
     _, lengths, _, _ = case
     share = st.integers(0, 17).map(lambda n: n / 16)  # exact in binary, and once above 1

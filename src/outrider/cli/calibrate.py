@@ -26,6 +26,11 @@ class CalibrationOptions:
     rounds: int = option(96, "rounds scored, spread over the text; half are held out")
     queries_per_round: int = option(5, "query rows of a round; one more than the tokens drafted")
     keep: float = option(0.05, "share of the tokens that recall is measured at")
+    budget_rounds: int = option(
+        32,
+        "at most so many of the rounds tell what each list of method outrider is worth to the target's predictions, for "
+        "budgets by layer and head; 0: equal budgets",
+    )
 
 
 MODELS = Flags(source=ModelOptions, panel="Models", only=("target", "draft", "dtype", "device"))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from outrider.config import Budget, check
+from outrider.decoding.list_costs import measure
 from outrider.decoding.pair import identity
 from outrider.decoding.prefill import ProgressCallback
 from outrider.decoding.unlisted import fit_unlisted
@@ -18,7 +19,9 @@ from outrider.guidance.alignment import AlignmentFile
 from outrider.guidance.calibration import Calibration
 from outrider.guidance.head_map import HEAD_MAPS
 from outrider.guidance.layer_map import LAYER_MAPS
+from outrider.guidance.selectors.outrider import Outrider
 from outrider.models import KVCache, LanguageModel
+from outrider.models.attention import ROUND
 from outrider.ops import attention_mass
 
 DEFAULT_MAPS = ("joint+divergence", "proportional+jaccard", "monotone+average")  # of outrider, sts and specattn
@@ -36,19 +39,24 @@ def calibrate(
     rounds: int = 96,
     queries_per_round: int = 5,
     keep: float = 0.05,
+    budget_rounds: int = 32,
     prefill_chunk: int = 2048,
     progress: ProgressCallback | None = None,
 ) -> AlignmentFile:
     """Fit alignment maps ("joint+divergence", "monotone+average", ...) on the first `tokens` tokens of a text.
 
     Scores `rounds` rounds of `queries_per_round` consecutive query rows, spread evenly over the text behind its first eighth;
-    recall is measured for lists of the share `keep`. What stands for unlisted tokens is fitted on the same rounds. Raises,
-    before any work, OptionError for unknown maps or numbers out of range and PromptError for a text that is too short.
+    recall is measured for lists of the share `keep`. What stands for unlisted tokens is fitted on the same rounds. If the map
+    of method outrider is among the maps, at most `budget_rounds` of the rounds tell what its lists cost by layer and head (0:
+    nobody asks). Raises, before any work, OptionError for unknown maps or numbers out of range and PromptError for a text that
+    is too short.
     """
     pairs = [_split(name) for name in maps]
     check("keep", keep, 0 < keep <= 1, "a number in (0, 1]")
     check("rounds", rounds, rounds >= 2, "a whole number >= 2")
-    check("queries-per-round", queries_per_round, queries_per_round >= 1, "a whole number >= 1")
+    check("budget-rounds", budget_rounds, budget_rounds >= 0, "a whole number >= 0")
+    most = ROUND if budget_rounds else tokens
+    check("queries-per-round", queries_per_round, 1 <= queries_per_round <= most, f"1 .. {most} (where budgets are measured)")
     limit = min(target.spec.context, draft.spec.context)
     least = 4 * rounds * queries_per_round // 3 + 8
     check("tokens", tokens, least <= tokens <= limit, f"{least} (for {rounds} rounds) .. {limit} (the context of the pair)")
@@ -83,8 +91,24 @@ def calibrate(
         if progress is not None:
             progress("compare layers", done, len(target.spec.full_layers))
     fitted = {name: calibration.fit(*pair) for name, pair in zip(maps, pairs, strict=True)}
-    alignments = {name: entry.alignment for name, entry in fitted.items()}
-    alignments = fit_unlisted(target, draft, alignments, seen, starts, progress)
+    alignments = fit_unlisted(target, draft, {name: one.alignment for name, one in fitted.items()}, seen, starts, progress)
+    fitted = {name: replace(one, alignment=alignments[name]) for name, one in fitted.items()}
+    if budget_rounds and Outrider.default_map in fitted:
+        found = fitted[Outrider.default_map]
+        chosen = torch.linspace(0, rounds - 1, min(rounds, budget_rounds)).round().long()
+        cache, queries = seen["target"]
+        costs = measure(
+            target,
+            draft.spec,
+            found.alignment,
+            cache,
+            sequence,
+            starts[chosen].tolist(),
+            [layer[chosen.to(layer.device)] for layer in queries],
+            draft_mass[chosen.to(draft_mass.device)],
+            progress,
+        )
+        fitted[Outrider.default_map] = replace(found, alignment=replace(found.alignment, costs=costs))
     return AlignmentFile(
         target=identity(target),
         draft=identity(draft),
@@ -94,7 +118,7 @@ def calibrate(
         rounds=rounds,
         queries_per_round=queries_per_round,
         keep=keep,
-        maps={name: replace(entry, alignment=alignments[name]) for name, entry in fitted.items()},
+        maps=fitted,
     )
 
 

@@ -16,7 +16,7 @@ from outrider.models import KVCache, LanguageModel
 from outrider.models.quantization import dequantize
 from outrider.models.quantized_keys import QuantizedKeys
 from outrider.ops import TokenLists
-from outrider.types import Selection
+from outrider.types import Lists, Selection
 
 OBSERVED = 256  # tokens of a document whose queries a rival sees at a time
 
@@ -110,7 +110,7 @@ class ByRow:
         return RowsInForward(parts, lengths)
 
 
-class RowsInForward:
+class RowsInForward(Lists):
     """The lists of a batch's round; those of each row are made by its own rival. Idle rows, the last ones, have none."""
 
     def __init__(self, parts: list[InForward], lengths: Tensor) -> None:
@@ -135,10 +135,6 @@ class RowsInForward:
         given = [(part, slice(row, row + 1)) for row, part in enumerate(self._parts)]
         rows = [part.attended(layer, queries[one], output[one]) for part, one in given]
         return torch.cat([*rows, output[len(rows) :]])
-
-    def unlisted_of(self, layer: int) -> tuple[None, None]:
-        """A rival's lists stand for all tokens."""
-        return None, None
 
     @property
     def made(self) -> Selection | None:

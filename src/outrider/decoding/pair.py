@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -185,7 +185,7 @@ def _build_selector(
     }
     return build_selector(
         method,
-        alignment=Alignment(sources=alignment.sources.to(device), unlisted=fits),
+        alignment=replace(alignment, sources=alignment.sources.to(device), unlisted=fits),
         budget=budget,
         target_layers=reader.spec.full_layers,
         kv_heads=reader.spec.full_shape.kv_heads,

@@ -117,9 +117,11 @@ def conditions(
 
 
 def of_case(common: dict[str, str | int], case: Case) -> dict[str, str | int]:
-    """The conditions of a case's rows: those of all, its own map where it has one, and what stands for unlisted tokens."""
+    """The conditions of a case's rows: those of all, its own map where it has one, and how its lists share a budget and what
+    stands for unlisted tokens."""
     own = {} if case.map is None else {"map": case.map}
-    return common | own | ({} if case.budget is None else {"unlisted": case.budget.unlisted})
+    budget = {} if case.budget is None else {"allocation": case.budget.allocation, "unlisted": case.budget.unlisted}
+    return common | own | budget
 
 
 def append_rows(path: str | Path, rows: Iterable[Line], command: str | None = None) -> None:

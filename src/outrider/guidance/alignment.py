@@ -4,7 +4,8 @@ A file is JSON, one line per target layer, so that it can be read and compared b
 `[Lt][Hs][G][2]`: target layer, list-owning head, merged draft heads, (draft layer, draft query head). A target layer that
 has no lists (sliding-window attention, never calibrated) has (-1, -1) everywhere. What stands for the tokens that lists leave
 out is the same mean values for all (`unlisted_values`, `[Lt][Hkv][D]`), and by map and method the weights of their shares
-(`unlisted_weights`, `[Lt][Hq]`); files written before there was any such thing have neither.
+(`unlisted_weights`, `[Lt][Hq]`); `costs`, where a map has them, are what lists of the shares `cost_shares` cost,
+`[Lt][Hs][shares]` (`budgets.py`). Files of version 1 may have neither.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from torch import Tensor
 
 from outrider.errors import AlignmentError
 from outrider.guidance.files import ModelIdentity, Reader, write
-from outrider.types import Alignment, UnlistedFit
+from outrider.types import Alignment, ListCosts, UnlistedFit
 
 FORMAT = "outrider-alignment"
-VERSION = 1
+VERSION = 2
+VERSIONS = (1, VERSION)  # that can be read
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,13 @@ def _values(file: AlignmentFile) -> dict[str, Any]:
 def _entry(entry: AlignmentMap) -> dict[str, Any]:
     fits = entry.alignment.unlisted
     weights = {"unlisted_weights": {method: _rounded(fit.weights) for method, fit in fits.items()}} if fits else {}
-    return {"quality": entry.quality, **weights, "sources": entry.alignment.sources.tolist()}
+    return {"quality": entry.quality, **weights, "sources": entry.alignment.sources.tolist()} | _costs(entry.alignment)
+
+
+def _costs(alignment: Alignment) -> dict[str, Any]:
+    if alignment.costs is None:
+        return {}
+    return {"cost_shares": list(alignment.costs.shares), "costs": _rounded(alignment.costs.values)}
 
 
 def _rounded(x: Tensor) -> list[Any]:
@@ -126,10 +134,10 @@ class _Reader(Reader):
     """Turns one file into an AlignmentFile."""
 
     def file(self) -> AlignmentFile:
-        document = self.document(FORMAT, VERSION)
+        document = self.document(FORMAT, VERSIONS)
         maps, values = self.get(document, "maps"), None
         if "unlisted_values" in document:
-            values = self._numbers(document, "unlisted_values", "[layers][KV heads][head dim]", 3)
+            values = self._numbers(document, "unlisted_values", "[layers][KV heads][head dim]", 3).float()
         if not isinstance(maps, dict) or not maps:
             self.fail(f"maps: got {maps!r}; allowed: an object with at least one map")
         return AlignmentFile(
@@ -150,7 +158,8 @@ class _Reader(Reader):
         quality = {key: self.typed(quality, key, float, f"{where}quality.") for key in quality}
         sources = self._sources(entry, where)
         fits = {} if values is None else self._fits(entry, where, values, len(sources))
-        return AlignmentMap(layer_map, head_map, Alignment(sources=sources, unlisted=fits), quality)
+        alignment = Alignment(sources=sources, costs=self._list_costs(entry, where, sources), unlisted=fits)
+        return AlignmentMap(layer_map, head_map, alignment, quality)
 
     def _fits(self, entry: dict[str, Any], where: str, values: Tensor, layers: int) -> dict[str, UnlistedFit]:
         if len(values) != layers:
@@ -158,7 +167,7 @@ class _Reader(Reader):
         found = self.typed(entry, "unlisted_weights", dict, where)
         where, fits = f"{where}unlisted_weights.", {}
         for method in found:
-            weights = self._numbers(found, method, "[layers][query heads]", 2, where)
+            weights = self._numbers(found, method, "[layers][query heads]", 2, where).float()
             if len(weights) != layers or weights.shape[1] % values.shape[1] or (weights < 0).any():
                 allowed = f"numbers >= 0, of {layers} layers, each of a multiple of {values.shape[1]} heads"
                 self.fail(
@@ -169,12 +178,23 @@ class _Reader(Reader):
 
     def _numbers(self, entry: dict[str, Any], name: str, shape: str, dims: int, where: str = "") -> Tensor:
         try:
-            tensor = torch.tensor(self.get(entry, name, where), dtype=torch.float32)
+            tensor = torch.tensor(self.get(entry, name, where), dtype=torch.float64)
         except (ValueError, TypeError, RuntimeError, OverflowError):
             tensor = torch.empty(0)
         if tensor.dim() != dims or tensor.numel() == 0 or not tensor.isfinite().all():
             self.fail(f"{where}{name}: malformed; allowed: finite numbers {shape}, every layer alike")
         return tensor
+
+    def _list_costs(self, entry: dict[str, Any], where: str, sources: Tensor) -> ListCosts | None:
+        if "costs" not in entry:
+            return None
+        shares = self._numbers(entry, "cost_shares", "from 0 to 1, ascending", 1, where)
+        values = self._numbers(entry, "costs", f"[{len(sources)} layers][heads][{len(shares)} shares]", 3, where)
+        if len(shares) < 2 or shares[0] != 0 or shares[-1] != 1 or (shares.diff() <= 0).any():
+            self.fail(f"{where}cost_shares: malformed; allowed: numbers from 0 to 1, ascending")
+        if values.shape[0] != len(sources) or values.shape[2] != len(shares) or (values < 0).any():
+            self.fail(f"{where}costs: malformed; allowed: numbers >= 0, [{len(sources)} layers][heads][{len(shares)} shares]")
+        return ListCosts(shares=tuple(shares.tolist()), values=values)
 
     def _sources(self, entry: dict[str, Any], where: str) -> Tensor:
         sources = self.get(entry, "sources", where)

@@ -57,7 +57,7 @@ def load(path: str | os.PathLike[str], *, target: ModelIdentity | None) -> Chann
     another model.
     """
     reader = Reader("channel", Path(path))
-    document = reader.document(FORMAT, VERSION)
+    document = reader.document(FORMAT, (VERSION,))
     file = ChannelFile(
         target=reader.identity(document, "target"),
         ranking=_ranking(reader, document),

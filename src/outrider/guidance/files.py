@@ -60,8 +60,8 @@ class Reader:
     def fail(self, complaint: str) -> NoReturn:
         raise AlignmentError(f"{self.kind} file {self.path}: {complaint}")
 
-    def document(self, format_name: str, version: int) -> dict[str, Any]:
-        """The JSON object in the file, once it is known to be of this format."""
+    def document(self, format_name: str, versions: tuple[int, ...]) -> dict[str, Any]:
+        """The JSON object in the file, once it is known to be of this format and one of these versions."""
         try:
             document = json.loads(self.path.read_text(encoding="utf-8"))
         except OSError as error:
@@ -70,10 +70,10 @@ class Reader:
             self.fail(f"not JSON ({error}); allowed: a file written by `outrider calibrate`")
         if not isinstance(document, dict):
             self.fail(f"got a JSON {type(document).__name__}; allowed: a JSON object")
-        for name, allowed in (("format", format_name), ("version", version)):
+        for name, allowed in (("format", (format_name,)), ("version", versions)):
             got = self.get(document, name)
-            if got != allowed or isinstance(got, bool):
-                self.fail(f"{name}: got {got!r}; allowed: {allowed!r}")
+            if got not in allowed or isinstance(got, bool):
+                self.fail(f"{name}: got {got!r}; allowed: {', '.join(map(repr, allowed))}")
         return document
 
     def get(self, entry: dict[str, Any], name: str, where: str = "") -> Any:

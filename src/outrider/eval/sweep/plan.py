@@ -87,7 +87,7 @@ class Plan:
     """All that a sweep computes."""
 
     models: Models
-    budget: dict[str, int]  # what all cases have in common
+    budget: dict[str, Any]  # what all cases have in common
     works: tuple[Work, ...]
 
     @property

@@ -5,7 +5,7 @@ A new method is a class with the same fields and one line here.
 
 from __future__ import annotations
 
-from outrider.config import Budget
+from outrider.config import Budget, check_flat
 from outrider.errors import OptionError
 from outrider.guidance.rivals.adore import Adore
 from outrider.guidance.rivals.base import InForward, Rival, Rows, Target, as_selection
@@ -43,6 +43,7 @@ def build_rival(method: str, target: Target, budget: Budget) -> Rival:
     """
     if method not in RIVALS:
         raise OptionError("method", method, ", ".join(RIVALS))
+    check_flat(budget, method)
     wanted = RIVALS[method].budgeted
     if getattr(budget, wanted) is None:
         other, value = ("keep", budget.keep) if wanted == "top_p" else ("top-p", budget.top_p)

@@ -14,7 +14,7 @@ from outrider.config import Budget
 from outrider.guidance.controller import Controller
 from outrider.guidance.selectors.base import top_k, top_p
 from outrider.ops import TokenLists, attention_mass, token_select
-from outrider.types import Selection
+from outrider.types import Lists, Selection
 
 Rows = Callable[[int], Tensor]  # of a layer, keys or values: [B, S, Hkv, D]
 
@@ -109,7 +109,7 @@ class Rival:
         return scores.unflatten(1, (self.target.kv_heads, -1)).sum(2)
 
 
-class InForward:
+class InForward(Lists):
     """The lists of one round of `tokens` [B, T], made while the target's forward runs; in place of a `Selection` there."""
 
     def __init__(self, rival: Rival, tokens: Tensor, keys: Rows, values: Rows, lengths: Tensor) -> None:
@@ -132,10 +132,6 @@ class InForward:
         if layer not in self._rival.target.layers:
             return output
         return self._rival.attended(layer, queries, self._keys, self._values, self._lengths, output)
-
-    def unlisted_of(self, layer: int) -> tuple[None, None]:
-        """A rival's lists stand for all tokens."""
-        return None, None
 
     @property
     def made(self) -> Selection | None:

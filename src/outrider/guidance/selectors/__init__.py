@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from outrider.config import Budget
+from outrider.config import Budget, check_flat
 from outrider.errors import OptionError
 from outrider.guidance.selectors.base import Selector
 from outrider.guidance.selectors.dustin import Dustin
@@ -42,6 +42,8 @@ def build_selector(
     """
     if method not in SELECTORS:
         raise OptionError("method", method, ", ".join(SELECTORS))
+    if method != "outrider":
+        check_flat(budget, method)
     return SELECTORS[method](
         alignment=alignment,
         budget=budget,

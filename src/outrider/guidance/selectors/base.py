@@ -129,17 +129,22 @@ def top_p(budget: Budget, lengths: Tensor) -> Tensor | None:
     return share.masked_fill(lengths < budget.min_context, 1.0)
 
 
-def list_width(budget: Budget, size: int, forced: int, device: torch.device) -> int | None:
+def list_width(budget: Budget, size: int, forced: int, device: torch.device, factor: float = 1.0) -> int | None:
     """Padded length M of lists over `size` tokens, known on the host, so that selecting need not wait.
 
-    `forced`: sinks + recent of the method. None, the longest list, on the CPU, where nothing waits.
+    `forced`, `factor`: see `longest_list`. None, the longest list, on the CPU, where nothing waits.
     """
-    return None if device.type == "cpu" else longest_list(budget, size, forced)
+    return None if device.type == "cpu" else longest_list(budget, size, forced, factor)
 
 
-def longest_list(budget: Budget, size: int, forced: int) -> int:
-    """A bound on the length of lists over `size` tokens; `forced`: sinks + recent of the method."""
+def longest_list(budget: Budget, size: int, forced: int, factor: float = 1.0) -> int:
+    """A bound on the length of lists over `size` tokens; `forced`: sinks + recent of the method.
+
+    `factor`: what the longest list has beside these, in terms of an equal part.
+    """
     if budget.keep is None:
         return size  # a share of the mass has no smaller bound
     kept = math.ceil(size * budget.keep)
+    if factor > 1:
+        kept += math.ceil((factor - 1) * max(kept - forced, 0)) + 1
     return max(1, min(size, max(kept, budget.min_context - 1, forced)))

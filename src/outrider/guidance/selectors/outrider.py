@@ -8,6 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from outrider.config import Budget
+from outrider.errors import OptionError, PairError
+from outrider.guidance.budgets import bounds, divide, list_factors
 from outrider.guidance.selectors.base import (
     check_layers,
     layer_sources,
@@ -31,7 +33,8 @@ class Outrider:
     Goes past STS and SpecAttn in four points: draft layer and head are searched jointly; query heads that share a KV head share
     a list, from the mean of their draft heads' masses, so that no key is read twice; lists come from the mean over all
     queries of the round; `budget.sinks` first and `budget.recent` last cached tokens are always listed and count
-    towards `budget.keep`.
+    towards `budget.keep`. Lists differ in length by layer and KV head, as calibration found best for predictions, where the
+    alignment has costs (`budget.allocation`; `guidance/budgets.py`); together they have no more than equal ones would have.
     """
 
     default_map: ClassVar[str] = "joint+divergence"
@@ -39,7 +42,7 @@ class Outrider:
     per_query: ClassVar[bool] = False
     waits: ClassVar[bool] = False
 
-    alignment: Alignment  # on the device of the scores; per query head, per KV head or shared
+    alignment: Alignment  # sources on the device of the scores; per query head, per KV head or shared
     budget: Budget
     target_layers: tuple[int, ...]  # target layers with full attention, ascending
     kv_heads: int  # of the target
@@ -49,30 +52,50 @@ class Outrider:
     unlisted: UnlistedFit | None = None  # of the target layers
     draft_layers: tuple[int, ...] = field(init=False)
     rows: Tensor = field(init=False, repr=False)  # [Lt, Hs, G] int64 score rows, Hs = 1 or Hkv
+    bounds: Tensor | None = field(init=False, repr=False)  # [2, Lt, 1, Hs] fp64: see `budgets.divide`; None: all lists alike
+    longest: float = field(init=False, repr=False)  # what the longest list has, in terms of an equal part
 
     def __post_init__(self) -> None:
         sources = per_kv_head(layer_sources(self.alignment, self.target_layers, self.draft_heads), self.kv_heads)
         draft_layers, rows = score_rows(sources, self.draft_heads, self.scored)
         object.__setattr__(self, "draft_layers", draft_layers)
         object.__setattr__(self, "rows", rows)
+        factors = self._factors()
+        object.__setattr__(self, "bounds", None if factors is None else bounds(factors).to(rows.device))
+        object.__setattr__(self, "longest", 1.0 if factors is None else float(factors.max()))
+
+    def _factors(self) -> Tensor | None:
+        """Raises OptionError where fitted lists are asked for and the alignment has none for these heads."""
+        costs, keep, allocation = self.alignment.costs, self.budget.keep, self.budget.allocation
+        if costs is None and allocation == "fitted":
+            raise OptionError("allocation", allocation, "flat, or an alignment with budgets (of `outrider calibrate`)")
+        if costs is None or keep is None or allocation == "flat":
+            return None
+        if costs.values.shape[1] != self.rows.shape[1]:
+            raise PairError(f"alignment: has costs of {costs.values.shape[1]} lists a layer, but {self.rows.shape[1]} lists")
+        return list_factors(costs, self.target_layers, keep)
 
     def entries(self, size: int) -> int:
-        forced = self.budget.sinks + self.budget.recent
-        return len(self.target_layers) * self.rows.shape[1] * longest_list(self.budget, size, forced)
+        lists, forced = len(self.target_layers) * self.rows.shape[1], self.budget.sinks + self.budget.recent
+        return lists * longest_list(self.budget, size, forced, self.longest)
 
     def select(self, scores: DraftScores) -> Selection:
         check_layers(scores, self.draft_layers)
-        budget = self.budget
+        budget, forced = self.budget, self.budget.sinks + self.budget.recent
+        kept = top_k(budget, scores.lengths)
+        if budget.keep is not None and self.bounds is not None:
+            whole = (scores.lengths < budget.min_context)[:, None]
+            kept = divide(scores.lengths.double() * budget.keep, self.bounds, forced).masked_fill(whole, scores.mass.shape[-1])
         lists = token_select(
             query_mean(scores),
             scores.lengths,
             self.rows,
-            top_k=top_k(budget, scores.lengths),
+            top_k=kept,
             top_p=top_p(budget, scores.lengths),
             sinks=budget.sinks,
             recent=budget.recent,
             merge="mean",
-            width=list_width(budget, scores.mass.shape[-1], budget.sinks + budget.recent, scores.lengths.device),
+            width=list_width(budget, scores.mass.shape[-1], forced, scores.lengths.device, self.longest),
             backend=self.backend,
         )
         return Selection(

@@ -58,8 +58,9 @@ def token_select(
             mass). Negative scores and NaN are treated as 0. Entries at and past `lengths[b]` are ignored.
         lengths: `[B]`, int32 or int64, number of cached tokens, `0 <= lengths[b] <= S`.
         sources: `[Lt, Hs, G]` int64: the score rows (`0 .. R-1`) merged for each list.
-        top_k: tokens per list, an int or `[B]` int32 or int64 (below 0 is treated as 0).
-        top_p: mass fraction per list, a float or `[B]` float32 or float64.
+        top_k: tokens per list, an int, or int32 or int64 by sequence, `[B]`, or by list, `[Lt, B, Hs]` (below 0 is treated as
+            0).
+        top_p: mass fraction per list, a float, or float32 or float64 by sequence, `[B]`, or by list, `[Lt, B, Hs]`.
         sinks, recent: numbers of always kept first and last cached tokens.
         merge: "mean" or "max" over the G rows of a list, in float32 (float64 scores: float64), rows in the order of G.
         width: M of the result. The reference raises where a list is longer; kernels, which cannot, keep its best `width`
@@ -88,11 +89,11 @@ def token_select(
     if (top_k is None) == (top_p is None):
         raise ValueError(f"expected exactly one of top_k and top_p, got top_k={top_k!r}, top_p={top_p!r}")
     if isinstance(top_k, Tensor):
-        check("top_k", top_k, shape="B", dtypes=INTS)
+        check("top_k", top_k, shape="Lt B Hs" if top_k.dim() == 3 else "B", dtypes=INTS)
     elif top_k is not None:
         check_int("top_k", top_k)
     if isinstance(top_p, Tensor):
-        check("top_p", top_p, shape="B", dtypes=FLOATS[2:])
+        check("top_p", top_p, shape="Lt B Hs" if top_p.dim() == 3 else "B", dtypes=FLOATS[2:])
     elif top_p is not None:
         if isinstance(top_p, bool) or not isinstance(top_p, (int, float)):
             raise TypeError(f"top_p: expected a float or a torch.Tensor, got {type(top_p).__name__}")

@@ -43,12 +43,14 @@ def token_select(
     rows = torch.where(cached & (scores > 0), scores, 0).to(torch.promote_types(scores.dtype, torch.float32))
 
     if top_k is not None:
-        k = torch.as_tensor(top_k, device=scores.device).view(-1, 1, 1)
-        needed = (torch.minimum(k, length) - forced.sum(-1, keepdim=True)).clamp(min=0)
-        keep = [_keep_top_k(_merge(rows, layer, merge), cached, forced, needed) for layer in sources]
+        ks = _by_layer(torch.as_tensor(top_k, device=scores.device), len(sources))
+        needed = (torch.minimum(ks, length) - forced.sum(-1, keepdim=True)).clamp(min=0)
+        chosen = zip(sources, needed, strict=True)
+        keep = [_keep_top_k(_merge(rows, layer, merge), cached, forced, few) for layer, few in chosen]
     else:
-        p = torch.as_tensor(top_p, dtype=torch.float64, device=scores.device).view(-1, 1, 1)
-        keep = [_keep_top_p(_merge(rows, layer, merge), cached, forced, p) for layer in sources]
+        ps = _by_layer(torch.as_tensor(top_p, dtype=torch.float64, device=scores.device), len(sources))
+        chosen = zip(sources, ps, strict=True)
+        keep = [_keep_top_p(_merge(rows, layer, merge), cached, forced, p) for layer, p in chosen]
     return _lists(torch.stack(keep), width)
 
 
@@ -61,6 +63,11 @@ def union_lists(indices: Tensor, counts: Tensor, length: int) -> tuple[Tensor, T
     return _lists(keep.scatter_(-1, slots, True)[..., :length], None)
 
 
+def _by_layer(budget: Tensor, layers: int) -> Tensor:
+    """`[Lt, B or 1, Hs or 1, 1]` of one budget, of one for each sequence or one for each list."""
+    return budget[..., None] if budget.dim() == 3 else budget.view(1, -1, 1, 1).expand(layers, -1, -1, -1)
+
+
 def _merge(rows: Tensor, sources: Tensor, merge: str) -> Tensor:
     """`[B, Hs, S]`: the mean or maximum of the score rows of every list of one layer."""
     merged = rows[:, sources[:, 0]]
@@ -70,7 +77,7 @@ def _merge(rows: Tensor, sources: Tensor, merge: str) -> Tensor:
 
 
 def _keep_top_k(merged: Tensor, cached: Tensor, forced: Tensor, needed: Tensor) -> Tensor:
-    """`[B, Hs, S]` bool: the forced tokens and the `needed [B, 1, 1]` best of the others."""
+    """`[B, Hs, S]` bool: the forced tokens and the `needed [B, 1 or Hs, 1]` best of the others."""
     view = _candidates(merged, cached, forced)
     threshold = _bisect(view, lambda passing: passing.sum(-1, keepdim=True, dtype=torch.int32) >= needed)
     above = view > threshold
@@ -78,7 +85,7 @@ def _keep_top_k(merged: Tensor, cached: Tensor, forced: Tensor, needed: Tensor) 
 
 
 def _keep_top_p(merged: Tensor, cached: Tensor, forced: Tensor, p: Tensor) -> Tensor:
-    """`[B, Hs, S]` bool: the forced tokens and the fewest others that bring the mass to `p [B or 1, 1, 1]` of the total."""
+    """`[B, Hs, S]` bool: the forced tokens and the fewest others that bring the mass to `p` [B or 1, Hs or 1, 1] of all."""
     view = _candidates(merged, cached, forced)
     buffer = torch.empty_like(view)
 

@@ -85,7 +85,10 @@ def token_select(
     masses = torch.empty(lists, splits, 2, dtype=torch.float64, device=device) if by_mass else None
     held = torch.empty(lists, dtype=torch.float64, device=device) if by_mass else None
     plan = torch.empty(lists, splits, 4, dtype=torch.int32, device=device)
-    stride_budget = budget.stride(0) if budget.numel() > 1 else 0
+    by_list = budget.dim() == 3
+    budget = budget.contiguous() if by_list else budget
+    stride_item = 1 if by_list else 0
+    stride_budget = budget.stride(0) if budget.dim() == 1 and budget.numel() > 1 else 0
     row = scores, scores.stride(), lengths, lengths.stride(0), sources.contiguous(), keys, pitch
     shapes = B, Hs, S, min(sinks, S), min(recent, S), width
     options = {"G": G, "MEAN": merge == "mean"}
@@ -93,15 +96,15 @@ def token_select(
     sample = min(SAMPLE, max(1024, triton.next_power_of_2(S)))
     with torch.cuda.device(device) if scores.is_cuda else nullcontext():
         _sample[lists,](
-            *row, *shapes, budget, stride_budget, windows, held, TOP_P=by_mass, SAMPLE=sample, **options,
+            *row, *shapes, budget, stride_budget, stride_item, windows, held, TOP_P=by_mass, SAMPLE=sample, **options,
             num_warps=max(4, sample // 1024),
         )  # fmt: skip
         _count[lists * splits,](
-            *row, *shapes, budget, stride_budget, splits, windows, tables, totals, masses,
+            *row, *shapes, budget, stride_budget, stride_item, splits, windows, tables, totals, masses,
             TOP_P=by_mass, BLOCK=block, **options, num_warps=warps, maxnreg=80 if by_mass else 64,
         )  # fmt: skip
         _settle[lists,](
-            *row, *shapes, budget, stride_budget, splits, windows, tables, totals, masses, held, plan, counts,
+            *row, *shapes, budget, stride_budget, stride_item, splits, windows, tables, totals, masses, held, plan, counts,
             TOP_P=by_mass, EXACT=exact, SPLITS=padded, BLOCK=block, **options, num_warps=max(4, min(16, padded // 8)),
         )  # fmt: skip
         _write[lists * splits,](
@@ -117,7 +120,7 @@ def _processors(device: torch.device) -> int:
 
 
 # Values of these would be compiled in, for 1 and for multiples of 16: a kernel per batch size and width, and no faster
-VARYING = ["stride_length", "B", "Hs", "sinks", "recent", "width", "stride_budget", "splits"]
+VARYING = ["stride_length", "B", "Hs", "sinks", "recent", "width", "stride_budget", "stride_item", "splits"]
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -135,8 +138,9 @@ def _sample(
     sinks,
     recent,
     width,
-    budget,  # [B or 1]: k, or p if TOP_P
+    budget,  # [1], [B] or [Lt, B, Hs]: k, or p if TOP_P
     stride_budget,
+    stride_item,
     windows,  # [lists, 2] int32: lowest and highest key
     held,  # [lists] float64: mass of the forced tokens
     TOP_P: tl.constexpr,
@@ -146,7 +150,7 @@ def _sample(
 ):
     item = tl.program_id(0).to(tl.int64)
     b, row, length, first, last = _list(item, scores, strides, lengths, stride_length, sources, B, Hs, S, sinks, recent, G)
-    number, p = _budget(budget + b * stride_budget, length, first, last, width, TOP_P)
+    number, p = _budget(budget + b * stride_budget + item * stride_item, length, first, last, width, TOP_P)
     competing = last - first
 
     # Runs of 8 tokens, spread over the tokens that compete: all of them if they fit.
@@ -201,7 +205,7 @@ def _sample(
 @triton.jit(do_not_specialize=VARYING)
 def _count(
     scores, strides, lengths, stride_length, sources, keys, pitch, B, Hs, S, sinks, recent, width,
-    budget, stride_budget, splits, windows,
+    budget, stride_budget, stride_item, splits, windows,
     tables,  # [lists, splits, WINDOW] int32: counts of the keys of the window but the lowest
     totals,  # [lists, splits, 2] int32: counts of the keys from the window's lowest on, and of those above the window
     masses,  # [lists, splits, 2] float64: of all keys, and of those above the window
@@ -214,7 +218,7 @@ def _count(
     item, split = program // splits, (program % splits).to(tl.int32)
     b, row, length, first, last = _list(item, scores, strides, lengths, stride_length, sources, B, Hs, S, sinks, recent, G)
     stored = keys if keys is None else keys + item * pitch
-    number, p = _budget(budget + b * stride_budget, length, first, last, width, TOP_P)
+    number, p = _budget(budget + b * stride_budget + item * stride_item, length, first, last, width, TOP_P)
     lowest = tl.load(windows + item * 2)
     highest = tl.load(windows + item * 2 + 1)
     table = tables + program * WINDOW
@@ -253,7 +257,7 @@ def _count(
 @triton.jit(do_not_specialize=VARYING)
 def _settle(
     scores, strides, lengths, stride_length, sources, keys, pitch, B, Hs, S, sinks, recent, width,
-    budget, stride_budget, splits, windows, tables, totals, masses, held,
+    budget, stride_budget, stride_item, splits, windows, tables, totals, masses, held,
     plan,  # [lists, splits, 4] int32: threshold; quota of tokens at it; tokens kept by the splits before; tokens kept
     counts,  # [Lt, B, Hs] int32
     TOP_P: tl.constexpr,
@@ -266,7 +270,7 @@ def _settle(
     item = tl.program_id(0).to(tl.int64)
     b, row, length, first, last = _list(item, scores, strides, lengths, stride_length, sources, B, Hs, S, sinks, recent, G)
     stored = keys if keys is None else keys + item * pitch
-    number, p = _budget(budget + b * stride_budget, length, first, last, width, TOP_P)
+    number, p = _budget(budget + b * stride_budget + item * stride_item, length, first, last, width, TOP_P)
     split = tl.arange(0, SPLITS)
     there = split < splits
     program = item * splits + split

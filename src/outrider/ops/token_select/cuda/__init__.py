@@ -34,8 +34,8 @@ class Arguments(ctypes.Structure):
         + [
             (name, ctypes.c_int)
             for name in (
-                "wide_lengths", "wide_budgets", "top_p", "B", "S", "layers", "heads", "G", "sinks", "recent", "take_max",
-                "width", "exact", "aligned",
+                "wide_lengths", "wide_budgets", "budget_by_list", "top_p", "B", "S", "layers", "heads", "G", "sinks", "recent",
+                "take_max", "width", "exact", "aligned",
             )
         ]
     )  # fmt: skip
@@ -89,6 +89,7 @@ def token_select(
         budget=number,
         wide_lengths=lengths.dtype == torch.int64,
         wide_budgets=budgets is not None and budgets.dtype in (torch.int64, torch.float64),
+        budget_by_list=budgets is not None and budgets.dim() == 3,
         top_p=top_k is None,
         B=B,
         S=S,

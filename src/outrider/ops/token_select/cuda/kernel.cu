@@ -30,12 +30,12 @@ struct Arguments {
   uint16_t* keys;            // [lists, pitch], for merged ones, in the order of the blocks; or null
   const void* lengths;       // [B] int32 or int64
   const long long* sources;  // [Lt, Hs, G]
-  const void* budgets;       // [B] int32 or int64 (top-k), float or double (top-p); null: the number below
+  const void* budgets;       // [B] or [Lt, B, Hs] int32 or int64 (top-k), float or double (top-p); null: the number below
   int* indices;              // [Lt, B, Hs, width]
   int* counts;               // [Lt, B, Hs]
   long long stride_b, stride_r, pitch;
   double budget;
-  int wide_lengths, wide_budgets, top_p, B, S, layers, heads, G, sinks, recent, take_max, width, exact, aligned;
+  int wide_lengths, wide_budgets, budget_by_list, top_p, B, S, layers, heads, G, sinks, recent, take_max, width, exact, aligned;
 };
 
 // Of the lane's 32 neighbours in a step: those above the threshold or forced, and those equal to it.
@@ -134,9 +134,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) token_select(const __g
   ELEMENT early = ELEMENT();
   if (!MERGED && thread < forced) early = ((const ELEMENT*)source)[forced_position(thread)];
   if (thread == 0) {
+    const int own = a.budget_by_list ? list : b;
     List list = {(bool)a.top_p, (bool)a.exact, a.budget, 0, length, a.width, forced, min(begin, forced_below) + max(begin - forced_from, 0)};
-    if (a.budgets && a.top_p) list.budget = a.wide_budgets ? ((const double*)a.budgets)[b] : ((const float*)a.budgets)[b];
-    if (a.budgets && !a.top_p) list.budget = a.wide_budgets ? (double)((const long long*)a.budgets)[b] : ((const int*)a.budgets)[b];
+    if (a.budgets && a.top_p) list.budget = a.wide_budgets ? ((const double*)a.budgets)[own] : ((const float*)a.budgets)[own];
+    if (a.budgets && !a.top_p) list.budget = a.wide_budgets ? (double)((const long long*)a.budgets)[own] : ((const int*)a.budgets)[own];
     if (a.top_p && list.budget >= 1) list.by_mass = false, list.budget = length;  // everything
     if (!list.by_mass) list.budget = min(list.budget, (double)a.width);
     shared.list = list;
