@@ -136,7 +136,9 @@ def test_flat_rounds_are_those_of_the_evaluation(builtin_pair, builtin_alignment
     reading = budgets.Reading(ranked, lambda one: budgets.flat(one, 0.3, None), document.target.spec.full_layers)
     ran = document.run(rounds, reading)
     alignment = builtin_alignment.map("joint+divergence").alignment
-    selector = make_selector(*builtin_pair, "outrider", alignment, Budget(keep=0.3, min_context=0, allocation="flat"), 4)
+    selector = make_selector(
+        *builtin_pair, "outrider", alignment, Budget(keep=0.3, min_context=0, allocation="flat", unlisted="none"), 4
+    )
     reader = TeacherForced(builtin_pair, 560, 4)
     reader.read([tokens[:500]], 2048)
     [wanted] = reader.run([tokens[500:]], selector)

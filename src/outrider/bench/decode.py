@@ -54,6 +54,8 @@ def measure(work: Workload, run: Run, options: DecodeOptions, conditions: Mappin
         mode=run.mode,
         drafting=run.drafting or "dense",
         keep=options.keep,
+        allocation=options.allocation,
+        unlisted=options.unlisted,
         draft_tokens=options.draft_tokens,
         score_keys=run.scoring or "exact",
         kv_dtype=run.kv_dtype or "auto",
@@ -129,6 +131,8 @@ def _row(work: Workload, run: Run, engine: Engine, measured: Measured, condition
             **conditions,
             "score_keys": name_of_bits(engine.guidance.bits if engine.guidance is not None else None),
             "kv_dtype": engine.config.kv_dtype,
+            "allocation": engine.config.budget.allocation,
+            "unlisted": engine.config.budget.unlisted,
             "fused_layers": [len(model.fused_layers) for model in (engine.target, engine.draft)],
         },
     )

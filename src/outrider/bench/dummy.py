@@ -14,10 +14,11 @@ from outrider.bench.prompts import random_prompts
 from outrider.bench.workload import DTYPES, Workload
 from outrider.decoding.rounds import Inputs
 from outrider.decoding.sampling import greedy
+from outrider.guidance.budgets import SHARES
 from outrider.models import KVCache, LanguageModel, ModelSpec
 from outrider.models.dummy import dummy_model
 from outrider.ops.token_verify import Verified
-from outrider.types import Alignment, DraftTrace, UnlistedFit
+from outrider.types import Alignment, DraftTrace, ListCosts, UnlistedFit
 
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -55,14 +56,20 @@ def read_noise(model: LanguageModel, cache: KVCache, tokens: Tensor, stop: int) 
 
 
 def random_alignment(target: ModelSpec, draft: ModelSpec, seed: int = 0) -> Alignment:
-    """A random draft layer and head for every target layer and query head, and a value of zeros for unlisted tokens."""
+    """A random draft layer and head for every target layer and query head, a value of zeros for unlisted tokens, random costs.
+
+    With these, lists differ in length.
+    """
     generator = torch.Generator().manual_seed(seed)
     shape = len(target.layers), target.full_shape.query_heads, 1
     layers = torch.randint(len(draft.layers), shape, generator=generator)
     heads = torch.randint(draft.full_shape.query_heads, shape, generator=generator)
     values = torch.zeros(shape[0], target.full_shape.kv_heads, target.full_shape.head_dim)
     fit = UnlistedFit(values=values, weights=torch.full(shape[:2], 0.5))
-    return Alignment(sources=torch.stack([layers, heads], dim=-1), unlisted={"outrider": fit})
+    weights = torch.rand(shape[0], target.full_shape.kv_heads, 1, generator=generator, dtype=torch.float64)
+    shares = torch.tensor(SHARES, dtype=torch.float64)
+    costs = ListCosts(shares=SHARES, values=(0.2 + weights) * (1 - shares.sqrt()))
+    return Alignment(sources=torch.stack([layers, heads], dim=-1), costs=costs, unlisted={"outrider": fit})
 
 
 def dummy_models(pair: Pair, device: torch.device) -> tuple[LanguageModel, LanguageModel]:

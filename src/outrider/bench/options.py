@@ -49,6 +49,8 @@ class DecodeOptions:
     )
     kv_dtype: tuple[str, ...] = option(("auto",), "how we cache keys and values: auto (in the models' dtype) or fp8")
     keep: float = option(0.1, "share of the cached tokens that each list keeps, in (0, 1]")
+    allocation: str = option("auto", "how lists share what all may keep: flat, fitted or auto, as in generation")
+    unlisted: str = option("auto", "what stands for the tokens that lists leave out: mean, none or auto, as in generation")
     draft_tokens: int = option(4, "tokens the draft proposes each round (K)")
     acceptance: str | None = option(
         None,
@@ -123,7 +125,7 @@ class DecodeOptions:
             check("mode", ", ".join(self.mode), bool({*modes} & {*self.mode}), f"{', '.join(modes)} for engine {engine}")
 
     def _check_numbers(self) -> None:
-        Budget(keep=self.keep)
+        Budget(keep=self.keep, allocation=self.allocation, unlisted=self.unlisted)
         for name in ("draft_tokens", "rounds", "peer_timeout"):
             value = getattr(self, name)
             check(name.replace("_", "-"), value, value >= 1, "a whole number >= 1")
