@@ -20,7 +20,8 @@ def collect(folder: Path) -> list[Line]:
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for file in sorted((folder / "rows").glob("*.jsonl")):
         for row in read_rows(file):
-            groups.setdefault(tuple(getattr(row, name) for name in KEY), []).append(row)
+            about = {name: getattr(row, name) for name in KEY} | {"method": label(row)}
+            groups.setdefault(tuple(about.values()), []).append(row)
     lines = []
     for key, rows in groups.items():
         rows.sort(key=lambda row: row.text)
@@ -28,6 +29,11 @@ def collect(folder: Path) -> list[Line]:
         about = dict(zip(KEY, key, strict=True)) | {"texts": [row.text for row in rows], "scored_tokens": rows[0].scored_tokens}
         lines.append(about | by_text | {"conditions": rows[0].conditions})
     return lines
+
+
+def label(row: Row) -> str:
+    """The method, and what it does beside its default."""
+    return f"{row.method}, mean value" if row.conditions.get("unlisted") == "mean" else row.method
 
 
 def quality(line: Line, figure: str) -> list[float]:
@@ -50,8 +56,12 @@ def mean(values: Iterable[float]) -> float:
 
 
 def by_budget(lines: list[Line], figure: str) -> list[list[str]]:
-    """Header, then a row a method with a column a kept share; the best of a column, and what its noise hides, in bold."""
-    lines = [line for line in lines if line["keep"] is not None]
+    """Header, then a row a method with a column a kept share; the best of a column, and what its noise hides, in bold.
+
+    Lines that lack a text are left out.
+    """
+    whole = max((len(line["ppl"]) for line in lines), default=0)
+    lines = [line for line in lines if line["keep"] is not None and len(line["ppl"]) == whole]
     keeps = sorted({line["keep"] for line in lines}, reverse=True)
     cells: dict[str, dict[float, str]] = {}
     for keep in keeps:

@@ -186,6 +186,23 @@ def decode_stages_table(name: str) -> str:
     return markdown(["case", "drafting", *STAGES, "round"], rows) if rows else NOT_MEASURED
 
 
+def decode_lists_table(name: str) -> str:
+    """Sparse rounds with lists alone, with a mean value for what they leave out, and with lengths by layer and head besides."""
+    peers = [row for row in lines("decode") if (row["engine"], row["mode"]) == ("vllm", "plain")]
+    plain = {row["case"]: row["tokens_per_second"] for row in peers}
+    cells = []
+    for row in sorted(lines(name), key=lambda row: list(CASES).index(row["case"])):
+        about, speed = row["conditions"], row["tokens_per_second"]
+        more = ["mean value"] * (about["unlisted"] == "mean") + ["fitted lengths"] * (about["allocation"] == "fitted")
+        figures = (
+            f"{speed:.0f}",
+            f"{speed / plain[row['case']]:.2f}x",
+            *(f"{row['stages'][x]:.2f}" for x in ("select", "verify")),
+        )
+        cells.append([row["case"], ", ".join(more) or "alone", *figures, f"{row['round_ms']:.2f}"])
+    return markdown(["case", "lists", "tokens/s", "of vLLM plain", "select, ms", "verify, ms", "round, ms"], cells)
+
+
 def decode_profile_table(name: str) -> str:
     """What runs in a round: microseconds and launches by stage."""
     found = lines(name)
@@ -510,6 +527,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "pair-gpu": pair_gpu_table,
     "decode": decode_table,
     "decode-stages": decode_stages_table,
+    "decode-lists": decode_lists_table,
     "decode-profile": decode_profile_table,
     "drafting": drafting_table,
     "score-keys": score_keys_table,

@@ -14,7 +14,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 KV_DTYPES = ("auto", "fp8")
 CODE_BITS: dict[str, int | None] = {"exact": None, "4bit": 4, "2bit": 2}
 SCORE_KEYS = ("auto", *CODE_BITS)
-UNLISTED = ("auto", "none", "mean")
+UNLISTED = ("none", "mean")
 ALLOCATIONS = ("auto", "flat", "fitted")
 BACKENDS = ("auto", "reference", "triton", "cuda")
 DEFAULT_KEEP = 0.1
@@ -52,9 +52,9 @@ class Budget:
     recent: int = option(64, "last cached tokens that every list of methods outrider and dustin keeps")
     min_context: int = option(1024, "below this many cached tokens a sequence is verified densely")
     unlisted: str = option(
-        "auto",
-        "what stands for the tokens that a list of methods outrider, sts, specattn and dustin leaves out: mean (a mean value, "
-        "by as much as calibrated), none (the listed tokens do), or auto (mean with method outrider if the alignment has it)",
+        "none",
+        "what stands for the tokens that a list of methods outrider, sts, specattn and dustin leaves out: none (the listed "
+        "tokens do) or mean (a mean value, by as much as calibrated)",
     )
     allocation: str = option(
         "auto",

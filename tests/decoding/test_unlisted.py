@@ -62,11 +62,6 @@ def test_lists_are_the_same_with_it_and_what_is_read_is_counted(mixed, builtin_p
     assert torch.equal(counted[0].tokens, counted[1].tokens)
 
 
-def test_the_builtin_pair_has_it_by_default(mixed):
-    default, mean = mixed("auto"), mixed("mean")
-    assert all(torch.equal(one.logits, other.logits) for one, other in zip(default, mean, strict=True))
-
-
 def test_generation_has_it_too(make_pair, make_engine, random_prompts):
     """A run reads the constants in every sparse round, and its tokens come to differ."""
     engine = make_engine(make_pair("llama"), mode="sparse", unlisted="mean", min_context=0)
@@ -86,7 +81,7 @@ def test_the_drafts_own_lists_stand_for_all_tokens():
 
 
 def test_wrong_values_and_methods_that_cannot_have_it_are_refused(builtin_pair):
-    with pytest.raises(OptionError, match="unlisted: got 'half'; allowed: auto, none, mean"):
+    with pytest.raises(OptionError, match="unlisted: got 'half'; allowed: none, mean"):
         Budget(unlisted="half")
-    with pytest.raises(OptionError, match="unlisted: got 'mean'; allowed: auto or none with method quest"):
+    with pytest.raises(OptionError, match="unlisted: got 'mean'; allowed: none with method quest"):
         make_rival("quest", builtin_pair[0], Budget(unlisted="mean"))

@@ -97,10 +97,9 @@ def test_what_stands_for_unlisted_tokens_against_naive(method, budget):
 
 
 @pytest.mark.parametrize("method", SELECTORS)
-def test_by_default_outrider_alone_has_something_stand_for_unlisted_tokens(method):
+def test_nothing_stands_for_unlisted_tokens_unless_asked_and_calibrated(method):
     fitted = Alignment(sources=alignment(Hq, 2).sources, unlisted=FITS)
-    assert (make(method, fitted).unlisted is not None) == (method == "outrider")
-    assert make(method, alignment(Hq, 2)).unlisted is None
+    assert make(method, fitted).unlisted is None and make(method, fitted, unlisted="mean").unlisted is not None
     with pytest.raises(OptionError, match=f"unlisted: got 'mean'; allowed: none, .* method {method} .* calibrate again"):
         make(method, alignment(Hq, 2), unlisted="mean")
 

@@ -50,7 +50,7 @@ class DecodeOptions:
     kv_dtype: tuple[str, ...] = option(("auto",), "how we cache keys and values: auto (in the models' dtype) or fp8")
     keep: float = option(0.1, "share of the cached tokens that each list keeps, in (0, 1]")
     allocation: str = option("auto", "how lists share what all may keep: flat, fitted or auto, as in generation")
-    unlisted: str = option("auto", "what stands for the tokens that lists leave out: mean, none or auto, as in generation")
+    unlisted: str = option("none", "what stands for the tokens that lists leave out: none or mean, as in generation")
     draft_tokens: int = option(4, "tokens the draft proposes each round (K)")
     acceptance: str | None = option(
         None,

@@ -49,7 +49,5 @@ def build_rival(method: str, target: Target, budget: Budget) -> Rival:
         other, value = ("keep", budget.keep) if wanted == "top_p" else ("top-p", budget.top_p)
         raise OptionError(other, value, f"--{wanted.replace('_', '-')} with method {method}")
     if budget.unlisted == "mean":
-        raise OptionError(
-            "unlisted", budget.unlisted, f"auto or none with method {method}, whose lists the draft does not score"
-        )
+        raise OptionError("unlisted", budget.unlisted, f"none with method {method}, whose lists the draft does not score")
     return RIVALS[method](target=target, budget=budget)

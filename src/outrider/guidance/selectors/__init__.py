@@ -58,11 +58,10 @@ def build_selector(
 
 def _unlisted(method: str, alignment: Alignment, budget: Budget, layers: tuple[int, ...]) -> UnlistedFit | None:
     """The fit that the budget asks for, of these target layers."""
+    if budget.unlisted == "none":
+        return None
     fit = alignment.unlisted.get(method)
-    if budget.unlisted == "mean" and fit is None:
+    if fit is None:
         allowed = f"none, or an alignment with shares for method {method} and this map: calibrate again"
         raise OptionError("unlisted", budget.unlisted, allowed)
-    wanted = SELECTORS[method].default_unlisted if budget.unlisted == "auto" else budget.unlisted
-    if wanted == "none" or fit is None:
-        return None
     return UnlistedFit(values=fit.values[list(layers)], weights=fit.weights[list(layers)])

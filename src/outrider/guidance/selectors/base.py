@@ -18,7 +18,6 @@ class Selector(Protocol):
     """Turns the draft's scores of a round into the token lists of the target."""
 
     default_map: ClassVar[str]  # the alignment this method is used with, "layer_map+head_map"
-    default_unlisted: ClassVar[str]  # what `Budget.unlisted` auto means: "mean" (where calibrated) or "none", as published
 
     @property
     def draft_layers(self) -> tuple[int, ...]:

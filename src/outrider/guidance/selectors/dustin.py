@@ -42,7 +42,6 @@ class Dustin:
     """
 
     default_map: ClassVar[str] = "joint+divergence"
-    default_unlisted: ClassVar[str] = "none"
     per_query: ClassVar[bool] = False
     waits: ClassVar[bool] = False
 

@@ -38,7 +38,6 @@ class Outrider:
     """
 
     default_map: ClassVar[str] = "joint+divergence"
-    default_unlisted: ClassVar[str] = "mean"
     per_query: ClassVar[bool] = False
     waits: ClassVar[bool] = False
 

@@ -47,7 +47,6 @@ class SpecAttn:
     """
 
     default_map: ClassVar[str] = "monotone+average"
-    default_unlisted: ClassVar[str] = "none"
     per_query: ClassVar[bool] = True
     waits: ClassVar[bool] = True
 

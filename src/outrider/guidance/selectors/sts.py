@@ -37,7 +37,6 @@ class Sts:
     """
 
     default_map: ClassVar[str] = "proportional+jaccard"
-    default_unlisted: ClassVar[str] = "none"
     per_query: ClassVar[bool] = False
     waits: ClassVar[bool] = False
 
