@@ -91,6 +91,21 @@ def facts_table(name: str) -> str:
     return markdown(header, rows)
 
 
+def facts_lists_table(name: str) -> str:
+    """Facts recalled by how lists share a budget and what stands for the rest, a column a kept share."""
+    found = [row for row in lines(name) if row["method"] != "dense"]
+    keeps = sorted({row["keep"] for row in found}, reverse=True)
+    cells: dict[tuple[str, str], dict[float, list[Line]]] = {}
+    for row in found:
+        about = row["conditions"]["allocation"], row["conditions"]["unlisted"]
+        cells.setdefault(about, {}).setdefault(row["keep"], []).append(row)
+    rows = [
+        [allocation, unlisted, *(f"{sum(x['recalled'] for x in by[k])}/{sum(x['asked'] for x in by[k])}" for k in keeps)]
+        for (allocation, unlisted), by in cells.items()
+    ]
+    return markdown(["lengths", "unlisted", *(f"{100 * keep:g}%" for keep in keeps)], rows)
+
+
 def pair_table(name: str) -> str:
     last = lines(name)[-1]
     rows = [
@@ -522,6 +537,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "specattn-top-p": perplexity_table,
     "perplexity-unseen": perplexity_table,
     "facts": facts_table,
+    "facts-32k": facts_lists_table,
     "pair": pair_table,
     "generate": generate_table,
     "pair-gpu": pair_gpu_table,
