@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -141,26 +141,18 @@ def tail_correction(
     output: Annotated[Path, typer.Option(help="file of JSON lines; same rows are replaced")] = TAIL_RESULTS,
 ) -> None:
     """What estimates of the unlisted tokens are worth, at equal bytes, to the built-in pair on a CPU."""
-    from outrider.bench.conditions import conditions
     from outrider.bench.results import replace_rows
-    from outrider.cli.files import read_text, writable_file
+    from outrider.cli.files import writable_file
     from outrider.cli.screen import Screen
 
-    words, output = {path: read_text("--text", path) for path in (calibrate, *text)}, writable_file("--output", output)
-
-    import torch
+    output = writable_file("--output", output)
 
     from benchmarks.given import prepare
     from benchmarks.tail_correction import CORRECTIONS, LISTS, Case, check_budgets, compare, fit
-    from outrider.decoding.pair import BUILTIN, load_pair
 
     for name in correction or ():
         if name not in CORRECTIONS:
             raise OptionError("--correction", name, ", ".join(CORRECTIONS))
-    counts = ("--scored", scored, 2), ("--calibrated", calibrated, 1), ("--facts", facts, 0), ("-K", draft_tokens, 1)
-    for option, count, least in counts:
-        if count < least:
-            raise OptionError(option, count, f"a whole number >= {least}")
     if lists not in LISTS:
         raise OptionError("--lists", lists, ", ".join(LISTS))
     for share in keep or ():
@@ -170,14 +162,7 @@ def tail_correction(
         Case(name=name, keep=share, lists=lists) for share in keep or (0.1, 0.05, 0.02) for name in correction or CORRECTIONS
     ]
     check_budgets(cases, (context - max(scored, calibrated)) * 9 // 10)  # facts take some room, too
-    if calibrate in text:
-        raise OptionError("--calibrate", str(calibrate), "a text that is not among those compared")
-    pair = load_pair(BUILTIN, None)
-    tokens = {path: pair[0].tokenizer(found, verbose=False)["input_ids"][:context] for path, found in words.items()}
-    shortest = min(map(len, tokens.values()))
-    if not max(scored, calibrated) < context <= min(shortest, pair[0].spec.context):
-        raise OptionError("--context", context, f"more than --scored, at most the {shortest} tokens of the shortest text")
-    known = conditions(torch.device("cpu"), shlex.join([*PROGRAM.split(), *sys.argv[1:]])) | {"calibrate": calibrate.stem}
+    pair, tokens, known = read_study(text, calibrate, context, scored, calibrated, facts, draft_tokens)
     screen = Screen()
     with screen.working():
         document, following, _ = prepare(pair, tokens[calibrate], calibrated, 0, draft_tokens, seed)
@@ -251,37 +236,22 @@ def budgets(
     output: Annotated[Path, typer.Option(help="file of JSON lines; same rows are replaced")] = BUDGET_RESULTS,
 ) -> None:
     """What one budget for all lists wastes, at equal bytes, to the built-in pair on a CPU."""
-    from outrider.bench.conditions import conditions
     from outrider.bench.results import replace_rows
-    from outrider.cli.files import read_text, writable_file
+    from outrider.cli.files import writable_file
     from outrider.cli.screen import Screen
 
-    words, output = {path: read_text("--text", path) for path in (calibrate, *text)}, writable_file("--output", output)
-
-    import torch
+    output = writable_file("--output", output)
 
     from benchmarks.budgets import SHARES, VARIANTS, compare, fit
     from benchmarks.given import prepare
-    from outrider.decoding.pair import BUILTIN, load_pair
 
     for name in variant or ():
         if name not in VARIANTS:
             raise OptionError("--variant", name, ", ".join(VARIANTS))
-    counts = ("--scored", scored, 2), ("--calibrated", calibrated, 1), ("--facts", facts, 0), ("-K", draft_tokens, 1)
-    for option, count, least in counts:
-        if count < least:
-            raise OptionError(option, count, f"a whole number >= {least}")
     for share in keep or ():
         if not SHARES[0] < share < 1:
             raise OptionError("--keep", share, f"a number in ({SHARES[0]}, 1)")
-    if calibrate in text:
-        raise OptionError("--calibrate", str(calibrate), "a text that is not among those compared")
-    pair = load_pair(BUILTIN, None)
-    tokens = {path: pair[0].tokenizer(found, verbose=False)["input_ids"][:context] for path, found in words.items()}
-    shortest = min(map(len, tokens.values()))
-    if not max(scored, calibrated) < context <= min(shortest, pair[0].spec.context):
-        raise OptionError("--context", context, f"more than --scored, at most the {shortest} tokens of the shortest text")
-    known = conditions(torch.device("cpu"), shlex.join([*PROGRAM.split(), *sys.argv[1:]])) | {"calibrate": calibrate.stem}
+    pair, tokens, known = read_study(text, calibrate, context, scored, calibrated, facts, draft_tokens)
     asked = keep or [0.1, 0.05, 0.02]
     cases = [(name, share) for share in asked for name in variant or VARIANTS]
     screen = Screen()
@@ -295,6 +265,34 @@ def budgets(
                 replace_rows(output, [made], ("text", "context", "scored", "budgets", "keep", "seed"))
                 shown = f"{row['kl']:.4f} {row['delta_percent']:+.2f}% {row['held']:.3f} {row['recalled']}/{row['asked']}"
                 print(f"{path.stem:40s} {row['keep']:<5g} {row['budgets']:24s} {shown}", flush=True)
+
+
+def read_study(
+    text: list[Path], calibrate: Path, context: int, scored: int, calibrated: int, facts: int, draft_tokens: int
+) -> tuple[Any, dict[Path, list[int]], dict[str, Any]]:
+    """The built-in pair, the first `context` tokens of every text, and the conditions of a study of both; checked before."""
+    from outrider.bench.conditions import conditions
+    from outrider.cli.files import read_text
+
+    counts = ("--scored", scored, 2), ("--calibrated", calibrated, 1), ("--facts", facts, 0), ("-K", draft_tokens, 1)
+    for option, count, least in counts:
+        if count < least:
+            raise OptionError(option, count, f"a whole number >= {least}")
+    if calibrate in text:
+        raise OptionError("--calibrate", str(calibrate), "a text that is not among those compared")
+    words = {path: read_text("--text", path) for path in (calibrate, *text)}
+
+    import torch
+
+    from outrider.decoding.pair import BUILTIN, load_pair
+
+    pair = load_pair(BUILTIN, None)
+    tokens = {path: pair[0].tokenizer(found, verbose=False)["input_ids"][:context] for path, found in words.items()}
+    shortest = min(map(len, tokens.values()))
+    if not max(scored, calibrated) < context <= min(shortest, pair[0].spec.context):
+        raise OptionError("--context", context, f"more than --scored, at most the {shortest} tokens of the shortest text")
+    known = conditions(torch.device("cpu"), shlex.join([*PROGRAM.split(), *sys.argv[1:]])) | {"calibrate": calibrate.stem}
+    return pair, tokens, known
 
 
 def run_cases(cases: Sequence[Case], bench: Bench, output: Path, screen: Screen) -> bool:
