@@ -39,7 +39,8 @@ def unlisted_mass(scores: Tensor, lengths: Tensor, sources: Tensor, indices: Ten
     if lists == 0:
         return result
     indices = indices if indices.stride(3) == 1 else indices.contiguous()
-    row_splits, list_splits = _splits(B * R, S, device), _splits(lists, M, device)
+    # by the work of one sequence: sums are cut, and so rounded, alike in any batch
+    row_splits, list_splits = _splits(R, S, device), _splits(Lt * Hs, M, device)
     of_rows = torch.empty(B, R, row_splits, dtype=torch.float32, device=device)
     of_lists = torch.empty(lists, list_splits, dtype=torch.float32, device=device)
     lengths, sources = lengths.contiguous(), sources.contiguous()
