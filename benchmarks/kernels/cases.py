@@ -9,8 +9,10 @@ import torch
 from benchmarks.kernels.attention_mass import AttentionMass
 from benchmarks.kernels.case import Case
 from benchmarks.kernels.dense_attention import DenseAttention
+from benchmarks.kernels.quantized_keys import QuantizedMass
 from benchmarks.kernels.sparse_attention import SparseAttention
 from benchmarks.kernels.token_select import TokenSelect
+from benchmarks.kernels.unlisted_mass import UnlistedMass
 from outrider.errors import OptionError
 
 K32, K128, M1 = 2**15, 2**17, 2**20
@@ -31,6 +33,9 @@ CASES: tuple[Case, ...] = (
     AttentionMass(id="attention_mass-128k-b4", S=K128, B=4),
     AttentionMass(id="attention_mass-32k-b1", S=K32, B=1),
     AttentionMass(id="attention_mass-128k-b1-interleaved", S=K128, B=1, interleaved=True),
+    *(QuantizedMass(id=f"quantized_mass-{name}-{bits}bit", S=S, B=B, bits=bits) for name, S, B in SIZES[:3] for bits in (4, 2)),
+    UnlistedMass(id="unlisted_mass-256x128k", R=256, S=K128),
+    UnlistedMass(id="unlisted_mass-256x128k-merge4", R=256, S=K128, G=4),
 )
 
 

@@ -16,9 +16,11 @@ if str(ROOT) not in sys.path:
 from benchmarks.kernels.attention_mass import AttentionMass  # noqa: E402
 from benchmarks.kernels.case import Case  # noqa: E402
 from benchmarks.kernels.dense_attention import DenseAttention  # noqa: E402
+from benchmarks.kernels.quantized_keys import QuantizedMass  # noqa: E402
 from benchmarks.kernels.run import Bench  # noqa: E402
 from benchmarks.kernels.sparse_attention import SparseAttention  # noqa: E402
 from benchmarks.kernels.token_select import TokenSelect  # noqa: E402
+from benchmarks.kernels.unlisted_mass import UnlistedMass  # noqa: E402
 from benchmarks.timing import Call, Timing  # noqa: E402
 
 HEADS = {"Hq": 8, "Hkv": 2, "D": 16}
@@ -33,6 +35,10 @@ TINY: tuple[Case, ...] = (
     TokenSelect(id="token_select-tiny-merge4-fp32-top_k", R=16, S=2000, G=4, dtype=torch.float32),
     AttentionMass(id="attention_mass-tiny", S=200, B=2, **HEADS),
     AttentionMass(id="attention_mass-tiny-interleaved", S=200, B=2, interleaved=True, **HEADS),
+    QuantizedMass(id="quantized_mass-tiny-4bit", S=200, B=2, L=2, **(HEADS | {"D": 64})),
+    QuantizedMass(id="quantized_mass-tiny-2bit", S=200, B=2, L=2, bits=2, **(HEADS | {"D": 64})),
+    UnlistedMass(id="unlisted_mass-tiny", R=8, S=200),
+    UnlistedMass(id="unlisted_mass-tiny-merge4", R=16, S=200, G=4),
 )
 
 

@@ -7,8 +7,10 @@ import torch
 from benchmarks.kernels.attention_mass import AttentionMass
 from benchmarks.kernels.cases import CASES, chosen
 from benchmarks.kernels.dense_attention import DenseAttention
+from benchmarks.kernels.quantized_keys import QuantizedMass
 from benchmarks.kernels.sparse_attention import SparseAttention
 from benchmarks.kernels.token_select import TokenSelect
+from benchmarks.kernels.unlisted_mass import UnlistedMass
 
 from outrider.errors import OptionError
 from outrider.ops.token_select import TokenLists
@@ -18,7 +20,7 @@ CPU = torch.device("cpu")
 
 def test_the_table_has_the_cases_that_are_reported():
     ids = [case.id for case in CASES]
-    assert len(set(ids)) == len(ids) == 22
+    assert len(set(ids)) == len(ids) == 30
     layer = {"128k-b1": (2**17, 1), "128k-b4": (2**17, 4), "32k-b1": (2**15, 1), "32k-b4": (2**15, 4)}
     for case in CASES:
         assert case.id.startswith(case.op + "-")
@@ -73,10 +75,24 @@ def test_bytes_of_attention_mass():
     assert case.fewest_bytes(case.inputs(CPU)) == keys + 2 * 8 * 1128 * 2 + 2 * 5 * 8 * 16 * 2 + 2 * 4
 
 
+def test_bytes_of_unlisted_mass():
+    case = UnlistedMass(id="x", R=16, S=1000, G=4)
+    assert case.fewest_bytes(case.inputs(CPU)) == 16 * 1000 * 2 + 16 * 4 * 8 + 16 * (100 * 4 + 4) + 16 * 100 * 4 * 2 + 4
+
+
+def test_bytes_of_quantized_mass():
+    """Llama-3.2-1B, 128K, one sequence, 4 bits: 604 MB of codes, ranges and recent keys in docs/kernels.md."""
+    case = QuantizedMass(id="x", S=1000, B=2, L=3, Hq=8, Hkv=2, D=64)
+    keys = 3 * 2 * 2 * (14 * (64 * 64 // 2 + 2 * 64 * 2) + (1000 - 14 * 64 + 5) * 64 * 2)  # a word of two float16 a channel
+    assert case.key_bytes(case.inputs(CPU)) == keys
+    assert case.fewest_bytes(case.inputs(CPU)) == keys + 3 * 2 * 8 * 1128 * 2 + 3 * 2 * 5 * 8 * 64 * 2 + 2 * 4
+    assert pytest.approx(604e6, rel=1e-2) == 16 * 8 * (2047 * (64 * 32 + 256) + 69 * 128)
+
+
 def test_inputs_are_fresh_for_every_copy_and_the_same_for_one(case):
     def first(copy):
         inputs = case.inputs(CPU, copy)
-        return inputs.scores if case.op == "token_select" else inputs.queries
+        return inputs.scores if hasattr(inputs, "scores") else inputs.queries[0]
 
     assert torch.equal(first(1), first(1))
     assert not torch.equal(first(0), first(1))
@@ -84,7 +100,7 @@ def test_inputs_are_fresh_for_every_copy_and_the_same_for_one(case):
 
 def test_storage_of_the_cache(case):
     inputs = case.inputs(CPU)
-    if case.op == "token_select":
+    if case.op in ("token_select", "unlisted_mass", "quantized_mass"):
         return
     N, beside = case.S + 128, 2 if "separate" not in case.id and case.id != "attention_mass-tiny" else 1
     assert inputs.keys.shape == (case.B, N, case.Hkv, case.D)
@@ -128,7 +144,7 @@ def test_the_check_fails_on_a_wrong_tensor(case):
     assert not case.error(inputs, right.roll(1, -1)) <= case.tolerance
     assert not case.error(inputs, right[:, :-1]) <= case.tolerance
     one = right.clone()
-    one[0, -1, 0] = torch.nan
+    one[0, 0, 0] = torch.nan
     assert not case.error(inputs, one) <= case.tolerance
 
 

@@ -20,6 +20,7 @@ from outrider.ops import (
     rotary_append,
     sparse_attention,
     token_select,
+    unlisted_mass,
 )
 from outrider.ops.quantized_keys import record_words
 
@@ -46,16 +47,24 @@ def selections(backend: str) -> Iterator[Tensor]:
     for sources, S in ((alone, 9008), (merged, 9008), (alone[:, :1], 50_000)):
         scores = random(2, 4, S, dtype=torch.float32).exp().to(torch.bfloat16)
         for budget in ({"top_k": 900}, {"top_p": 0.5}):
-            yield token_select(scores, lengths, sources, sinks=4, recent=20, width=5000, backend=backend, **budget).counts
+            lists = token_select(scores, lengths, sources, sinks=4, recent=20, width=5000, backend=backend, **budget)
+            yield lists.counts
+            if backend == "triton":
+                yield unlisted_mass(scores, lengths, sources, lists.indices, lists.counts, backend=backend)
+        shares = torch.tensor([[[900, 33, 2, 0], [20, 77, 1, 5]]], device="cuda")[..., : sources.shape[1]]
+        yield token_select(scores, lengths, sources, top_k=shares, width=5000, backend=backend).counts
 
 
 def attentions(backend: str) -> Iterator[Tensor]:
-    """Lists per KV head, ragged, one of them empty; then without lists, with pages and a window."""
+    """Lists per KV head, ragged, one empty, and with a value for the rest; then without lists, with pages and a window."""
     queries, caches = random(2, 5, 8, 128), random(2, 2, 1200, 2, 128)
     indices = torch.rand(2, 2, 1100, device="cuda").topk(300).indices.sort().values.int()
     counts = torch.tensor([[300, 0], [17, 299]], dtype=torch.int32, device="cuda")
     lengths = torch.tensor([1100, 1190], device="cuda")
-    yield sparse_attention(queries, caches[0], caches[1], indices, counts, lengths, scale=0.1, backend=backend)
+    lists = queries, caches[0], caches[1], indices, counts, lengths
+    yield sparse_attention(*lists, scale=0.1, backend=backend)
+    rest = {"unlisted_values": random(2, 128, dtype=torch.float32), "unlisted_shares": torch.rand(2, 8, device="cuda")}
+    yield sparse_attention(*lists, scale=0.1, backend=backend, **rest)
     yield sparse_attention(queries, caches[0], caches[1], None, None, lengths, scale=0.1, backend=backend)
     pages = torch.arange(150, dtype=torch.int32, device="cuda").view(2, 75)
     keys, values = caches.view(2, 150, 16, 2, 128)

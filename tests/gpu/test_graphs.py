@@ -23,6 +23,7 @@ MODES = {
     "dense": {},
     "top_k": {"mode": "sparse", "keep": 0.2},
     "top_p": {"mode": "sparse", "top_p": 0.7},
+    "mean": {"mode": "sparse", "keep": 0.2, "unlisted": "mean"},
     "plain": {"mode": "plain"},
     "sparse draft": {"drafting": "sparse", "draft_keep": 0.2, "draft_recent": 4},
     "both sparse": {"mode": "sparse", "keep": 0.2, "drafting": "sparse", "draft_keep": 0.2, "draft_recent": 4},
@@ -90,9 +91,11 @@ def test_keys_in_few_bits_need_kernels(gpu_pair, make_engine):
             make_engine(gpu_pair(dtype), mode="sparse", score_keys="4bit", **options)
 
 
-def test_a_row_of_a_batch_equals_the_row_alone(gpu_pair, make_engine, random_prompts):
+@pytest.mark.parametrize("unlisted", ["none", "mean"])
+def test_a_row_of_a_batch_equals_the_row_alone(unlisted, gpu_pair, make_engine, random_prompts):
     """Law 7, in graphs."""
-    prompts, engine = random_prompts(PROMPTS), make_engine(gpu_pair("float32"), mode="sparse", keep=0.2, batch_size=5)
+    options = {"mode": "sparse", "keep": 0.2, "unlisted": unlisted, "batch_size": 5}
+    prompts, engine = random_prompts(PROMPTS), make_engine(gpu_pair("float32"), **options)
     together = engine.generate(prompts, SAMPLED)
     for prompt, params, result in zip(prompts, SAMPLED, together, strict=True):
         [alone] = engine.generate([prompt], params)
