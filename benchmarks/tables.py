@@ -72,25 +72,6 @@ def perplexity_table(name: str) -> str:
     return markdown(header, rows)
 
 
-def facts_table(name: str) -> str:
-    header = ["method", "budget", "context", "kept", "KV bytes read", "recalled"]
-    rows = []
-    for (method, asked), group in grouped(lines(name)).items():
-        for context in sorted({row["context"] for row in group}):
-            part = [row for row in group if row["context"] == context]
-            rows.append(
-                [
-                    method,
-                    asked,
-                    str(context),
-                    f"{100 * mean(part, 'kept_fraction'):.1f}%",
-                    f"{100 * mean(part, 'kv_read_fraction'):.1f}%",
-                    f"{sum(row['recalled'] for row in part)}/{sum(row['asked'] for row in part)}",
-                ]
-            )
-    return markdown(header, rows)
-
-
 def facts_lists_table(name: str) -> str:
     """Facts recalled by how lists share a budget and what stands for the rest, a column a kept share."""
     found = [row for row in lines(name) if row["method"] != "dense"]
@@ -262,38 +243,6 @@ def score_keys_table(name: str) -> str:
                 quality = [f"{one:+.2f}%", f"{other:.3f}", ""] if task == "perplexity" else ["", "", f"{one:.0f}/{other:.0f}"]
                 cells.append([keys, f"{100 * keep:g}%", read, *quality])
     return markdown(["scored keys", "kept", "KV bytes read", "perplexity", "agreement with dense", "facts recalled"], cells)
-
-
-def rivals_table(name: str) -> str:
-    """All methods on the texts that rivals were run on, those that read the least first within a budget."""
-    rivals = lines(name)
-
-    def case(row: Line) -> tuple[Any, ...]:
-        return tuple(row[field] for field in ("task", "text", "keep", "top_p", "context"))
-
-    about = {case(row) for row in rivals}
-    groups: dict[tuple[str, str], list[Line]] = {}
-    for row in (*lines("perplexity"), *lines("facts"), *lines("score-keys"), *rivals):
-        if case(row) in about:
-            keys = row["conditions"].get("score_keys", "exact")
-            method = row["method"] + (f", {keys} keys" if keys != "exact" else "")
-            groups.setdefault((budget(row), method), []).append(row)
-
-    def place(item: tuple[tuple[str, str], list[Line]]) -> tuple[float, float, float]:
-        first = item[1][0]  # shares of the tokens come before shares of the mass
-        return -(first["keep"] or 0), -(first["top_p"] or 0), mean(item[1], "kv_read_fraction")
-
-    cells = []
-    for (asked, method), group in sorted(groups.items(), key=place):
-        read, facts = ([row for row in group if row["task"] == task] for task in ("perplexity", "facts"))
-        if not read:
-            continue
-        recalled = f"{sum(row['recalled'] for row in facts)}/{sum(row['asked'] for row in facts)}" if facts else ""
-        figures = f"{mean(read, 'delta_percent'):+.2f}%", f"{mean(read, 'agreement'):.3f}"
-        shares = (f"{100 * mean(read, field):.1f}%" for field in ("kept_fraction", "kv_read_fraction"))
-        cells.append([method, asked, *shares, *figures, recalled])
-    header = ["method", "budget", "kept", "KV bytes read", "perplexity", "agreement with dense", "facts recalled"]
-    return markdown(header, cells)
 
 
 def against(rows: list[Line], plain: list[Line], figure: str, digits: int) -> tuple[str, str]:
@@ -533,10 +482,6 @@ def kernel_development_table(name: str) -> str:
 
 
 TABLES: dict[str, Callable[[str], str]] = {
-    "perplexity": perplexity_table,
-    "specattn-top-p": perplexity_table,
-    "perplexity-unseen": perplexity_table,
-    "facts": facts_table,
     "facts-32k": facts_lists_table,
     "pair": pair_table,
     "generate": generate_table,
@@ -547,7 +492,6 @@ TABLES: dict[str, Callable[[str], str]] = {
     "decode-profile": decode_profile_table,
     "drafting": drafting_table,
     "score-keys": score_keys_table,
-    "rivals": rivals_table,
     "spatten": perplexity_table,
     "tail-correction": tail_correction_table,
     "unlisted": unlisted_table,

@@ -14,6 +14,7 @@ from benchmarks.kernels.rows import STREAM, Row, best_peer, replace_rows
 from benchmarks.kernels.run import measure
 from benchmarks.kernels.sparse_attention import SparseAttention
 from benchmarks.kernels.token_select import TokenSelect
+from benchmarks.kernels.unlisted_mass import UnlistedMass
 from benchmarks.peers import Peer
 
 from outrider.cli.screen import Screen
@@ -102,6 +103,7 @@ def test_one_backend_does_not_stop_the_others(make_bench, notes):
 
 def test_a_backend_that_does_not_take_the_case_is_no_failure(make_bench):
     assert measure(Wrong(id="x", **TINY), make_bench(backends=["cuda"])) == ([], True)
+    assert measure(UnlistedMass(id="x", R=8, S=200), make_bench(backends=["cuda"])) == ([], True)  # has no such backend
 
 
 def fails(inputs):
