@@ -1,6 +1,7 @@
 """Tensors to tensors: the operations of a round, each a folder of `api.py`, `reference.py` and a README with the maths."""
 
 from outrider.ops.attention_mass import attention_mass
+from outrider.ops.block_mass import block_mass
 from outrider.ops.chunk_attention import chunk_attention
 from outrider.ops.fused_linear import fused_linear
 from outrider.ops.kv_append import kv_append
@@ -15,6 +16,7 @@ __all__ = [
     "TokenLists",
     "Verified",
     "attention_mass",
+    "block_mass",
     "chunk_attention",
     "fused_linear",
     "kv_append",

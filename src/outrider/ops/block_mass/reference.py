@@ -1,0 +1,49 @@
+"""Block mass in plain PyTorch: the specification of the op, and its path on the CPU.
+
+One block of one head at a time, so that no more than its logits exist, in fp32 (fp64 for fp64 inputs):
+
+    logits   scale * queries of the block @ keys^T     [block, tokens up to the block's last]
+    visible  all tokens before the block, and those of the block up to the query itself
+    mass     softmax(logits over visible), or exp(logits - logsumexp), cut to the tokens before the block, averaged
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def block_mass(
+    queries: Tensor,
+    keys: Tensor,
+    lengths: Tensor,
+    *,
+    block: int,
+    scale: float,
+    heads: Tensor | None,
+    logsumexp: Tensor | None,
+    key_scale: Tensor | None,
+    dtype: torch.dtype,
+    out: Tensor | None,
+) -> Tensor:
+    B, T, Hq, _ = queries.shape
+    N, Hkv = keys.shape[1:3]
+    chosen = list(range(Hq)) if heads is None else heads.tolist()
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    if out is None:
+        out = queries.new_empty((B, -(-T // block), len(chosen), N), dtype=dtype)
+    out.zero_()
+    for b, length in enumerate(lengths.tolist()):
+        for r, head in enumerate(chosen):
+            kv_head = head // (Hq // Hkv)
+            seen = keys[b, : length + T, kv_head].to(wide)  # rows behind the chunk are never touched
+            if key_scale is not None:
+                seen = seen * key_scale[kv_head].to(wide)
+            for i, first in enumerate(range(0, T, block)):
+                start, steps = length + first, slice(first, min(first + block, T))
+                logits = queries[b, steps, head].to(wide) @ seen[: length + steps.stop].T * scale
+                hidden = torch.ones_like(logits[:, start:], dtype=torch.bool).triu(1)
+                logits[:, start:].masked_fill_(hidden, -torch.inf)
+                mass = logits.softmax(-1) if logsumexp is None else (logits - logsumexp[b, head, steps, None]).exp()
+                out[b, i, r, :start] = mass[:, :start].mean(0)
+    return out
