@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from outrider.errors import OptionError
@@ -10,6 +10,7 @@ from outrider.errors import OptionError
 VERSION = "0.1.0"  # as pyproject.toml has it
 MODES = ("plain", "dense", "sparse")
 DRAFTING = ("auto", "dense", "sparse")
+PREFILL = ("dense", "sparse")
 DTYPES = ("float32", "bfloat16", "float16")
 KV_DTYPES = ("auto", "fp8")
 CODE_BITS: dict[str, int | None] = {"exact": None, "4bit": 4, "2bit": 2}
@@ -29,6 +30,12 @@ def check(option_name: str, value: object, ok: bool, allowed: str) -> None:
     """Raise OptionError unless `ok`."""
     if not ok:
         raise OptionError(option_name, value, allowed)
+
+
+def check_share(name: str, value: object, *, optional: bool = False) -> None:
+    """Raise OptionError unless `value` is a share of something, or None where that is allowed."""
+    allowed = "a number in (0, 1]" + " or None" * optional
+    check(name, value, (optional and value is None) or (_is_number(value) and 0 < value <= 1), allowed)  # type: ignore[operator]
 
 
 def _is_int(value: object) -> bool:
@@ -94,6 +101,10 @@ class SamplingParams:
     seed: int = option(0, "seed of the random numbers")
     stop: tuple[str, ...] = option((), "end before the first of these strings")
     ignore_eos: bool = option(False, "go on after the end-of-text token")
+    prefill: str | None = option(None, "how this prompt is read: dense, sparse, or None, as the engine says")
+    prefill_keep: float | None = option(
+        None, "what a block of this prompt reads of the tokens before it; None: as the engine says"
+    )
 
     def __post_init__(self) -> None:
         n, t, k, p = self.max_new_tokens, self.temperature, self.top_k, self.top_p
@@ -104,6 +115,8 @@ class SamplingParams:
         check("seed", self.seed, _is_int(self.seed) and 0 <= self.seed < 2**63, "a whole number in 0 .. 2^63 - 1")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         check("stop", self.stop, all(isinstance(s, str) and s for s in stop), "non-empty strings")
+        check("prefill", self.prefill, self.prefill in (None, *PREFILL), f"None, {', '.join(PREFILL)}")
+        check_share("prefill-keep", self.prefill_keep, optional=True)
         object.__setattr__(self, "stop", stop)
 
 
@@ -127,6 +140,10 @@ class EngineConfig:
     )
     batch_size: int = option(8, "sequences that run at the same time; more prompts wait")
     prefill_chunk: int = option(2048, "prompt tokens per forward of the prefill")
+    prefill: str = option("dense", "how prompts are read: dense, or sparse (the draft chooses what each block reads)")
+    prefill_keep: float = option(0.1, "sparse prefill: share of the tokens before it that a block reads, in (0, 1]")
+    prefill_block: int = option(128, "sparse prefill: prompt tokens that share lists; prefill-chunk is a multiple of it")
+    prefill_min_context: int = option(4096, "sparse prefill: so many first tokens of a prompt are read densely, at least")
     kv_dtype: str = option(
         "auto", "how keys and values are cached: auto (in the models' dtype) or fp8 (8 bits, half the memory of bfloat16)"
     )
@@ -144,12 +161,17 @@ class EngineConfig:
         )
         check("drafting", self.drafting, self.drafting in DRAFTING, ", ".join(DRAFTING))
         keep, recent = self.draft_keep, self.draft_recent
-        check("draft-keep", keep, _is_number(keep) and 0 < keep <= 1, "a number in (0, 1]")
+        check_share("draft-keep", keep)
         check("draft-recent", recent, _is_int(recent) and recent >= 0, "a whole number >= 0")
         check("score-keys", self.score_keys, self.score_keys in SCORE_KEYS, ", ".join(SCORE_KEYS))
         check("batch-size", self.batch_size, _is_int(self.batch_size) and self.batch_size >= 1, "a whole number >= 1")
         chunk = self.prefill_chunk
         check("prefill-chunk", chunk, _is_int(chunk) and chunk >= 1, "a whole number >= 1")
+        check("prefill", self.prefill, self.prefill in PREFILL, ", ".join(PREFILL))
+        check_share("prefill-keep", self.prefill_keep)
+        block, least = self.prefill_block, self.prefill_min_context
+        check("prefill-block", block, _is_int(block) and block >= 1, "a whole number >= 1")
+        check("prefill-min-context", least, _is_int(least) and least >= 0, "a whole number >= 0")
         check("kv-dtype", self.kv_dtype, self.kv_dtype in KV_DTYPES, ", ".join(KV_DTYPES))
         check("backend", self.backend, self.backend in BACKENDS, ", ".join(BACKENDS))
         check("budget", self.budget, isinstance(self.budget, Budget), "a Budget")
@@ -158,6 +180,10 @@ class EngineConfig:
     def drafts_sparsely(self) -> bool:
         """The draft reads lists of its own."""
         return self.mode != "plain" and (self.drafting == "sparse" or (self.drafting == "auto" and self.mode == "sparse"))
+
+    def prefill_budget(self, keep: float) -> Budget:
+        """What a block of a prompt may read before itself when it reads `keep` of it."""
+        return replace(self.budget, keep=keep, top_p=None, min_context=self.prefill_min_context, unlisted="none")
 
     @property
     def draft_budget(self) -> Budget:

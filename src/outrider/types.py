@@ -8,6 +8,7 @@ Shape legend, the same letters in the whole project:
     H  heads: Hq query heads, Hkv KV heads, Hs heads that own a token list (1, Hkv or Hq of the target)
     D  head dim                        V  vocabulary
     G  draft heads merged into one score       R  score rows = scored draft layers x draft query heads
+    NB blocks of a prompt's chunk
 
 A round starts with S tokens in both caches and one *pending* token that is emitted but not yet cached. Its T = K + 1 tokens
 are the pending token and the K drafted ones, at positions S .. S + K.
@@ -138,3 +139,25 @@ class Selection:
             lengths=self.lengths[start:stop],
             unlisted=None if rest is None else replace(rest, shares=rest.shares[:, start:stop]),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockSelection:
+    """The token lists of a chunk of a prompt, one set for each block of its tokens. Other layers read everything."""
+
+    layers: tuple[int, ...]  # target layers that have lists, ascending
+    indices: Tensor  # [len(layers), B, NB, Hs, M] int32, ascending, below the block's start; entries past the count are ignored
+    counts: Tensor  # [len(layers), B, NB, Hs] int32
+    block: int  # tokens that share lists; the last block of a chunk may have fewer
+
+    @property
+    def listed(self) -> Tensor:
+        """Tokens on the lists of each sequence, averaged over layers and heads, summed over blocks, [B] fp64."""
+        return self.counts.double().mean((0, 3)).sum(1)
+
+    def of(self, layer: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Indices [B, NB, Hs, M] and counts [B, NB, Hs] of a target layer; None twice where it has no lists."""
+        if layer not in self.layers:
+            return None, None
+        row = self.layers.index(layer)
+        return self.indices[row], self.counts[row]

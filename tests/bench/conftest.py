@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -49,16 +50,22 @@ def options() -> Callable[..., DecodeOptions]:
 
 
 @pytest.fixture
-def decode(capfd, tmp_path, monkeypatch) -> Callable[..., Outcome]:
-    """Run `outrider bench decode` with these arguments, in an empty folder."""
+def bench_command(capfd, tmp_path, monkeypatch) -> Callable[..., Outcome]:
+    """Run `outrider bench` with these arguments, in an empty folder."""
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: object) -> Outcome:
         capfd.readouterr()
-        code = run(["bench", "decode", *map(str, arguments)])
+        code = run(["bench", *map(str, arguments)])
         return Outcome(code, *capfd.readouterr())
 
     return call
+
+
+@pytest.fixture
+def decode(bench_command) -> Callable[..., Outcome]:
+    """Run `outrider bench decode` with these arguments, in an empty folder."""
+    return partial(bench_command, "decode")
 
 
 @pytest.fixture

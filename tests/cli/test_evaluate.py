@@ -215,3 +215,30 @@ def test_channels_come_from_a_file(outrider, fails, flags, pair, folder, tmp_pat
     assert outcome.code == 0, outcome.err
     assert {row["method"] for row in lines(tmp_path / "rows.jsonl")} == {"double-sparsity"}
     assert "cannot be read" in fails(*PERPLEXITY, *method, "--channels", tmp_path / "none.json")
+
+
+PREFILL = ["eval", "prefill", "--context", "640", "--scored-tokens", "100", "--continued", "40", "--facts", "2"]
+BLOCKS = ["--prefill-chunk", "64", "--prefill-block", "16", "--prefill-min-context", "64"]
+
+
+def test_prefill_appends_a_line_for_every_part(outrider, flags, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    outcome = outrider(*PREFILL, *BLOCKS, *flags, "--method", "dense", "--method", "outrider", "--keep", "0.2", "--json", path)
+    assert outcome.code == 0 and outcome.err == ""
+    rows = lines(path)
+    parts = ("prompt", "continuation", "facts")
+    assert [(r["text"], r["method"], r["part"]) for r in rows] == [
+        (text, method, part) for text in ("text", "other") for method in ("dense", "outrider") for part in parts
+    ]
+    assert all(0.18 < row["kept_fraction"] < 0.25 for row in rows if row["method"] == "outrider")
+    assert rows[0]["conditions"]["prefill_block"] == 16
+    assert "continuation" in outcome.out
+
+
+def test_prefill_refuses_what_it_cannot_do(outrider, flags):
+    for more, message in (
+        (["--method", "quest"], "method: got 'quest'; allowed: dense, outrider"),
+        (["--prefill-chunk", "40"], "prefill-chunk: got 40; allowed: a multiple of prefill-block = 16"),
+    ):
+        outcome = outrider(*PREFILL, *BLOCKS, *flags, *more)
+        assert outcome.code == 2 and message in outcome.err

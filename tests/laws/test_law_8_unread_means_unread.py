@@ -48,6 +48,11 @@ def test_every_family(family, dtype, make_pair, begin_round, read_rows, random_p
     check(begin_round(pair, random_prompts(PROMPTS), "sts", keep=0.25), read_rows)
 
 
+def test_more_tokens_than_a_kernel_takes(make_pair, begin_round, read_rows, random_prompts):
+    """A round as long as a short prompt still reads its lists."""
+    check(begin_round(make_pair("llama", "other"), random_prompts([41, 60]), k=20, keep=0.25), read_rows)
+
+
 def test_a_poisoned_listed_row_does_change_the_logits(make_pair, begin_round, read_rows, random_prompts):
     """The poison works: the law above is not green because nothing can be seen."""
     begun = begin_round(make_pair("llama", "other"), random_prompts(PROMPTS), keep=0.25)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +23,7 @@ class Workload:
     alignment: Alignment | None
     prompts: list[list[int]]  # of equal length
     rates: tuple[float, ...] | None = None  # of a scripted verifier; None: real acceptance
-    seams: dict[str, Callable[..., Any]] = field(default_factory=dict)  # what `Engine` takes in place of its own
+    seams: dict[str, Any] = field(default_factory=dict)  # what `Engine` takes in place of its own
 
     @property
     def context(self) -> int:

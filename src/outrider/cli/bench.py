@@ -1,4 +1,4 @@
-"""outrider bench decode"""
+"""outrider bench decode | prefill"""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ import typer
 from rich.text import Text
 
 from outrider.bench.options import DecodeOptions
+from outrider.bench.prefill_options import PrefillOptions
 from outrider.cli.files import read_text, writable_file
 from outrider.cli.options import Flags, takes
 from outrider.cli.screen import Screen
-from outrider.cli.tables import decode_table, stage_table
+from outrider.cli.tables import decode_table, prefill_table, stage_table
 
 if TYPE_CHECKING:
+    from outrider.bench.prefill import PrefillRow
     from outrider.bench.results import Row
 
+PREFILL = Flags(source=PrefillOptions, panel="Benchmark")
 DECODE = Flags(source=DecodeOptions, panel="Benchmark", short={"draft_tokens": "-K"})
 RESULTS = Path("benchmarks", "results")  # of a checkout
-NAME = "decode.jsonl"
+NAME, PREFILL_NAME = "decode.jsonl", "prefill.jsonl"
 
 app = typer.Typer(help="Measure speed, beside what the device could do at best and beside other engines.")
 
@@ -54,6 +57,48 @@ def decode(
         well = _report(rows, len(options.runs), path, screen)
     if not well:
         raise typer.Exit(1)
+
+
+@app.command()
+@takes(PREFILL)
+def prefill(
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="file of JSON lines; a row replaces the old one; "
+            f"default: {RESULTS / PREFILL_NAME} if there, else {PREFILL_NAME}"
+        ),
+    ] = None,
+    **values: Any,
+) -> None:
+    """Read long prompts up to the first token: seconds, and what every stage takes and must do at least, on dummy weights."""
+    options = PrefillOptions(**PREFILL.pick(values))
+    path = writable_file("output", output or (RESULTS if RESULTS.is_dir() else Path()) / PREFILL_NAME)
+    screen = Screen()
+    with screen.waiting("loading torch"):
+        from outrider.bench.prefill_run import measure_all
+    with screen.working():
+        rows = measure_all(options, shlex.join(["outrider", *sys.argv[1:]]), screen.progress)
+        well = _report_prefill(rows, len(options.runs), path, screen)
+    if not well:
+        raise typer.Exit(1)
+
+
+def _report_prefill(rows: Iterable[PrefillRow], per_case: int, path: Path, screen: Screen) -> bool:
+    """Like `_report`."""
+    from outrider.bench.results import replace_rows
+
+    cases: dict[str, list[PrefillRow]] = defaultdict(list)
+    well = True
+    for row in rows:
+        replace_rows(path, [row.as_dict()], key=("case", "engine", "mode", "kv_dtype"))
+        cases[row.case].append(row)
+        if row.error is not None:
+            well = False
+            screen.note(Text(f"{row.case}: {row.engine} {row.mode} FAILED: {row.error}"))
+        if len(cases[row.case]) == per_case:
+            screen.show(prefill_table(cases[row.case]))
+    return well
 
 
 def _report(rows: Iterable[Row], per_case: int, path: Path, screen: Screen) -> bool:

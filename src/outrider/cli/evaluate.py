@@ -1,81 +1,40 @@
-"""outrider eval perplexity | facts | ruler | qa | diagnose; sweep is in sweep.py"""
+"""outrider eval perplexity | facts | prefill | ruler | qa | diagnose; sweep is in sweep.py"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from outrider.cli.evaluation_flags import (
+    ANSWERS,
+    ANSWERS_TO_DATA,
+    BUDGET,
+    DENSE,
+    ENGINE,
+    EVALUATION,
+    MODELS,
+    PROMPTS,
+    Channels,
+    Controller,
+)
 from outrider.cli.files import read_text
-from outrider.cli.options import Flags, ModelOptions, takes
+from outrider.cli.options import Flags, takes
 from outrider.cli.reports import report, report_diagnosis
 from outrider.cli.screen import Screen
 from outrider.cli.sweep import sweep
-from outrider.config import Budget, EngineConfig, check, option
+from outrider.config import Budget, EngineConfig, check
 from outrider.errors import OptionError
 
 if TYPE_CHECKING:
     from outrider.eval.rows import Text
 
-DENSE = "dense"
 BUILTIN = "builtin"  # the target that comes with Outrider
 Task = Callable[..., "Iterable[Any]"]  # rows, of a pair, alignments, cases and options
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationOptions:
-    """What every task is given."""
-
-    text: tuple[Path, ...] = field(metadata={"help": "file of UTF-8 text to evaluate on"})
-    method: tuple[str, ...] = option(
-        ("outrider",),
-        "dense, outrider, sts, specattn, dustin; oracle, streaming, h2o, snapkv, quest, tidal, spatten, double-sparsity, adore "
-        "or twilight (which takes --top-p)",
-    )
-    context: int = option(16384, "tokens of each text that are read")
-    json: Path | None = field(
-        default=None, metadata={"help": "append one JSON line for every text, method and budget to this file"}
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AnswerOptions(EvaluationOptions):
-    """Where answers are generated, the dense ones stand beside them unless asked otherwise."""
-
-    method: tuple[str, ...] = option((DENSE, "outrider"), "dense, outrider, sts, specattn or dustin")
-    context: int = option(16384, "tokens of a prompt and its answer together")
-
-
-EVALUATION = Flags(source=EvaluationOptions, panel="Evaluation")
-ANSWERS = Flags(source=AnswerOptions, panel="Evaluation")
-ANSWERS_TO_DATA = Flags(source=AnswerOptions, panel="Evaluation", skip=("text",))
-BUDGET = Flags(source=Budget, panel="Budget", repeat=("keep", "top_p"))
-MODELS = Flags(source=ModelOptions, panel="Models")
-Channels = Annotated[
-    Path | None,
-    typer.Option(
-        help="channels of the target for method double-sparsity (from `outrider calibrate --channels`); default: the built-in "
-        "target's own",
-        rich_help_panel="Models",
-    ),
-]
-Controller = Annotated[
-    Path | None,
-    typer.Option(
-        help="trained controller of the target for method adore (from recipes/adore); default: the built-in target's own",
-        rich_help_panel="Models",
-    ),
-]
-ENGINE = Flags(
-    source=EngineConfig,
-    panel="Models",
-    only=("draft_tokens", "prefill_chunk", "kv_dtype", "score_keys", "backend"),
-    short={"draft_tokens": "-K"},
-)
 
 app = typer.Typer(
     help="Measure what a method costs on given tokens (perplexity, facts), in answers (ruler, qa), in all (sweep)."
@@ -223,6 +182,27 @@ def diagnose(
     report_diagnosis(rows, values["json"], screen)
 
 
+@app.command()
+@takes(EVALUATION, BUDGET, MODELS, PROMPTS)
+def prefill(
+    scored_tokens: Annotated[int, typer.Option(help="last tokens of the prompt that are predicted while it is read")] = 4096,
+    continued: Annotated[int, typer.Option(help="tokens of the context behind the prompt, predicted densely")] = 512,
+    facts: Annotated[int, typer.Option(help="facts planted in each text, and asked for at the prompt's end")] = 10,
+    seed: Annotated[int, typer.Option(help="seed of the facts and their places")] = 0,
+    **values: Any,
+) -> None:
+    """What a target loses that has read its prompt from lists: in the prompt, behind it, and of facts."""
+    contents = _contents(values["text"])
+
+    def task() -> Task:
+        from outrider.eval.prefill_task import evaluate
+
+        options: dict[str, Any] = {"continued": continued, "facts": facts, "seed": seed}
+        return partial(evaluate, texts=_texts(contents), scored_tokens=scored_tokens, **options)
+
+    _evaluate(task, values, engine=PROMPTS, each=False)
+
+
 def _contents(files: Sequence[Path], option: str = "--text") -> list[tuple[str, str]]:
     """Name and text of every file."""
     return [(file.stem, read_text(option, file)) for file in files]
@@ -234,16 +214,19 @@ def _texts(contents: list[tuple[str, str]]) -> list[Text]:
     return [Text(name=name, text=text) for name, text in contents]
 
 
-def _evaluate(task: Callable[[], Task], values: dict[str, Any], *, each: bool = True, **learned: Path | None) -> None:
+def _evaluate(
+    task: Callable[[], Task], values: dict[str, Any], *, engine: Flags = ENGINE, each: bool = True, **learned: Path | None
+) -> None:
     """Check, load, run the task. With `each`, every text gets a table of its own before the means, and the task is one on given
     tokens, which takes what was `learned` about the target, too: its channels and controller."""
-    rows, cases, screen = _start(task, values, on_given_tokens=each, **learned)
+    rows, cases, screen = _start(task, values, engine, on_given_tokens=each, **learned)
     report(rows, cases if each else None, values["json"], screen)
 
 
 def _start(
     task: Callable[[], Task],
     values: dict[str, Any],
+    flags: Flags = ENGINE,
     *,
     on_given_tokens: bool = False,
     channels: Path | None = None,
@@ -251,7 +234,7 @@ def _start(
 ) -> tuple[Iterable[Any], int, Screen]:
     """Check and load, up to the work: rows as they come, the number of cases, and the screen that shows how far it is."""
     # flags that all tasks have
-    options, models, engine = ANSWERS_TO_DATA.pick(values), MODELS.pick(values), ENGINE.pick(values)
+    options, models, engine = ANSWERS_TO_DATA.pick(values), MODELS.pick(values), flags.pick(values)
     EngineConfig(**engine)
     budgets = _budgets(BUDGET.pick(values))
     screen = Screen()

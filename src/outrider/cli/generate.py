@@ -26,7 +26,13 @@ if TYPE_CHECKING:
 MODELS = Flags(source=ModelOptions, panel="Models")
 ENGINE = Flags(source=EngineConfig, panel="Engine", skip=("budget",), repeat=("mode",), short={"draft_tokens": "-K"})
 BUDGET = Flags(source=Budget, panel="Budget")
-SAMPLING = Flags(source=SamplingParams, panel="Sampling", rename={"top_k": "sampling_top_k", "top_p": "sampling_top_p"})
+PER_PROMPT = ("prefill", "prefill_keep")  # one for all prompts here: the engine's
+SAMPLING = Flags(
+    source=SamplingParams,
+    panel="Sampling",
+    skip=PER_PROMPT,
+    rename={"top_k": "sampling_top_k", "top_p": "sampling_top_p"},
+)
 
 
 @takes(MODELS, ENGINE, BUDGET, SAMPLING)

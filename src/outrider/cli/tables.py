@@ -13,6 +13,7 @@ from rich.text import Text
 from outrider.bench.results import drafting_of
 
 if TYPE_CHECKING:
+    from outrider.bench.prefill import PrefillRow
     from outrider.bench.results import Row as BenchRow
     from outrider.decoding.statistics import Statistics
     from outrider.eval.diagnose.summary import ByLayer, Summary
@@ -136,6 +137,22 @@ def stage_table(rows: Sequence[BenchRow]) -> Table:
     ]
     headers = ["mode", "drafting", "stage", "ms a round", "GB", "floor, ms", "of floor"]
     return _table(f"{rows[0].case}: stages", headers, cells, names=3)
+
+
+def prefill_table(rows: Sequence[PrefillRow]) -> Table:
+    """The engines and modes of one prompt, a line a stage: seconds, products, and how near the time comes to what they take."""
+    cells = []
+    for row in rows:
+        about = [row.engine, row.mode, row.kv_dtype or NONE]
+        kept = NONE if row.kept is None else _percent(row.kept)
+        cells.append([*about, "all", _number(row.seconds, ".3f"), NONE, NONE, NONE, kept])
+        for stage, ms in row.stages.items():
+            tflop, floor, percent = (row.floors[stage][name] for name in ("tflop", "ms", "percent"))
+            least = None if floor is None else floor / 1e3
+            figures = [_number(tflop, ".1f"), _number(least, ".3f"), _number(percent, ".0f", "%")]
+            cells.append(["", "", "", stage, f"{ms / 1e3:.3f}", *figures, ""])
+    headers = ["engine", "mode", "cache", "stage", "s", "TFLOP", "floor, s", "of floor", "kept"]
+    return _table(f"{rows[0].case}: {rows[0].context} tokens", headers, cells, names=4)
 
 
 def _drafting(row: BenchRow) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from outrider.config import EngineConfig
+from outrider.config import EngineConfig, SamplingParams, check
 from outrider.decoding.drafting import DraftLists
 from outrider.decoding.loop import Event, Loop, Watch
 from outrider.decoding.memory import RowDemand, free_bytes, plan_rows
@@ -14,6 +14,7 @@ from outrider.decoding.rounds import Judge, judge
 from outrider.decoding.runner import Runner
 from outrider.decoding.scoring import mass_dtype
 from outrider.decoding.sequence import Sequence
+from outrider.decoding.sparse_prefill import SparsePrefill, make_sparse_prefill
 from outrider.errors import EngineError, OptionError
 from outrider.models import LanguageModel
 from outrider.models.attention import ROUND
@@ -32,15 +33,21 @@ class Engine:
         config: EngineConfig,
         alignment: Alignment | None,
         *,
+        prefill_alignment: Alignment | None = None,
         read: ReadChunk = read_chunk,
         judge: Judge = judge,
     ) -> None:
-        """`read` puts a chunk of a prompt into a cache, `judge` accepts drafted tokens: other ones serve measurements."""
+        """`alignment` guides rounds, `prefill_alignment` sparse prefill. `read` puts a chunk of a prompt into a cache, `judge`
+        accepts drafted tokens: other ones serve measurements.
+        """
         self.config = config
         self.target, self.draft = (
             model.with_backend(config.backend).with_kv_dtype(config.kv_dtype) for model in (target, draft)
         )
         self.read, self.judge = read, judge
+        self._prefill_alignment = prefill_alignment
+        self._prefills: dict[float, SparsePrefill] = {}  # by the share that blocks keep
+        self.prefill_for(SamplingParams())  # what is wrong with it shows before any work
         self.guidance = None
         if config.mode == "plain":
             rehearse(self.target, self.draft, None, 1)
@@ -56,6 +63,20 @@ class Engine:
             self.target, self.draft = self.target.fuse(), self.draft.fuse()
         self.broken: str | None = None  # what made it unusable
         self._idle: Runner | None = None  # of the last run, with all that it has captured
+
+    def prefill_for(self, params: SamplingParams) -> SparsePrefill | None:
+        """How a prompt with these parameters is read; None: densely.
+
+        Raises OptionError where sparse prefill is asked for and there is no draft, no alignment, or chunks are no whole blocks.
+        """
+        config = self.config
+        if (params.prefill or config.prefill) == "dense":
+            return None
+        keep = config.prefill_keep if params.prefill_keep is None else params.prefill_keep
+        if keep not in self._prefills:
+            check("prefill", "sparse", config.mode != "plain", "dense with mode plain, which has no draft")
+            self._prefills[keep] = make_sparse_prefill(self.target, self.draft, config, keep, self._prefill_alignment)
+        return self._prefills[keep]
 
     def run(
         self, sequences: list[Sequence], progress: ProgressCallback | None = None, watch: Watch | None = None
@@ -75,6 +96,8 @@ class Engine:
             )
         if watch is not None and self.captures:
             raise OptionError("eager", False, "True (--eager) for rounds that are watched: CUDA graphs overwrite their lists")
+        for sequence in sequences:
+            self.prefill_for(sequence.params)
         loop = Loop(self, self._runner(sequences), sequences, progress or (lambda what, done, of: None), watch)
         return self._run(loop)
 
@@ -111,8 +134,11 @@ class Engine:
             list_entries=0 if guidance is None else guidance.entries(capacity),
             code_bytes=0 if bits is None else coded_bytes((draft.layers[layer] for layer in layers), bits),
         )
-        longest = lengths.index(max(lengths))
-        slots = plan_rows(demand, slots, free_bytes(self.target.spec.device), prompt=longest, tokens=lengths[longest])
+        longest, free = lengths.index(max(lengths)), free_bytes(self.target.spec.device)
+        if free is not None:
+            readers = {reader for s in sequences if (reader := self.prefill_for(s.params)) is not None}
+            free -= max((reader.bytes(draft, capacity, self.config.prefill_chunk) for reader in readers), default=0)
+        slots = plan_rows(demand, slots, free, prompt=longest, tokens=lengths[longest])
         lists = None
         if self.config.drafts_sparsely:
             lists = DraftLists(draft, self.config.draft_budget, slots, capacity, k)

@@ -91,7 +91,8 @@ class Loop:
                     return
                 slot, sequence = admitted
                 rows = self.runner.rows_of(slot)
-                self.filling = Prefill(sequence, rows, self.config.prefill_chunk, self.engine.read, self.progress)
+                sparse = self.engine.prefill_for(sequence.params)
+                self.filling = Prefill(sequence, rows, self.config.prefill_chunk, self.engine.read, self.progress, sparse)
             filling = self.filling
             try:
                 if not filling.finished:
@@ -103,7 +104,7 @@ class Loop:
                 yield from self._end(filling.sequence, "error", f"no memory for its prompt: {_first_line(error)}")
                 continue
             if filling.finished:
-                filling.sequence.statistics.seconds["prefill"] += filling.seconds()
+                filling.settle()
                 source, slot = self.scheduler.join()
                 self.runner.move(source, slot)
                 self.runner.begin(slot, filling.sequence.pending)

@@ -13,6 +13,7 @@ from outrider.decoding.loop import Event, Watch
 from outrider.decoding.pair import BUILTIN, METHODS, find_alignment, load_pair
 from outrider.decoding.prefill import ProgressCallback, ReadChunk, read_chunk
 from outrider.decoding.sequence import Sequence
+from outrider.decoding.sparse_prefill import PREFILL_METHOD
 from outrider.decoding.statistics import Statistics
 from outrider.errors import OptionError, PromptError
 from outrider.guidance.alignment import AlignmentFile
@@ -100,7 +101,8 @@ class Outrider:
         self.alignments = alignments
         self.map_name = map_name
         self._read = read
-        self._engine = Engine(target, draft, config, self._alignment(), read=read)
+        guides = self._alignment(), self._prefill_alignment()
+        self._engine = Engine(target, draft, config, guides[0], prefill_alignment=guides[1], read=read)
 
     @classmethod
     def load(
@@ -230,6 +232,11 @@ class Outrider:
             )
             sequences.append(Sequence(index, tokens, p, self.target.tokenizer, self.target.spec.eos_tokens, statistics))
         return sequences
+
+    def _prefill_alignment(self) -> Alignment | None:
+        """None where the file has no map for sparse prefill."""
+        found = None if self.alignments is None else self.alignments.maps.get(SELECTORS[PREFILL_METHOD].default_map)
+        return None if found is None else found.alignment
 
     def _alignment(self) -> Alignment | None:
         check("method", self.config.method, self.config.method in METHODS, ", ".join(METHODS))

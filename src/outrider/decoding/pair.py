@@ -109,12 +109,12 @@ def make_guidance(
     elif config.mode == "sparse":
         if alignment is None:
             raise OptionError("alignment", None, "a file made by `outrider calibrate` for this pair (mode dense needs none)")
-        choosing = _build_selector(config.method, target, draft, alignment, config.budget, scored)
+        choosing = build_pair_selector(config.method, target, draft, alignment, config.budget, scored)
         scored = choosing.draft_layers
     if config.drafts_sparsely:
         heads = draft.spec.full_shape.query_heads
         own = torch.cartesian_prod(torch.arange(len(draft.spec.layers)), torch.arange(heads)).view(-1, heads, 1, 2)
-        drafting = _build_selector("outrider", draft, draft, Alignment(sources=own), config.draft_budget, scored)
+        drafting = build_pair_selector("outrider", draft, draft, Alignment(sources=own), config.draft_budget, scored)
     bits = code_bits(config.score_keys, draft, config.draft_tokens + 1)
     rehearse(target, draft, choosing, config.draft_tokens + 1, drafting, bits)
     if not (choosing or drafting or rival):
@@ -136,7 +136,7 @@ def make_selector(
     Raises OptionError for an unknown method, and for a backend or `bits` of scored keys (None: the cache's own) that cannot run
     rounds of `draft_tokens`, PairError for a misfit.
     """
-    selector = _build_selector(method, target, draft, alignment, budget, ())
+    selector = build_pair_selector(method, target, draft, alignment, budget, ())
     rehearse(target, draft, selector, draft_tokens + 1, bits=bits)
     return selector
 
@@ -170,14 +170,18 @@ def make_rival(
     return build_rival(method, known, budget)
 
 
-def _build_selector(
+def build_pair_selector(
     method: str,
     reader: LanguageModel,  # who attends to the lists
     draft: LanguageModel,
     alignment: Alignment,
     budget: Budget,
-    scored: tuple[int, ...],
+    scored: tuple[int, ...] = (),
 ) -> Selector:
+    """The selector of `method` for this pair's shapes, on its device; draft layers that are `scored` anyway are scored besides.
+
+    Raises OptionError for an unknown method, PairError for a misfit.
+    """
     device = draft.spec.device
     fits = {
         name: UnlistedFit(values=fit.values.to(device), weights=fit.weights.to(device))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from outrider.decoding.sequence import Sequence
+from outrider.decoding.sparse_prefill import SparsePrefill
 from outrider.decoding.statistics import StageClock
 from outrider.models import KVCache, LanguageModel
 
@@ -41,12 +42,16 @@ class Prefill:
         chunk: int,
         read: ReadChunk,
         progress: ProgressCallback,
+        sparse: SparsePrefill | None = None,
     ) -> None:
+        """With `sparse` the target's blocks read lists; else `read` puts each chunk into every model's cache."""
         self.sequence = sequence
         self.done = 0  # tokens in the caches
         self.total = len(sequence.prompt) - 1
         self._tokens = torch.tensor([sequence.prompt[:-1]], dtype=torch.int64)
-        self._rows, self._chunk, self._read, self._progress = rows, chunk, read, progress
+        self._rows, self._chunk, self._read, self._progress, self._sparse = rows, chunk, read, progress, sparse
+        self._listed: Tensor | float = 0.0  # tokens that blocks read, summed over blocks; on the device
+        self._before = 0  # tokens before them
         self._clock = StageClock(rows[0][0].spec.device)
         self.empty()
 
@@ -63,14 +68,25 @@ class Prefill:
         """The next chunk, through every model; returns its tokens."""
         stop = min(self.done + self._chunk, self.total)
         with self._clock.stage("prefill"):
-            for model, cache in self._rows:
-                # a draft narrower than the target's vocabulary does not have all its tokens: see propose
-                part = self._tokens[:, self.done : stop].clamp(max=model.spec.vocabulary - 1)
-                self._read(model, cache, part, stop)
+            if self._sparse is not None and stop > self._sparse.min_context:
+                self._read_sparsely(self._sparse, stop)
+            else:
+                for model, cache in self._rows:
+                    # a draft narrower than the target's vocabulary does not have all its tokens: see propose
+                    part = self._tokens[:, self.done : stop].clamp(max=model.spec.vocabulary - 1)
+                    self._read(model, cache, part, stop)
         read, self.done = stop - self.done, stop
         self._progress("prefill", stop, self.total)
         return read
 
-    def seconds(self) -> float:
-        """Spent so far; waits for the device."""
-        return self._clock.settle()["prefill"]
+    def _read_sparsely(self, sparse: SparsePrefill, stop: int) -> None:
+        starts = range(self.done, stop, sparse.block)
+        _, lists = sparse.read(self._rows, self._tokens[:, self.done : stop], stop)
+        self._listed = self._listed + lists.listed.sum()
+        self._before += sum(starts)
+
+    def settle(self) -> None:
+        """Write what it took, and what its blocks read, into the sequence's statistics; waits for the device."""
+        statistics = self.sequence.statistics
+        statistics.seconds["prefill"] += self._clock.settle()["prefill"]
+        statistics.prefill_listed, statistics.prefill_before = float(self._listed), self._before

@@ -1,4 +1,4 @@
-"""Score: how much attention the round's queries pay to every cached token, in one pass over the draft's keys."""
+"""Score: how much attention a round's queries, or those of a prompt's blocks, pay to every cached token."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from outrider.models import KVCache, LanguageModel, ModelSpec
 from outrider.models.cache import aligned
 from outrider.models.quantized_keys import QuantizedKeys
-from outrider.ops import attention_mass
+from outrider.ops import attention_mass, block_mass
 from outrider.ops.quantized_keys import quantized_mass
 from outrider.types import DraftScores
 
@@ -72,3 +72,39 @@ def score(
                 backend=draft.backend,
             )
     return DraftScores(mass=mass if per_query else mass[:, None], layers=layers, lengths=lengths)
+
+
+def score_blocks(
+    draft: LanguageModel,
+    cache: KVCache,
+    queries: tuple[Tensor, ...],
+    layers: tuple[int, ...],
+    *,
+    block: int,
+    start: int,
+    stop: int,
+) -> DraftScores:
+    """Score what lies before each block of a prompt's chunk by the draft's own attention, averaged over the block's queries.
+
+    `queries` holds [B, T, Hq, D] for every draft layer; their keys lie behind the `start` cached tokens that every sequence
+    has, and no sequence has more than `stop` tokens, these included. The result has a row for each block of each sequence, in
+    this order: its lengths are the tokens before the block. Only `layers` are read.
+    """
+    b, t = queries[0].shape[:2]
+    starts = torch.arange(start, start + t, block, device=cache.device).expand(b, -1)
+    rows = [queries[layer].shape[2] for layer in layers]
+    shape = b, starts.shape[1], sum(rows), min(aligned(stop), cache.capacity)
+    mass = torch.empty(shape, dtype=mass_dtype(draft.spec), device=cache.device)
+    for layer, out in zip(layers, mass.split(rows, dim=2), strict=True):
+        block_mass(
+            queries[layer],
+            cache.keys(layer, shape[-1]),
+            starts[:, 0].contiguous(),
+            block=block,
+            scale=draft.spec.layers[layer].scale,
+            key_scale=cache.key_scales[layer],
+            dtype=mass.dtype,
+            out=out,
+            backend="auto" if draft.backend == "cuda" else draft.backend,  # it has no kernel in CUDA C++
+        )
+    return DraftScores(mass=mass.flatten(0, 1)[:, None], layers=layers, lengths=starts.flatten())

@@ -30,6 +30,8 @@ class Statistics:
     method: str | None  # None where lists are not used to verify
     drafting: str | None = None  # None without a draft
     prompt_tokens: int = 0
+    prefill_listed: float = 0.0  # tokens on the lists of a prompt's blocks, averaged over heads and layers, summed over blocks
+    prefill_before: int = 0  # tokens before these blocks, summed
     generated_tokens: int = 0
     rounds: int = 0
     drafted: int = 0  # tokens proposed
@@ -56,6 +58,11 @@ class Statistics:
         return self.listed / self.cached if self.cached else 1.0
 
     @property
+    def prefill_kept_fraction(self) -> float:
+        """Share of the tokens before them that those blocks of the prompt read which had lists; 1 where none had."""
+        return self.prefill_listed / self.prefill_before if self.prefill_before else 1.0
+
+    @property
     def kv_read_fraction(self) -> float:
         """Bytes read, the scoring pass over the draft's keys included, over the bytes dense verification reads."""
         return self.bytes_read / self.bytes_dense if self.bytes_dense else 1.0
@@ -72,7 +79,8 @@ class Statistics:
 
     def as_dict(self) -> dict[str, Any]:
         """Fields and derived figures, ready for JSON."""
-        derived = ("accepted_per_round", "kept_fraction", "kv_read_fraction", "tokens_per_second", "agreement")
+        shares = ("prefill_kept_fraction", "kept_fraction", "kv_read_fraction", "agreement")
+        derived = ("accepted_per_round", "tokens_per_second", *shares)
         counted = {name: value for name, value in asdict(self).items() if name != "began"}
         return counted | {name: getattr(self, name) for name in derived}
 
@@ -84,7 +92,17 @@ def total(parts: list[Statistics]) -> Statistics:
     for began, end in sorted((part.began, part.began + part.decode_seconds) for part in parts if part.began is not None):
         result.decode_seconds += max(0.0, end - max(began, until))
         until = max(until, end)
-    summed = ("prompt_tokens", "generated_tokens", "rounds", "drafted", "accepted", "listed", "cached")
+    summed = (
+        "prompt_tokens",
+        "prefill_listed",
+        "prefill_before",
+        "generated_tokens",
+        "rounds",
+        "drafted",
+        "accepted",
+        "listed",
+        "cached",
+    )
     for part in parts:
         for name in (*summed, "bytes_read", "bytes_dense", "audited", "agreed"):
             setattr(result, name, getattr(result, name) + getattr(part, name))
@@ -114,13 +132,16 @@ class StageClock:
         else:
             began = time.perf_counter()
             yield
-            self.seconds[name] += time.perf_counter() - began
+            self._add(name, time.perf_counter() - began)
+
+    def _add(self, name: str, seconds: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def settle(self) -> dict[str, float]:
         """The seconds so far, every stage finished; waits for those that run."""
         for name, start, end in self._running:
             end.synchronize()
-            self.seconds[name] += start.elapsed_time(end) / 1e3
+            self._add(name, start.elapsed_time(end) / 1e3)
         self._running.clear()
         return dict(self.seconds)
 

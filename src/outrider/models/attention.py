@@ -17,8 +17,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from outrider.errors import ModelError
 from outrider.models.cache import KVCache, LayerShape
 from outrider.models.quantization import dequantize
-from outrider.ops import sparse_attention
-from outrider.types import Lists
+from outrider.ops import chunk_attention, sparse_attention
+from outrider.types import BlockSelection, Lists
 
 NAME = "outrider"
 ROUND = 16  # query tokens up to which the op for rounds is used, which needs no length on the host
@@ -31,7 +31,7 @@ class Forward:
 
     cache: KVCache
     stop: int  # on the host: no sequence has more tokens, the new ones included
-    selection: Lists | None = None  # None: every layer reads its whole cache (or window)
+    selection: Lists | BlockSelection | None = None  # None: every layer reads its whole cache (or window)
     queries: list[Tensor] | None = None  # when a list: receives [B, T, Hq, D] of every layer
     backend: str = "auto"
     ends: int | None = None  # nobody reads what this layer adds to the hidden states: a fused one stops at the cache
@@ -103,13 +103,16 @@ def record(queries: Tensor, forward: Forward) -> None:
 def attend_cached(queries: Tensor, forward: Forward, layer: int, scale: float, window: int | None) -> Tensor:
     """Attention of queries [B, T, Hq, D] whose own keys and values are in the cache already -> [B, T, Hq, D].
 
-    Records the queries. Rounds read the layer's lists, its window or the whole cache.
+    Records the queries. A layer reads its lists, its window or the whole cache.
     """
     record(queries, forward)
-    if queries.shape[1] > ROUND:
-        return _prefill_attention(queries.transpose(1, 2), forward, layer, scale, window)
     cache, selection = forward.cache, forward.selection
+    if isinstance(selection, BlockSelection):
+        return _chunk_attention(queries, forward, selection, layer, scale, window)
     indices, counts = selection.of(layer, queries) if selection is not None else (None, None)
+    if indices is None and queries.shape[1] > ROUND:
+        output = _prefill_attention(queries.transpose(1, 2), forward, layer, scale, window)
+        return output if selection is None else selection.attended(layer, queries, output)
     unlisted_values, unlisted_shares = selection.unlisted_of(layer) if selection is not None else (None, None)
     output = sparse_attention(
         queries,
@@ -127,6 +130,27 @@ def attend_cached(queries: Tensor, forward: Forward, layer: int, scale: float, w
         backend=forward.backend,
     )
     return output if selection is None else selection.attended(layer, queries, output)
+
+
+def _chunk_attention(
+    queries: Tensor, forward: Forward, selection: BlockSelection, layer: int, scale: float, window: int | None
+) -> Tensor:
+    """Attention of a chunk's queries [B, T, Hq, D], whose blocks have lists of their own -> [B, T, Hq, D]."""
+    cache, (indices, counts) = forward.cache, selection.of(layer)
+    return chunk_attention(
+        queries,
+        cache.keys(layer, forward.stop),
+        cache.values(layer, forward.stop),
+        indices,
+        counts,
+        cache.lengths,
+        block=selection.block,
+        scale=scale,
+        key_scale=cache.key_scales[layer],
+        value_scale=cache.value_scales[layer],
+        window=window if indices is None else None,
+        backend="auto" if forward.backend == "cuda" else forward.backend,  # it has no kernel in CUDA C++
+    )
 
 
 def _prefill_attention(query: Tensor, forward: Forward, layer: int, scale: float, window: int | None) -> Tensor:

@@ -21,7 +21,7 @@ from outrider.models.fusion import fuse_projections
 from outrider.models.quantization import FP8, CacheScales, check_kv_dtype, probe, scale_of
 from outrider.ops.backends import device_obstacle
 from outrider.ops.fused_linear import MAX_ROWS
-from outrider.types import Lists
+from outrider.types import BlockSelection, Lists
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,16 +162,16 @@ class LanguageModel:
         cache: KVCache,
         *,
         stop: int | None = None,
-        selection: Lists | None = None,
+        selection: Lists | BlockSelection | None = None,
         record_queries: bool = False,
         logits: bool = True,
     ) -> Output:
         """Run `tokens` [B, T] int64 at positions lengths .. lengths + T - 1.
 
         Appends their keys and values to `cache` without advancing it. With a selection, its layers attend to their lists and
-        the new tokens; without one, every layer attends densely. Without `logits` the output layer is left out. `stop`, where
-        the host knows it, is a bound on the tokens of all sequences, the new ones included; without it a prefill (more than
-        `ROUND` tokens) waits for the device to tell.
+        the new tokens (of a `BlockSelection`: to those of their block); without one, every layer attends densely. Without
+        `logits` the output layer is left out. `stop`, where the host knows it, is a bound on the tokens of all sequences, the
+        new ones included; without it a prefill (more than `ROUND` tokens) waits for the device to tell.
         """
         tokens = tokens.to(self.spec.device)
         if stop is None:

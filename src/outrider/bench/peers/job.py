@@ -23,6 +23,7 @@ class Job:
     tokens: int  # N: decoded tokens of each sequence
     rates: list[float]  # scripted acceptance; its length is K
     device: str
+    what: str = "decode"  # or "prefill": the time to the first token
 
     def dumps(self) -> str:
         return json.dumps(asdict(self))
@@ -46,6 +47,19 @@ def read_results(lines: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Results by case, from all that a peer has printed."""
     marked = [json.loads(line.removeprefix(MARKER)) for line in lines if line.startswith(MARKER)]
     return {result.pop("case"): result for result in marked}
+
+
+def first_token(generate: Callable[[int], Any]) -> float:
+    """Seconds of reading a prompt up to its first token; `generate(i)` does so with prompt i, none of which it has seen before.
+
+    The first call pays for what is compiled when it is first needed, and is not timed. The median of `REPEATS` others.
+    """
+    times = []
+    for number in range(REPEATS + 1):
+        began = time.perf_counter()
+        generate(number)
+        times.append(time.perf_counter() - began)
+    return sorted(times[1:])[REPEATS // 2]
 
 
 def decoding(generate: Callable[[int], int], tokens: int) -> tuple[float, int]:

@@ -1,7 +1,7 @@
 """vLLM with dummy weights: `python -P -m outrider.bench.peers.vllm`, a job on stdin.
 
 The target alone, or with the draft model and synthetic acceptance, at vLLM's own settings otherwise. Its prefix cache keeps the
-prompts, so that decoding can be timed alone.
+prompts, so that decoding can be timed alone; where the prompts themselves are timed there is none.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from outrider.bench.peers.job import Job, decoding, read_job, serve
+from outrider.bench.peers.job import REPEATS, Job, decoding, first_token, read_job, serve
 from outrider.bench.prompts import random_prompts
 
 ENVIRONMENT = {
@@ -34,7 +34,7 @@ def engine_arguments(job: Job, folder: Path) -> dict[str, Any]:
         "skip_tokenizer_init": True,
         "max_model_len": longest + max(ROOM, 2 * job.tokens),
         "gpu_memory_utilization": 0.9,
-        "enable_prefix_caching": True,
+        "enable_prefix_caching": job.what == "decode",
     }
     if job.draft is not None:
         arguments["speculative_config"] = {
@@ -82,6 +82,16 @@ def measure(llm: Any, steps: Steps, job: Job, case: dict[str, Any]) -> dict[str,
     }
 
 
+def measure_prefill(llm: Any, job: Job, case: dict[str, Any]) -> dict[str, Any]:
+    """Seconds to the first token of one case, whose prompts come one after the other."""
+    from vllm import SamplingParams
+
+    rows = random_prompts(case["context"], REPEATS + 1, job.target["vocab_size"])
+    params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=False)
+    seconds = first_token(lambda number: llm.generate([{"prompt_token_ids": rows[number]}], params, use_tqdm=False))
+    return {"seconds": seconds, "versions": {"vllm": version("vllm"), "transformers": version("transformers")}}
+
+
 def _write_config(folder: Path, config: dict[str, Any]) -> str:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -94,6 +104,9 @@ def main() -> None:
     job = read_job()
     with tempfile.TemporaryDirectory() as folder:
         llm = LLM(**engine_arguments(job, Path(folder)))
+        if job.what == "prefill":
+            serve(job, lambda case: measure_prefill(llm, job, case))
+            return
         steps = Steps(llm.llm_engine)
         serve(job, lambda case: measure(llm, steps, job, case))
 

@@ -1,4 +1,4 @@
-"""How fast a device reads its memory when it does nothing else."""
+"""How fast a device reads its memory, or multiplies matrices, when it does nothing else."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 Call = Callable[[], Any]
 STREAM_BYTES = 4 * 2**30
+MATRIX = 8192
 
 
 def stream_rate(device: torch.device, repeats: int = 10) -> float:
@@ -23,6 +24,12 @@ def stream_rate(device: torch.device, repeats: int = 10) -> float:
     readers.append(lambda: buffer.view(torch.bfloat16).amax())
     best = min(_median_ms(reader, repeats) for reader in readers)
     return STREAM_BYTES / best / 1e6
+
+
+def matmul_rate(device: torch.device, repeats: int = 10) -> float:
+    """TFLOP/s (10^12) of a product of two large bfloat16 matrices of random numbers on a CUDA device."""
+    left, right = (torch.randn(MATRIX, MATRIX, dtype=torch.bfloat16, device=device) for _ in range(2))
+    return 2 * MATRIX**3 / _median_ms(lambda: left @ right, repeats) / 1e9
 
 
 def _median_ms(call: Call, repeats: int) -> float:

@@ -1,0 +1,159 @@
+"""Prompts under the clock: a pair with dummy weights reads a prompt chunk by chunk, as the engine does, up to its first token.
+
+    plain    the target alone, densely
+    dense    target and draft, densely: what dense speculation begins with
+    sparse   the draft densely, and the target from lists
+
+Seconds are of all chunks and of the last token's logits, which are the first token. Every kind of launch has run before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from outrider.bench.decode import Progress
+from outrider.bench.dummy import random_alignment
+from outrider.bench.prefill_floors import stage_work
+from outrider.bench.prefill_options import PrefillCase, PrefillOptions, PrefillRun
+from outrider.bench.prompts import random_prompts
+from outrider.config import EngineConfig
+from outrider.decoding.sparse_prefill import SparsePrefill, make_sparse_prefill
+from outrider.decoding.statistics import StageClock
+from outrider.models import KVCache, LanguageModel
+from outrider.models.cache import aligned
+
+MIN_CONTEXT = EngineConfig().prefill_min_context  # or a chunk, where that is less
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillRow:
+    """What reading one prompt took; a failed row says why in `error`."""
+
+    case: str
+    engine: str
+    mode: str  # plain, dense or sparse
+    kv_dtype: str | None = None  # of keys and values in the cache: fp8; None: the models' dtype
+    context: int  # tokens of the prompt
+    seconds: float | None = None  # to the first token, wall clock
+    tokens_per_second: float | None = None  # of the prompt
+    kept: float | None = None  # share of the tokens before them that blocks read
+    stages: dict[str, float] = field(default_factory=dict)  # ms: draft, score, select, target
+    # by stage: tflop of products, gb read and written, ms that these take at least, percent of the stage's ms
+    floors: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    error: str | None = None
+    conditions: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Reading:
+    """A pair with caches for one prompt, read in one mode."""
+
+    def __init__(
+        self, models: tuple[LanguageModel, LanguageModel], case: PrefillCase, run: PrefillRun, options: PrefillOptions
+    ):
+        self.case, self.chunk = case, options.chunk
+        named = [model.with_kv_dtype(run.kv_dtype or "auto") for model in models[: 1 if run.mode == "plain" else 2]]
+        self.rows = [(model, model.new_cache(1, aligned(case.context))) for model in named]
+        [prompt] = random_prompts(case.context, 1, models[0].spec.vocabulary)
+        self.tokens = torch.tensor([prompt])
+        self.sparse = self._sparse(options) if run.mode == "sparse" else None
+        self.listed: torch.Tensor | float = 0.0
+        self.before = 0
+
+    def _sparse(self, options: PrefillOptions) -> SparsePrefill:
+        (target, _), (draft, _) = self.rows
+        chunk = options.chunk
+        config = EngineConfig(
+            mode="dense", prefill_chunk=chunk, prefill_block=options.block, prefill_min_context=min(chunk, MIN_CONTEXT)
+        )
+        return make_sparse_prefill(target, draft, config, options.keep, random_alignment(target.spec, draft.spec))
+
+    def warm_up(self) -> None:
+        """The first chunks, and the last one behind rows of nothing."""
+        for start in (0, self.chunk, (self.case.context - 1) // self.chunk * self.chunk):
+            self.truncate(start)
+            self.read(start, StageClock(self.rows[0][0].spec.device))
+        self.truncate(0)
+        self.listed, self.before = 0.0, 0
+
+    def truncate(self, length: int) -> None:
+        for _, cache in self.rows:
+            cache.lengths.fill_(length)
+
+    def read(self, start: int, clock: StageClock) -> None:
+        """The chunk that begins at `start`; the prompt's last one brings the first token's logits."""
+        stop = min(start + self.chunk, self.case.context)
+        part, last = self.tokens[:, start:stop], stop == self.case.context
+        if self.sparse is not None and stop > self.sparse.min_context:
+            _, lists = self.sparse.read(self.rows, part, stop, logits=last, stage=clock.stage)
+            self.listed = self.listed + lists.listed.sum()
+            self.before += sum(range(start, stop, self.sparse.block))
+            return
+        for (model, cache), stage in zip(self.rows, ("target", "draft"), strict=False):
+            with clock.stage(stage):
+                _read_densely(model, cache, part, stop, last)
+
+    @property
+    def kept(self) -> float | None:
+        return float(self.listed) / self.before if self.before else None
+
+
+def _read_densely(model: LanguageModel, cache: KVCache, part: torch.Tensor, stop: int, last: bool) -> None:
+    """Only the last position's logits are wanted: all of a chunk's would be gigabytes."""
+    body = part[:, :-1] if last else part
+    if body.shape[1]:
+        model.forward(body, cache, stop=stop - last, logits=False)
+        cache.advance(body.shape[1])
+    if last:
+        model.forward(part[:, -1:], cache, stop=stop)
+        cache.advance(1)
+
+
+def measure(
+    models: tuple[LanguageModel, LanguageModel],
+    case: PrefillCase,
+    run: PrefillRun,
+    options: PrefillOptions,
+    conditions: Mapping[str, Any],
+    progress: Progress,
+) -> PrefillRow:
+    """The row of one case in one mode."""
+    reading = Reading(models, case, run, options)
+    progress("warm up", 0, 1)
+    reading.warm_up()
+    progress("warm up", 1, 1)
+    device = models[0].spec.device
+    clock = StageClock(device)
+    _wait(device)
+    began = time.perf_counter()
+    for start in range(0, case.context, options.chunk):
+        reading.read(start, clock)
+    _wait(device)
+    seconds = time.perf_counter() - began
+    stages = {stage: 1e3 * spent for stage, spent in clock.settle().items() if spent > 0}
+    work = stage_work(models, case.context, reading.sparse, reading.kept, run)
+    return PrefillRow(
+        case=case.name,
+        engine=run.engine,
+        mode=run.mode,
+        kv_dtype=run.kv_dtype,
+        context=case.context,
+        seconds=seconds,
+        tokens_per_second=case.context / seconds,
+        kept=reading.kept,
+        stages=stages,
+        floors={stage: work[stage].against(ms, conditions) for stage, ms in stages.items()},
+        conditions=dict(conditions),
+    )
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

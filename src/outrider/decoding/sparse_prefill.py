@@ -1,0 +1,122 @@
+"""Sparse prefill: the draft reads a chunk of the prompt first, and its queries choose what the target's blocks read.
+
+    draft    the chunk, densely; its queries are kept
+    score    all queries of a block vote: mean softmax mass on every token before the block
+    select   lists for each block, target layer and KV head
+    target   the chunk: a block attends to its lists and, causally, to itself
+
+Scores take memory in proportion to the prompt: as many blocks are scored at a time as `SCORE_BYTES` hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from outrider.config import EngineConfig, check
+from outrider.decoding.memory import INDEX_BYTES
+from outrider.decoding.pair import build_pair_selector
+from outrider.decoding.scoring import mass_dtype, score_blocks
+from outrider.errors import OptionError
+from outrider.guidance.selectors.base import Selector
+from outrider.models import KVCache, LanguageModel, ModelSpec
+from outrider.models.cache import aligned
+from outrider.types import Alignment, BlockSelection, Selection
+
+PREFILL_METHOD = "outrider"  # makes the lists, whatever makes those of rounds
+SCORE_BYTES = 2**30  # of masses at a time; never fewer than one block's
+Stage = Callable[[str], AbstractContextManager[None]]
+
+
+def no_clock(name: str) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+class SparsePrefill:
+    """Reads chunks of prompts through a draft and a target; keeps nothing between calls."""
+
+    def __init__(self, selector: Selector, block: int, min_context: int) -> None:
+        """`selector` makes the lists of a block as it does those of a round. Up to `min_context` tokens are read densely."""
+        self.selector, self.block, self.min_context = selector, block, min_context
+
+    def bytes(self, draft: ModelSpec, capacity: int, chunk: int) -> int:
+        """What reading chunks of one prompt of up to `capacity` tokens needs beside the caches: masses, lists and queries."""
+        heads = len(self.selector.draft_layers) * draft.full_shape.query_heads
+        masses = max(SCORE_BYTES, heads * aligned(capacity) * mass_dtype(draft).itemsize)
+        lists = self.selector.entries(capacity) * -(-chunk // self.block) * INDEX_BYTES
+        queries = sum(x.query_heads * x.head_dim for x in draft.layers) * chunk * draft.dtype.itemsize
+        return masses + 2 * lists + queries  # of lists parts and whole
+
+    def read(
+        self,
+        rows: list[tuple[LanguageModel, KVCache]],
+        tokens: Tensor,
+        stop: int,
+        *,
+        logits: bool = False,
+        stage: Stage = no_clock,
+    ) -> tuple[Tensor, BlockSelection]:
+        """Run `tokens` [B, T] through both models, the target first in `rows`, whose caches hold `stop` tokens afterwards.
+
+        The chunk begins with a block. Returns the target's logits [B, T, V] (where asked for, else [B, 0, V]) and the lists.
+        """
+        (target, cache), (draft, draft_cache) = rows
+        known = tokens.clamp(max=draft.spec.vocabulary - 1)  # a draft narrower than the target's vocabulary: see propose
+        with stage("draft"):
+            queries = draft.forward(known, draft_cache, stop=stop, record_queries=True, logits=False).queries
+        lists = self._lists(draft, draft_cache, queries, stop, stage)
+        with stage("target"):
+            output = target.forward(tokens, cache, stop=stop, selection=lists, logits=logits)
+        for held in (cache, draft_cache):
+            held.advance(tokens.shape[1])
+        return output.logits, lists
+
+    def _lists(
+        self, draft: LanguageModel, cache: KVCache, queries: tuple[Tensor, ...], stop: int, stage: Stage
+    ) -> BlockSelection:
+        """The lists of a chunk whose keys lie behind the cached ones, as many blocks at a time as there is room for."""
+        b, t = queries[0].shape[:2]
+        start, parts = stop - t, []
+        for begin, end in self._groups(draft, b, t, stop):
+            some = tuple(one[:, begin:end] for one in queries)
+            with stage("score"):
+                layers = self.selector.draft_layers
+                scores = score_blocks(draft, cache, some, layers, block=self.block, start=start + begin, stop=start + end)
+            with stage("select"):
+                parts.append(self.selector.select(scores))
+            del scores
+        return joined(parts, b, self.block)
+
+    def _groups(self, draft: LanguageModel, b: int, t: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Tokens begin .. end - 1 of a chunk, whole blocks, that are scored together."""
+        heads = len(self.selector.draft_layers) * draft.spec.full_shape.query_heads
+        each = b * heads * aligned(stop) * mass_dtype(draft.spec).itemsize
+        step = max(1, SCORE_BYTES // each) * self.block
+        return ((begin, min(begin + step, t)) for begin in range(0, t, step))
+
+
+def joined(parts: list[Selection], b: int, block: int) -> BlockSelection:
+    """The lists of a chunk of `b` sequences from those of its blocks, some blocks of every sequence at a time."""
+    width = max(part.indices.shape[-1] for part in parts)
+    indices = [pad(part.indices, (0, width - part.indices.shape[-1]), value=-1).unflatten(1, (b, -1)) for part in parts]
+    counts = [part.counts.unflatten(1, (b, -1)) for part in parts]
+    return BlockSelection(layers=parts[0].layers, indices=torch.cat(indices, 2), counts=torch.cat(counts, 2), block=block)
+
+
+def make_sparse_prefill(
+    target: LanguageModel, draft: LanguageModel, config: EngineConfig, keep: float, alignment: Alignment | None
+) -> SparsePrefill:
+    """Reads prompts so that each block of the target reads `keep` of what lies before it, by lists of method outrider.
+
+    Raises OptionError without an alignment, and where a chunk is not a number of whole blocks; PairError for a misfit.
+    """
+    if alignment is None:
+        raise OptionError("alignment", None, "a file made by `outrider calibrate` for this pair (prefill dense needs none)")
+    chunk, block = config.prefill_chunk, config.prefill_block
+    check("prefill-chunk", chunk, chunk % block == 0, f"a multiple of prefill-block = {block} with sparse prefill")
+    selector = build_pair_selector(PREFILL_METHOD, target, draft, alignment, config.prefill_budget(keep))
+    return SparsePrefill(selector, block, config.prefill_min_context)

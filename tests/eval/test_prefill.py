@@ -1,0 +1,109 @@
+"""The evaluation of sparse prefill: dense equals transformers, everything kept equals dense, and why every query votes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from outrider.config import Budget
+from outrider.decoding import sparse_prefill
+from outrider.errors import OptionError
+from outrider.eval import prefill_task
+from outrider.eval.prefill_task import chunk_starts
+from outrider.eval.rows import Case, Text
+
+from .test_teacher_forced import TEXT
+
+DENSE, WHOLE = Case(method="dense"), Case(method="outrider", budget=Budget(keep=1.0))
+LITTLE = Case(method="outrider", budget=Budget(keep=0.1, sinks=2, recent=8))
+SHAPE = {"prefill_chunk": 64, "prefill_block": 16, "prefill_min_context": 0}
+
+
+def rows(pair, alignments, cases, *, context=400, **options):
+    given = {"scored_tokens": 57, "continued": 30, "facts": 0} | SHAPE | options
+    found = list(prefill_task.evaluate(pair, alignments, [TEXT], cases, context=context, **given))
+    parts = 2 + (given["facts"] > 0)
+    return [{row.part: row for row in found[start : start + parts]} for start in range(0, len(found), parts)]
+
+
+def test_dense_perplexity_is_that_of_transformers(pair, alignments):
+    [found] = rows(pair, alignments, [DENSE])
+    target = pair[0]
+    module = copy.deepcopy(target.module)
+    module.set_attn_implementation("eager")
+    tokens = torch.tensor([target.tokenizer(TEXT.text)["input_ids"][:400]])
+    with torch.inference_mode():
+        logits = module(input_ids=tokens, use_cache=False).logits[0]
+    for part, start, stop in (("prompt", 313, 370), ("continuation", 370, 400)):
+        expected = float(cross_entropy(logits[start - 1 : stop - 1], tokens[0, start:stop]).exp())
+        assert found[part].ppl == pytest.approx(expected, rel=1e-4)
+        assert (found[part].scored_tokens, found[part].agreement, found[part].kept_fraction) == (stop - start, 1, 1)
+
+
+def test_everything_kept_is_dense_and_little_is_not(pair, alignments):
+    dense, whole, little = rows(pair, alignments, [DENSE, WHOLE, LITTLE], context=640, facts=3)
+    for part in ("prompt", "continuation"):
+        assert whole[part].ppl == pytest.approx(dense[part].ppl, rel=1e-4)
+        assert whole[part].agreement == 1 and little[part].ppl != dense[part].ppl
+    assert whole["prompt"].kept_fraction == 1 and 0.1 <= little["prompt"].kept_fraction < 0.2
+    assert whole["facts"].agreement == 1 and whole["facts"].recalled == dense["facts"].recalled
+    assert dense["facts"].asked == 3
+
+
+def test_chunks_begin_where_the_engine_has_them():
+    assert chunk_starts(0, 150, 64) == [0, 64, 128]
+    assert chunk_starts(80, 150, 64) == [80, 128]
+    assert chunk_starts(128, 128, 64) == []
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"scored_tokens": 370}, "scored-tokens: got 370; allowed: 1 .. context - continued - 1 = 369"),
+        ({"continued": 400}, "continued: got 400; allowed: 1 .. context - 1 = 399"),
+        ({"facts": -1}, "facts: got -1; allowed: a whole number >= 0"),
+        ({"prefill_chunk": 40}, "prefill-chunk: got 40; allowed: a multiple of prefill-block = 16"),
+    ],
+)
+def test_bad_options(pair, alignments, options, message):
+    with pytest.raises(OptionError, match=message.replace("+", r"\+")):
+        rows(pair, alignments, [WHOLE], **options)
+
+
+def test_methods_and_budgets_that_prefill_does_not_have(pair, alignments):
+    for case, message in (
+        (Case(method="quest", budget=Budget(keep=0.1)), r"method: got 'quest'; allowed: dense, outrider"),
+        (Case(method="outrider", budget=Budget(top_p=0.9)), r"top-p: got 0.9; allowed: keep"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            rows(pair, alignments, [case])
+    with pytest.raises(OptionError, match="alignment: got None"):
+        rows(pair, None, [WHOLE])
+
+
+def test_sampled_queries_lose_facts(monkeypatch, builtin_pair, builtin_alignment, book):
+    """The built-in pair on a real text: where all queries of a block vote its facts are recalled, where one in 16 stands for
+    its neighbours most are lost, and what follows the prompt shows nothing of it."""
+    case = Case(method="outrider", budget=Budget(keep=0.1))
+    shape = {"prefill_chunk": 1024, "prefill_block": 256, "prefill_min_context": 512}
+    options = {"context": 5120, "scored_tokens": 256, "continued": 64, "facts": 12} | shape
+
+    def measured(*cases):
+        found = prefill_task.evaluate(builtin_pair, builtin_alignment, [Text(name="book", text=book)], [*cases], **options)
+        return {(row.method, row.part): row for row in found}
+
+    every = measured(DENSE, case)
+    score = sparse_prefill.score_blocks
+
+    def few(draft, cache, queries, layers, **given):
+        stand_in = torch.arange(queries[0].shape[1]) // 16 * 16
+        return score(draft, cache, tuple(one[:, stand_in] for one in queries), layers, **given)
+
+    monkeypatch.setattr(sparse_prefill, "score_blocks", few)
+    sampled = measured(case)
+    assert every["outrider", "facts"].recalled >= every["dense", "facts"].recalled - 1 >= 9
+    assert sampled["outrider", "facts"].recalled <= 6
+    assert sampled["outrider", "continuation"].delta_percent < 2
