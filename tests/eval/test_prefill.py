@@ -98,9 +98,10 @@ def test_sampled_queries_lose_facts(monkeypatch, builtin_pair, builtin_alignment
     every = measured(DENSE, case)
     score = sparse_prefill.score_blocks
 
-    def few(draft, cache, queries, layers, **given):
+    def few(draft, cache, queries, logsumexp, layers, **given):
         stand_in = torch.arange(queries[0].shape[1]) // 16 * 16
-        return score(draft, cache, tuple(one[:, stand_in] for one in queries), layers, **given)
+        few_of_each = tuple(one[:, stand_in] for one in queries), tuple(one[:, :, stand_in] for one in logsumexp)
+        return score(draft, cache, *few_of_each, layers, **given)
 
     monkeypatch.setattr(sparse_prefill, "score_blocks", few)
     sampled = measured(case)

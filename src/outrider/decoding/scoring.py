@@ -78,6 +78,7 @@ def score_blocks(
     draft: LanguageModel,
     cache: KVCache,
     queries: tuple[Tensor, ...],
+    logsumexp: tuple[Tensor, ...],
     layers: tuple[int, ...],
     *,
     block: int,
@@ -86,9 +87,10 @@ def score_blocks(
 ) -> DraftScores:
     """Score what lies before each block of a prompt's chunk by the draft's own attention, averaged over the block's queries.
 
-    `queries` holds [B, T, Hq, D] for every draft layer; their keys lie behind the `start` cached tokens that every sequence
-    has, and no sequence has more than `stop` tokens, these included. The result has a row for each block of each sequence, in
-    this order: its lengths are the tokens before the block. Only `layers` are read.
+    For every draft layer `queries` holds [B, T, Hq, D] and `logsumexp` the log of their softmax denominators [B, Hq, T], as
+    attention has left it. The keys of these tokens lie behind the `start` cached ones that every sequence has, and no sequence
+    has more than `stop` tokens, these included. The result has a row for each block of each sequence, in this order: its
+    lengths are the tokens before the block. Only `layers` are read.
     """
     b, t = queries[0].shape[:2]
     starts = torch.arange(start, start + t, block, device=cache.device).expand(b, -1)
@@ -102,6 +104,7 @@ def score_blocks(
             starts[:, 0].contiguous(),
             block=block,
             scale=draft.spec.layers[layer].scale,
+            logsumexp=logsumexp[layer],
             key_scale=cache.key_scales[layer],
             dtype=mass.dtype,
             out=out,

@@ -23,7 +23,7 @@ from outrider.decoding.pair import build_pair_selector
 from outrider.decoding.scoring import mass_dtype, score_blocks
 from outrider.errors import OptionError
 from outrider.guidance.selectors.base import Selector
-from outrider.models import KVCache, LanguageModel, ModelSpec
+from outrider.models import KVCache, LanguageModel, ModelSpec, Output
 from outrider.models.cache import aligned
 from outrider.types import Alignment, BlockSelection, Selection
 
@@ -67,25 +67,25 @@ class SparsePrefill:
         (target, cache), (draft, draft_cache) = rows
         known = tokens.clamp(max=draft.spec.vocabulary - 1)  # a draft narrower than the target's vocabulary: see propose
         with stage("draft"):
-            queries = draft.forward(known, draft_cache, stop=stop, record_queries=True, logits=False).queries
-        lists = self._lists(draft, draft_cache, queries, stop, stage)
+            recorded = {"record_queries": True, "record_logsumexp": True, "logits": False}
+            drafted = draft.forward(known, draft_cache, stop=stop, **recorded)
+        lists = self._lists(draft, draft_cache, drafted, stop, stage)
         with stage("target"):
             output = target.forward(tokens, cache, stop=stop, selection=lists, logits=logits)
         for held in (cache, draft_cache):
             held.advance(tokens.shape[1])
         return output.logits, lists
 
-    def _lists(
-        self, draft: LanguageModel, cache: KVCache, queries: tuple[Tensor, ...], stop: int, stage: Stage
-    ) -> BlockSelection:
+    def _lists(self, draft: LanguageModel, cache: KVCache, drafted: Output, stop: int, stage: Stage) -> BlockSelection:
         """The lists of a chunk whose keys lie behind the cached ones, as many blocks at a time as there is room for."""
-        b, t = queries[0].shape[:2]
+        b, t = drafted.queries[0].shape[:2]
         start, parts = stop - t, []
         for begin, end in self._groups(draft, b, t, stop):
-            some = tuple(one[:, begin:end] for one in queries)
+            queries = tuple(one[:, begin:end] for one in drafted.queries)
+            logsumexp = tuple(one[:, :, begin:end] for one in drafted.logsumexp)
+            given = draft, cache, queries, logsumexp, self.selector.draft_layers
             with stage("score"):
-                layers = self.selector.draft_layers
-                scores = score_blocks(draft, cache, some, layers, block=self.block, start=start + begin, stop=start + end)
+                scores = score_blocks(*given, block=self.block, start=start + begin, stop=start + end)
             with stage("select"):
                 parts.append(self.selector.select(scores))
             del scores

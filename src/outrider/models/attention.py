@@ -33,6 +33,7 @@ class Forward:
     stop: int  # on the host: no sequence has more tokens, the new ones included
     selection: Lists | BlockSelection | None = None  # None: every layer reads its whole cache (or window)
     queries: list[Tensor] | None = None  # when a list: receives [B, T, Hq, D] of every layer
+    logsumexp: list[Tensor] | None = None  # when a list: receives the log of every query's softmax denominator, [B, Hq, T] fp32
     backend: str = "auto"
     ends: int | None = None  # nobody reads what this layer adds to the hidden states: a fused one stops at the cache
     probe: dict[int, LayerShape] | None = None  # when a dict: layers only report their shape here
@@ -108,7 +109,9 @@ def attend_cached(queries: Tensor, forward: Forward, layer: int, scale: float, w
     record(queries, forward)
     cache, selection = forward.cache, forward.selection
     if isinstance(selection, BlockSelection):
-        return _chunk_attention(queries, forward, selection, layer, scale, window)
+        return _chunk_attention(queries, forward, layer, scale, window, *selection.of(layer), block=selection.block)
+    if forward.logsumexp is not None:
+        return _chunk_attention(queries, forward, layer, scale, window, None, None, block=queries.shape[1])
     indices, counts = selection.of(layer, queries) if selection is not None else (None, None)
     if indices is None and queries.shape[1] > ROUND:
         output = _prefill_attention(queries.transpose(1, 2), forward, layer, scale, window)
@@ -133,10 +136,22 @@ def attend_cached(queries: Tensor, forward: Forward, layer: int, scale: float, w
 
 
 def _chunk_attention(
-    queries: Tensor, forward: Forward, selection: BlockSelection, layer: int, scale: float, window: int | None
+    queries: Tensor,
+    forward: Forward,
+    layer: int,
+    scale: float,
+    window: int | None,
+    indices: Tensor | None,
+    counts: Tensor | None,
+    *,
+    block: int,
 ) -> Tensor:
-    """Attention of a chunk's queries [B, T, Hq, D], whose blocks have lists of their own -> [B, T, Hq, D]."""
-    cache, (indices, counts) = forward.cache, selection.of(layer)
+    """Attention of a chunk's queries [B, T, Hq, D], whose blocks may have lists of their own -> [B, T, Hq, D]."""
+    cache, (b, t, heads, _) = forward.cache, queries.shape
+    logsumexp = None
+    if forward.logsumexp is not None:
+        logsumexp = torch.empty(b, heads, t, dtype=torch.float32, device=queries.device)
+        forward.logsumexp.append(logsumexp)
     return chunk_attention(
         queries,
         cache.keys(layer, forward.stop),
@@ -144,11 +159,12 @@ def _chunk_attention(
         indices,
         counts,
         cache.lengths,
-        block=selection.block,
+        block=block,
         scale=scale,
         key_scale=cache.key_scales[layer],
         value_scale=cache.value_scales[layer],
         window=window if indices is None else None,
+        logsumexp=logsumexp,
         backend="auto" if forward.backend == "cuda" else forward.backend,  # it has no kernel in CUDA C++
     )
 

@@ -60,6 +60,9 @@ class Output:
 
     logits: Tensor  # [B, T, V] in the dtype of the model; [B, 0, V] if not asked for
     queries: tuple[Tensor, ...]  # per layer [B, T, Hq, D]; empty unless recorded
+    logsumexp: tuple[
+        Tensor, ...
+    ] = ()  # per layer [B, Hq, T] fp32: log of each query's softmax denominator; empty unless recorded
 
 
 def check_backend(backend: str, device: torch.device) -> None:
@@ -164,6 +167,7 @@ class LanguageModel:
         stop: int | None = None,
         selection: Lists | BlockSelection | None = None,
         record_queries: bool = False,
+        record_logsumexp: bool = False,
         logits: bool = True,
     ) -> Output:
         """Run `tokens` [B, T] int64 at positions lengths .. lengths + T - 1.
@@ -185,6 +189,7 @@ class LanguageModel:
             stop=stop,
             selection=selection,
             queries=[] if record_queries else None,
+            logsumexp=[] if record_logsumexp else None,
             backend=self.backend,
             ends=None if logits else len(self.spec.layers) - 1,
             fused=self.fused_layers if few else {},
@@ -201,4 +206,8 @@ class LanguageModel:
                 outrider=forward,
             )
         none = torch.empty(tokens.shape[0], 0, self.spec.vocabulary, dtype=self.spec.dtype, device=self.spec.device)
-        return Output(logits=output.logits if logits else none, queries=tuple(forward.queries or ()))
+        return Output(
+            logits=output.logits if logits else none,
+            queries=tuple(forward.queries or ()),
+            logsumexp=tuple(forward.logsumexp or ()),
+        )

@@ -238,7 +238,9 @@ def chunk_attention(
     D_padded, rows, tile, warps, stages = _tiles(D, block * group, queries.dtype, indices is not None)
     row_tiles = triton.cdiv(block * group, rows)
     result = torch.empty(B, T, Hq, D, dtype=queries.dtype, device=queries.device)
-    with torch.cuda.device(queries.device) if queries.is_cuda else contextlib.nullcontext():  # Triton launches on the current one
+    with (
+        torch.cuda.device(queries.device) if queries.is_cuda else contextlib.nullcontext()
+    ):  # Triton launches on the current one
         _attend[row_tiles * heads * blocks, B](
             queries, keys, values, indices, counts, lengths.contiguous(), window,
             None if key_scale is None else key_scale.contiguous(),
