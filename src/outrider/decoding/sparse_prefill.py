@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,8 +68,8 @@ class SparsePrefill:
         (target, cache), (draft, draft_cache) = rows
         known = tokens.clamp(max=draft.spec.vocabulary - 1)  # a draft narrower than the target's vocabulary: see propose
         with stage("draft"):
-            recorded = {"record_queries": True, "record_logsumexp": True, "logits": False}
-            drafted = draft.forward(known, draft_cache, stop=stop, **recorded)
+            recorded: dict[str, Any] = {"record_queries": True, "record_logsumexp": True}
+            drafted = draft.forward(known, draft_cache, stop=stop, logits=False, **recorded)
         lists = self._lists(draft, draft_cache, drafted, stop, stage)
         with stage("target"):
             output = target.forward(tokens, cache, stop=stop, selection=lists, logits=logits)

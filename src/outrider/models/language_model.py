@@ -60,9 +60,7 @@ class Output:
 
     logits: Tensor  # [B, T, V] in the dtype of the model; [B, 0, V] if not asked for
     queries: tuple[Tensor, ...]  # per layer [B, T, Hq, D]; empty unless recorded
-    logsumexp: tuple[
-        Tensor, ...
-    ] = ()  # per layer [B, Hq, T] fp32: log of each query's softmax denominator; empty unless recorded
+    logsumexp: tuple[Tensor, ...] = ()  # per layer [B, Hq, T] fp32, of each query's logits; empty unless recorded
 
 
 def check_backend(backend: str, device: torch.device) -> None:
