@@ -233,7 +233,7 @@ def _column_sums(
             logits = tl.dot(b, a.T, input_precision="ieee")  # [KEYS, ROWS]
             total += _sums_of_powers(logits * factor + bias[None, :], HALVINGS)
             if tile == TILES - 1:
-                mass = tl.where(token < start, total * share, 0.0)
+                mass = tl.where(token < start, total * share, 0.0).to(tl.float32)
                 tl.store(result + tl.cast(row, tl.int64) * result_strides[2], mass, mask=token < N)
                 total = tl.zeros([KEYS], wide)
 
