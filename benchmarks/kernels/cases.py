@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.kernels.attention_mass import AttentionMass
+from benchmarks.kernels.block_mass import BlockMass
 from benchmarks.kernels.case import Case
 from benchmarks.kernels.dense_attention import DenseAttention
 from benchmarks.kernels.quantized_keys import QuantizedMass
@@ -33,6 +34,9 @@ CASES: tuple[Case, ...] = (
     AttentionMass(id="attention_mass-128k-b4", S=K128, B=4),
     AttentionMass(id="attention_mass-32k-b1", S=K32, B=1),
     AttentionMass(id="attention_mass-128k-b1-interleaved", S=K128, B=1, interleaved=True),
+    BlockMass(id="block_mass-128k-t2048-block128", S=K128),
+    BlockMass(id="block_mass-128k-t2048-block512", S=K128, block=512),
+    BlockMass(id="block_mass-32k-t2048-block128-computed", S=K32, known=False),
     *(QuantizedMass(id=f"quantized_mass-{name}-{bits}bit", S=S, B=B, bits=bits) for name, S, B in SIZES[:3] for bits in (4, 2)),
     UnlistedMass(id="unlisted_mass-256x128k", R=256, S=K128),
     UnlistedMass(id="unlisted_mass-256x128k-merge4", R=256, S=K128, G=4),

@@ -14,6 +14,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks.kernels.attention_mass import AttentionMass  # noqa: E402
+from benchmarks.kernels.block_mass import BlockMass  # noqa: E402
 from benchmarks.kernels.case import Case  # noqa: E402
 from benchmarks.kernels.dense_attention import DenseAttention  # noqa: E402
 from benchmarks.kernels.quantized_keys import QuantizedMass  # noqa: E402
@@ -35,6 +36,8 @@ TINY: tuple[Case, ...] = (
     TokenSelect(id="token_select-tiny-merge4-fp32-top_k", R=16, S=2000, G=4, dtype=torch.float32),
     AttentionMass(id="attention_mass-tiny", S=200, B=2, **HEADS),
     AttentionMass(id="attention_mass-tiny-interleaved", S=200, B=2, interleaved=True, **HEADS),
+    BlockMass(id="block_mass-tiny", S=200, B=2, T=11, block=4, **HEADS),
+    BlockMass(id="block_mass-tiny-computed", S=200, B=2, T=11, block=4, known=False, **HEADS),
     QuantizedMass(id="quantized_mass-tiny-4bit", S=200, B=2, L=2, **(HEADS | {"D": 64})),
     QuantizedMass(id="quantized_mass-tiny-2bit", S=200, B=2, L=2, bits=2, **(HEADS | {"D": 64})),
     UnlistedMass(id="unlisted_mass-tiny", R=8, S=200),

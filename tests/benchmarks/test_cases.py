@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from benchmarks.kernels.attention_mass import AttentionMass
+from benchmarks.kernels.block_mass import BlockMass
 from benchmarks.kernels.cases import CASES, chosen
 from benchmarks.kernels.dense_attention import DenseAttention
 from benchmarks.kernels.quantized_keys import QuantizedMass
@@ -20,7 +21,7 @@ CPU = torch.device("cpu")
 
 def test_the_table_has_the_cases_that_are_reported():
     ids = [case.id for case in CASES]
-    assert len(set(ids)) == len(ids) == 30
+    assert len(set(ids)) == len(ids) == 33
     layer = {"128k-b1": (2**17, 1), "128k-b4": (2**17, 4), "32k-b1": (2**15, 1), "32k-b4": (2**15, 4)}
     for case in CASES:
         assert case.id.startswith(case.op + "-")
@@ -31,6 +32,8 @@ def test_the_table_has_the_cases_that_are_reported():
             assert case.separate == (dense or case.id.endswith("-separate"))
         if isinstance(case, AttentionMass):
             assert (case.Hq, case.Hkv, case.D, case.T) == (32, 8, 64, 5)
+        if isinstance(case, BlockMass):
+            assert (case.Hq, case.Hkv, case.D, case.T) == (32, 8, 64, 2048)
 
 
 def test_cases_are_chosen_by_a_part_of_their_name():
@@ -75,6 +78,16 @@ def test_bytes_of_attention_mass():
     assert case.fewest_bytes(case.inputs(CPU)) == keys + 2 * 8 * 1128 * 2 + 2 * 5 * 8 * 16 * 2 + 2 * 4
 
 
+def test_bytes_of_block_mass():
+    case = BlockMass(id="x", S=1000, B=2, T=11, block=4, Hq=8, Hkv=2, D=16)
+    expected = 2 * 2 * 1011 * 16 * 2 + 2 * 3 * 8 * 1139 * 2 + 2 * 11 * 8 * 16 * 2 + 2 * 4
+    inputs = case.inputs(CPU)
+    assert case.fewest_bytes(inputs) == expected + 2 * 8 * 11 * 4
+    assert inputs.keys[:, 1011:].isnan().all() and inputs.keys[:, :1011].isfinite().all()
+    computed = BlockMass(id="x", S=1000, B=2, T=11, block=4, known=False, Hq=8, Hkv=2, D=16)
+    assert computed.fewest_bytes(computed.inputs(CPU)) == expected
+
+
 def test_bytes_of_unlisted_mass():
     case = UnlistedMass(id="x", R=16, S=1000, G=4)
     assert case.fewest_bytes(case.inputs(CPU)) == 16 * 1000 * 2 + 16 * 4 * 8 + 16 * (100 * 4 + 4) + 16 * 100 * 4 * 2 + 4
@@ -100,7 +113,7 @@ def test_inputs_are_fresh_for_every_copy_and_the_same_for_one(case):
 
 def test_storage_of_the_cache(case):
     inputs = case.inputs(CPU)
-    if case.op in ("token_select", "unlisted_mass", "quantized_mass"):
+    if case.op in ("token_select", "unlisted_mass", "quantized_mass", "block_mass"):
         return
     N, beside = case.S + 128, 2 if "separate" not in case.id and case.id != "attention_mass-tiny" else 1
     assert inputs.keys.shape == (case.B, N, case.Hkv, case.D)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from outrider.ops import (
     attention_mass,
+    block_mass,
     fused_linear,
     kv_append,
     quantize_keys,
@@ -38,6 +39,17 @@ def attention_masses(backend: str) -> Iterator[Tensor]:
     yield attention_mass(queries, keys, lengths, scale=0.125, backend=backend)
     pages = torch.arange(300, dtype=torch.int32, device="cuda").view(3, 100)
     yield attention_mass(queries, keys.reshape(300, 16, 2, 64), lengths, scale=0.125, page_table=pages, backend=backend)
+
+
+def block_masses(backend: str) -> Iterator[Tensor]:
+    """Ragged sequences, blocks and tiles; then of some heads, whose denominators are known."""
+    queries, keys, lengths = random(3, 300, 8, 64), random(3, 1600, 2, 64), torch.tensor([1300, 0, 33], device="cuda")
+    yield block_mass(queries, keys, lengths, block=128, scale=0.125, backend=backend)
+    heads, known = torch.tensor([1, 4, 6], device="cuda"), random(3, 8, 300, dtype=torch.float32).add(8)
+    out = torch.empty(3, 3, 4, 1601, dtype=torch.bfloat16, device="cuda")[:, :, 1:, :1600]
+    yield block_mass(
+        queries, keys, lengths, block=100, scale=0.125, heads=heads, logsumexp=known, dtype=out.dtype, out=out, backend=backend
+    )
 
 
 def selections(backend: str) -> Iterator[Tensor]:
@@ -106,7 +118,7 @@ def coded_keys(backend: str) -> Iterator[Tensor]:
 
 
 BACKENDS = {
-    "triton": (attention_masses, selections, attentions, appended),
+    "triton": (attention_masses, block_masses, selections, attentions, appended),
     "cuda": (attention_masses, selections, attentions, appended, products, coded_keys),
 }
 

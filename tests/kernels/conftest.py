@@ -27,6 +27,7 @@ import emulation
 GPU = torch.cuda.is_available()
 OPS = (
     "attention_mass",
+    "block_mass",
     "token_select",
     "sparse_attention",
     "kv_append",

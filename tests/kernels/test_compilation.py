@@ -47,6 +47,18 @@ def attention_mass(
         dtype=FP32, out=None)  # fmt: skip
 
 
+def block_mass(
+    run: Callable, queries: torch.dtype, D: int, *, keys: torch.dtype | None = None, heads: bool = False, known: bool = False,
+    halvings: int = 0,
+) -> None:  # fmt: skip
+    q, k = torch.empty(2, 300, 8, D, dtype=queries), torch.empty(2, 4096, 2, D, dtype=keys or queries)
+    chosen = torch.empty(3, dtype=torch.int64) if heads else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["outrider.ops.block_mass.triton"], "SOFT_HALVINGS", halvings)
+        run(q, k, torch.empty(2, dtype=torch.int64), block=128, scale=0.1, heads=chosen, dtype=BF16, out=None,
+            logsumexp=torch.empty(2, 8, 300) if known else None, key_scale=torch.empty(2) if keys == FP8 else None)  # fmt: skip
+
+
 def sparse_attention(
     run: Callable, queries: torch.dtype, D: int, *, keys: torch.dtype | None = None, paged: bool = False,
     T: int = 5, Hs: int = 2, dense: bool = False, window: int | None = None, unlisted: bool = False,
@@ -86,6 +98,15 @@ CASES: dict[str, list[Callable[[Callable], None]]] = {
         partial(attention_mass, queries=FP16, D=64, paged=True, reduce="none"),
         partial(attention_mass, queries=BF16, D=128, keys=FP8, heads=True),
         partial(attention_mass, queries=BF16, D=256, T=16),
+    ],
+    "block_mass": [
+        partial(block_mass, queries=BF16, D=64),
+        partial(block_mass, queries=BF16, D=128, heads=True),
+        partial(block_mass, queries=BF16, D=64, known=True, halvings=3),
+        partial(block_mass, queries=FP16, D=80, known=True, halvings=1),
+        partial(block_mass, queries=BF16, D=128, keys=FP8),
+        partial(block_mass, queries=BF16, D=256),
+        partial(block_mass, queries=FP32, D=256),
     ],
     "kv_append": [
         partial(kv_append, new=BF16, D=128),

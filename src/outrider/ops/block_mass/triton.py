@@ -32,6 +32,7 @@ MAX_HEAD_DIM = 256
 # by padded head dim: keys and queries of a tile, warps, stages
 COLUMN_TILES = {64: (128, 64, 4, 3), 128: (128, 128, 8, 2), 256: (64, 64, 4, 2)}
 DENOMINATOR_TILES = {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (64, 64, 4, 2)}
+MAX_REGISTERS = 128  # of a thread of _column_sums: 16 warps to a multiprocessor, so that products hide behind exponentials
 WIDE_TILES = (32, 16, 4, 2)  # in fp64, which few GPUs are fast in
 SOFT_HALVINGS = 0  # 2 ** -SOFT_HALVINGS of the exponentials of _column_sums are computed on the FMA units; 0: none
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -233,7 +234,7 @@ def _column_sums(
             logits = tl.dot(b, a.T, input_precision="ieee")  # [KEYS, ROWS]
             total += _sums_of_powers(logits * factor + bias[None, :], HALVINGS)
             if tile == TILES - 1:
-                mass = tl.where(token < start, total * share, 0.0)
+                mass = tl.where(token < start, total * share, 0.0).to(tl.float32)
                 tl.store(result + tl.cast(row, tl.int64) * result_strides[2], mass, mask=token < N)
                 total = tl.zeros([KEYS], wide)
 
@@ -302,6 +303,6 @@ def block_mass(
             queries, keys, lengths, heads, key_scale, _biases(logsumexp.to(wide), block, rows), out,
             scale, N, T, R, block, NB, Hq // Hkv, queries.stride(), keys.stride(), out.stride(),
             D=D, D_PADDED=D_padded, KEYS=tile, ROWS=rows, TILES=triton.cdiv(block, rows), HEADS=triton.next_power_of_2(Hq),
-            HALVINGS=0 if full else SOFT_HALVINGS, num_warps=warps, num_stages=stages,
+            HALVINGS=0 if full else SOFT_HALVINGS, num_warps=warps, num_stages=stages, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
     return out
