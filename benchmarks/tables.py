@@ -87,6 +87,40 @@ def facts_lists_table(name: str) -> str:
     return markdown(["lengths", "unlisted", *(f"{100 * keep:g}%" for keep in keeps)], rows)
 
 
+def prefill_quality_table(name: str) -> str:
+    """What prompts lose that are read from lists: in themselves, behind them, and of facts; means over texts."""
+    groups: dict[tuple[Any, ...], dict[str, list[Line]]] = {}
+    for row in lines(name):
+        lists = (
+            "" if row["method"] == "dense" else {"auto": "by layer and head", "flat": "equal"}[row["conditions"]["allocation"]]
+        )
+        block = "" if row["method"] == "dense" else str(row["conditions"]["prefill_block"])
+        key = f"{row['context']:,}", "all" if row["keep"] is None else budget({"top_p": None} | row), block, lists
+        groups.setdefault(key, {}).setdefault(row["part"], []).append(row)
+    cells = []
+    for key, parts in groups.items():
+        figures = []
+        for part in ("prompt", "continuation"):
+            interval = mean_interval([row["delta_percent"] for row in parts[part]])
+            band = "" if interval is None or key[1] == "all" else f" ({interval[0]:+.2f} .. {interval[1]:+.2f})"
+            figures += [f"{mean(parts[part], 'delta_percent'):+.2f}%{band}", f"{mean(parts[part], 'agreement'):.3f}"]
+        facts = parts["facts"]
+        recalled = f"{sum(row['recalled'] for row in facts)}/{sum(row['asked'] for row in facts)}"
+        cells.append([*key, *figures, recalled])
+    header = [
+        "context",
+        "kept",
+        "block",
+        "lists",
+        "prompt: perplexity",
+        "agreement",
+        "behind it: perplexity",
+        "agreement",
+        "facts",
+    ]
+    return markdown(header, cells)
+
+
 def pair_table(name: str) -> str:
     last = lines(name)[-1]
     rows = [
@@ -483,6 +517,7 @@ def kernel_development_table(name: str) -> str:
 
 TABLES: dict[str, Callable[[str], str]] = {
     "facts-32k": facts_lists_table,
+    "prefill-quality": prefill_quality_table,
     "pair": pair_table,
     "generate": generate_table,
     "pair-gpu": pair_gpu_table,
