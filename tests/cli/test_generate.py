@@ -61,6 +61,17 @@ def test_modes_run_in_turn_on_the_same_models(outrider, pair, prompt, alignment,
     assert 0.2 < sparse["kept_fraction"] < 0.5
 
 
+def test_prompts_are_read_from_lists_where_asked(outrider, fails, pair, prompt, alignment, tmp_path):
+    stats, blocks = tmp_path / "stats.json", ["--prefill-block", "16", "--prefill-chunk", "64", "--prefill-min-context", "64"]
+    flags = ["--mode", "dense", "--prefill", "sparse", "--prefill-keep", "0.3", "--recent", "4", *blocks, "--stats-json", stats]
+    outcome = outrider("generate", *pair, *prompt, *SHORT, "--alignment", alignment, *flags)
+    assert outcome.code == 0 and "kept by the prompt's blocks" in outcome.err
+    assert 0.25 < json.loads(stats.read_text())["prefill_kept_fraction"] < 0.4
+    told = fails("generate", *pair, *prompt, "--mode", "plain", *flags[2:])
+    assert told == "prefill: got 'sparse'; allowed: dense with mode plain, which has no draft"
+    assert fails("generate", *pair, *prompt, "--prefill", "some") == "prefill: got 'some'; allowed: dense, sparse"
+
+
 def test_one_mode_writes_one_object(outrider, pair, prompt, alignment, tmp_path):
     stats = tmp_path / "stats.json"
     flags = ["--alignment", alignment, "--top-p", "0.8", "--map", "monotone+average", "--stats-json", stats]

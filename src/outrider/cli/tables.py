@@ -35,6 +35,8 @@ def run_table(runs: Sequence[Statistics]) -> Table:
         ("KV bytes read, of dense", lambda s: _percent(s.kv_read_fraction)),
         *((f"seconds: {stage}", _seconds_of(stage)) for stage in runs[0].seconds),
     ]
+    if any(run.prefill_before for run in runs):
+        rows.insert(1, ("kept by the prompt's blocks", lambda s: _percent(s.prefill_kept_fraction)))
     if any(run.audited for run in runs):
         rows.append(("agreement with the dense target", _agreement))
     headers = [run.mode if run.method is None else f"{run.mode} ({run.method})" for run in runs]
