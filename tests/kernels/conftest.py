@@ -34,6 +34,7 @@ OPS = (
     "fused_linear",
     "quantized_keys",
     "unlisted_mass",
+    "chunk_attention",
 )
 
 
