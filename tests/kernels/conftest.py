@@ -35,6 +35,7 @@ OPS = (
     "fused_linear",
     "quantized_keys",
     "unlisted_mass",
+    "chunk_attention",
 )
 
 

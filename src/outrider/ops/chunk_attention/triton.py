@@ -1,13 +1,13 @@
 """Chunk attention in Triton: one launch, and no matrix of queries by tokens in memory.
 
-    _attend    grid (row tiles x heads that own a list x blocks, B). The rows of a program's tile are queries of one block, each
+    _attend    grid (blocks x heads that own a list x row tiles, B). The rows of a program's tile are queries of one block, each
                with its query heads of one KV head side by side, so that gathered rows of the cache serve all of them. What they
-               may see is one run of slots: those of the list, then the block's own tokens. Row r sees the slots up to
-               count + its step in the block; so there is one causal edge, as in dense attention, and the tiles of slots before
-               it need no mask. The slot's position is looked up, its rows of keys and values gathered straight from the cache;
-               online softmax in base 2.
+               may see is one run of slots: those of the list, then the block's own tokens. Query `step` of the block sees the
+               slots up to count + step: one causal edge, as in dense attention. A tile of slots is looked up, their rows of
+               keys and values gathered straight from the cache; online softmax in base 2. The tiles at the edge go first, those
+               that hold list alone, and need no mask, after them.
 
-Without lists (dense) the chunk is one block, and the slots are the positions themselves; a window makes a second edge, in front.
+Without lists (dense) the chunk is one block, and the slots are the positions themselves; a window makes a second edge in front.
 
 Programs are ordered by their work, the last block first, and in it the last queries. Row tiles that walk the same list run side
 by side, so that one of them brings a gathered row into the L2 cache for all.
@@ -27,10 +27,12 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_HEAD_DIM = 256
-# padded head dim, up to -> rows and tokens of a tile, warps, stages. With lists a position is loaded before its row, and each of
-# the two loads takes its stages.
-LISTED = {64: (256, 64, 8, 5), 128: (256, 64, 16, 5), 256: (128, 32, 8, 5)}
-DENSE = {64: (256, 64, 8, 3), 128: (256, 64, 16, 3), 256: (128, 32, 8, 3)}
+# Padded head dim, up to -> rows and tokens of a tile, warps, stages. With lists a position is loaded before its row, and each
+# of the two steps takes its stages. On Hopper registers bound the tile: in a larger one ptxas serialises the products.
+HOPPER_LISTED = {64: (256, 64, 16, 5), 128: (128, 128, 8, 5), 256: (128, 32, 8, 5)}
+HOPPER_DENSE = {64: (256, 64, 16, 3), 128: (128, 128, 8, 3), 256: (128, 32, 8, 3)}
+OTHERS_LISTED = {128: (64, 32, 4, 5), 256: (64, 16, 4, 5)}  # at most 96 KB of shared memory
+OTHERS_DENSE = {128: (64, 32, 4, 3), 256: (64, 16, 4, 3)}
 LOG2_E = tl.constexpr(math.log2(math.e))
 LOWEST = tl.constexpr(-1e30)  # below every logit, and finite: of a tile that a row sees nothing of, no inf - inf comes
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -57,17 +59,23 @@ def _add_tile(
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
     TILE: tl.constexpr,
+    FAR: tl.constexpr,  # rows lie further apart than 31 bits count
     MASKED: tl.constexpr,
 ):
-    """The online softmax, a tile of slots further. MASKED: some rows do not see all of them, and none what is at `end`."""
+    """The online softmax, a tile of slots further. MASKED: a row may not see all; from `end` on nothing is read."""
+    # of products; the interpreter takes bfloat16 in them for integers
     operand: tl.constexpr = out.dtype if INTERPRETED or out.dtype == tl.float64 else q.dtype
     slot = start + tl.arange(0, TILE)
     position = slot
-    if indices is not None:
+    if indices is not None and MASKED:
         listed = slot < count
         position = tl.where(listed, tl.load(indices + slot, mask=listed, other=0), own + slot - count)
-    key_at = keys + (position.to(tl.int64) * key_stride)[:, None]
-    value_at = values + (position.to(tl.int64) * value_stride)[:, None]
+    elif indices is not None:
+        position = tl.load(indices + slot)
+    if FAR:
+        position = position.to(tl.int64)
+    key_at = keys + (position * key_stride)[:, None]
+    value_at = values + (position * value_stride)[:, None]
     if MASKED or D < D_PADDED:
         loaded = tl.expand_dims(slot < end, 1) & (tl.arange(0, D_PADDED) < D)[None, :]
         k = tl.load(key_at, mask=loaded, other=0.0)
@@ -122,6 +130,7 @@ def _attend(
     D_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
+    FAR: tl.constexpr,
 ):
     wide: tl.constexpr = tl.float64 if queries.dtype.element_ty == tl.float32 else tl.float32  # logits and sums
     reverse = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -133,6 +142,8 @@ def _attend(
     step, query_head = row // group, head * group + row % group
     tokens = tl.minimum(T - here * block, block)  # of this block
     first, last = row_tile * ROWS // group, tl.minimum((row_tile * ROWS + ROWS - 1) // group, tokens - 1)
+    if first >= tokens:  # a ragged block has fewer row tiles
+        return
     asked = step < tokens
     dim = tl.arange(0, D_PADDED)
     stored = asked[:, None] & (dim < D)[None, :]
@@ -151,31 +162,32 @@ def _attend(
         count = tl.load(counts + sequence * count_strides[0] + here * count_strides[1] + head * count_strides[2])
         indices += sequence * index_strides[0] + here.to(tl.int64) * index_strides[1] + head.to(tl.int64) * index_strides[2]
     row_slot = count + step  # the last one that a row sees
-    end = tl.where(first < tokens, count + last + 1, 0)  # no row sees what is behind it; behind a ragged block is no row
+    end = count + last + 1  # no row sees what is behind
     begin, edge = 0, 0
     if window is not None:
         begin = tl.maximum(count + first + 1 - window, 0)
         edge = begin + tl.cdiv(tl.maximum(count + last + 1 - window, begin) - begin, TILE) * TILE  # from where on all see all
-    full = begin + tl.maximum(tl.minimum(count + first + 1, end) - begin, 0) // TILE * TILE  # up to where all see all
+    seen = count + first + 1 if indices is None else count
+    full = begin + (seen - begin) // TILE * TILE  # up to where all see all
 
     best = tl.full([ROWS], LOWEST, wide)
     total = tl.zeros([ROWS], wide)
     out = tl.zeros([ROWS, D_PADDED], wide)
+    for start in range(tl.maximum(edge, full), end, TILE):
+        best, total, out = _add_tile(
+            best, total, out, q, keys, values, indices, scale, start, count, own, end, row_slot, window,
+            key_strides[1], value_strides[1], D, D_PADDED, TILE, FAR, MASKED=True,
+        )  # fmt: skip
     if window is not None:
         for start in range(begin, edge, TILE):
             best, total, out = _add_tile(
                 best, total, out, q, keys, values, indices, scale, start, count, own, end, row_slot, window,
-                key_strides[1], value_strides[1], D, D_PADDED, TILE, MASKED=True,
+                key_strides[1], value_strides[1], D, D_PADDED, TILE, FAR, MASKED=True,
             )  # fmt: skip
     for start in range(edge if window is not None else begin, full, TILE):
         best, total, out = _add_tile(
             best, total, out, q, keys, values, indices, scale, start, count, own, end, row_slot, window,
-            key_strides[1], value_strides[1], D, D_PADDED, TILE, MASKED=False,
-        )  # fmt: skip
-    for start in range(tl.maximum(edge, full), end, TILE):
-        best, total, out = _add_tile(
-            best, total, out, q, keys, values, indices, scale, start, count, own, end, row_slot, window,
-            key_strides[1], value_strides[1], D, D_PADDED, TILE, MASKED=True,
+            key_strides[1], value_strides[1], D, D_PADDED, TILE, FAR, MASKED=False,
         )  # fmt: skip
 
     if logsumexp is not None:
@@ -235,12 +247,13 @@ def chunk_attention(
         indices = (indices if indices.stride(-1) == 1 else indices.contiguous()).expand(B, blocks, heads, -1)
         counts = counts.expand(B, blocks, heads)
     group = Hq // heads
-    D_padded, rows, tile, warps, stages = _tiles(D, block * group, queries.dtype, indices is not None)
-    row_tiles = triton.cdiv(block * group, rows)
+    far = keys.shape[1] * max(keys.stride(1), values.stride(1)) >= 2**31  # elements of a sequence
     result = torch.empty(B, T, Hq, D, dtype=queries.dtype, device=queries.device)
     with (
         torch.cuda.device(queries.device) if queries.is_cuda else contextlib.nullcontext()
     ):  # Triton launches on the current one
+        D_padded, rows, tile, warps, stages = _tiles(D, block * group, queries.dtype, indices is not None)
+        row_tiles = triton.cdiv(block * group, rows)
         _attend[row_tiles * heads * blocks, B](
             queries, keys, values, indices, counts, lengths.contiguous(), window,
             None if key_scale is None else key_scale.contiguous(),
@@ -250,16 +263,20 @@ def chunk_attention(
             queries.stride(), keys.stride()[:3], values.stride()[:3],
             (0, 0, 0) if indices is None else indices.stride()[:3], (0, 0, 0) if counts is None else counts.stride(),
             (0, 0, 0) if logsumexp is None else logsumexp.stride(),
-            D=D, D_PADDED=D_padded, ROWS=rows, TILE=tile, num_warps=warps, num_stages=stages,
+            D=D, D_PADDED=D_padded, ROWS=rows, TILE=tile, FAR=far, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return result
 
 
 def _tiles(D: int, rows: int, queries: torch.dtype, listed: bool) -> tuple[int, int, int, int, int]:
-    """Padded head dim, rows and tokens of a tile, warps, stages."""
+    """Padded head dim, rows and tokens of a tile, warps, stages, on the current device."""
     D_padded = max(16, triton.next_power_of_2(D))
     if queries == torch.float32:  # in fp64, where products may be unrolled (few GPUs have the tensor cores): tiles stay small
         return D_padded, 16, 16, 4, 3
-    most, tile, warps, stages = (LISTED if listed else DENSE)[max(64, D_padded)]
+    if INTERPRETED or triton.runtime.driver.active.get_current_target().arch == 90:
+        sizes = HOPPER_LISTED if listed else HOPPER_DENSE
+    else:
+        sizes = OTHERS_LISTED if listed else OTHERS_DENSE
+    most, tile, warps, stages = next(size for least, size in sizes.items() if D_padded <= least)
     rows = min(max(16, triton.next_power_of_2(rows)), most)
     return D_padded, rows, tile, max(4, warps * rows // most), stages
