@@ -114,19 +114,19 @@ def masses(
 ) -> tuple[Tensor, Tensor]:
     """`[B, NB, Hq, N]` and the logsumexp `[B, Hq, T]`: in the dtype of the arguments, the means in fp32 or fp64."""
     B, T, Hq, _ = queries.shape
-    N = keys.shape[1]
-    k = keys.transpose(1, 2).repeat_interleave(Hq // keys.shape[2], 1)
-    logits = queries.transpose(1, 2) @ k.transpose(-1, -2) * scale  # [B, Hq, T, N]
-    position = torch.arange(N, device=keys.device)
-    seen = position <= lengths.view(B, 1, 1, 1) + torch.arange(T, device=keys.device).view(T, 1)
-    logits = logits.masked_fill(~seen, -torch.inf)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    weights = logits.softmax(-1).to(wide) if known is None else (logits.to(wide) - known.unsqueeze(-1)).exp()
-    blocks = []
-    for i, part in enumerate(weights.split(block, 2)):
-        start = lengths.view(B, 1, 1) + i * block
-        blocks.append(part.mean(2).masked_fill(position >= start, 0))
-    return torch.stack(blocks, 1), logits.logsumexp(-1)
+    N, wide = keys.shape[1], torch.promote_types(queries.dtype, torch.float32)
+    position, step = torch.arange(N, device=keys.device), torch.arange(T, device=keys.device)
+    result = torch.zeros(B, -(-T // block), Hq, N, dtype=wide, device=keys.device)
+    denominators = torch.empty(B, Hq, T, dtype=queries.dtype, device=keys.device)
+    for b, length in enumerate(lengths.tolist()):  # one sequence at a time: all of them would be gigabytes
+        k = keys[b].transpose(0, 1).repeat_interleave(Hq // keys.shape[2], 0)
+        logits = queries[b].transpose(0, 1) @ k.transpose(-1, -2) * scale  # [Hq, T, N]
+        logits.masked_fill_(position > (length + step).view(T, 1), -torch.inf)
+        denominators[b] = logits.logsumexp(-1)
+        weights = logits.softmax(-1).to(wide) if known is None else (logits.to(wide) - known[b].unsqueeze(-1)).exp()
+        for i, part in enumerate(weights.split(block, 1)):
+            result[b, i] = part.mean(1).masked_fill(position >= length + i * block, 0)
+    return result, denominators
 
 
 def lay_out(keys: Tensor, layout: str, dtype: torch.dtype) -> Tensor:
