@@ -61,6 +61,9 @@ class AttentionMass:
     def key_bytes(self, inputs: Inputs) -> int:
         return self.B * self.Hkv * (self.S + self.T) * self.D * 2
 
+    def operations(self, inputs: Inputs) -> None:
+        return None
+
     def error(self, inputs: Inputs, output: Tensor) -> float:
         """Of the query heads of the first and the last KV head of the batch."""
         if output.shape != (self.B, self.Hq, inputs.keys.shape[1]) or bool((output[:, :, self.S :] != 0).any()):

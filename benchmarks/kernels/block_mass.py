@@ -79,6 +79,11 @@ class BlockMass:
     def key_bytes(self, inputs: Inputs) -> None:
         return None
 
+    def operations(self, inputs: Inputs) -> int:
+        """Of the product of each query with the keys before its block, once."""
+        blocks = ((i, min(self.block, self.T - i)) for i in range(0, self.T, self.block))
+        return 2 * self.B * self.Hq * self.D * sum(queries * (self.S + start) for start, queries in blocks)
+
     def error(self, inputs: Inputs, output: Tensor) -> float:
         """Of the first and the last block, for the first and the last KV head."""
         blocks = -(-self.T // self.block)

@@ -48,6 +48,10 @@ class Case(Protocol):
         """Those of the keys alone, where they are a row of their own."""
         ...
 
+    def operations(self, inputs: Any) -> int | None:
+        """Floating-point operations, of an op that is bound by them."""
+        ...
+
     def peers(self) -> Sequence[Peer]: ...
 
 

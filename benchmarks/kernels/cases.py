@@ -1,4 +1,7 @@
-"""The table of cases. Sizes: a layer of Llama-3.1-8B (target) and of Llama-3.2-1B (draft), 5 queries a round, 10% kept."""
+"""The table of cases. Sizes: a layer of Llama-3.1-8B (target) and of Llama-3.2-1B (draft), 10% kept.
+
+5 queries a round, 4,096 a chunk of the prompt.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch
 from benchmarks.kernels.attention_mass import AttentionMass
 from benchmarks.kernels.block_mass import BlockMass
 from benchmarks.kernels.case import Case
+from benchmarks.kernels.chunk_attention import ChunkAttention
 from benchmarks.kernels.dense_attention import DenseAttention
 from benchmarks.kernels.quantized_keys import QuantizedMass
 from benchmarks.kernels.sparse_attention import SparseAttention
@@ -40,6 +44,11 @@ CASES: tuple[Case, ...] = (
     *(QuantizedMass(id=f"quantized_mass-{name}-{bits}bit", S=S, B=B, bits=bits) for name, S, B in SIZES[:3] for bits in (4, 2)),
     UnlistedMass(id="unlisted_mass-256x128k", R=256, S=K128),
     UnlistedMass(id="unlisted_mass-256x128k-merge4", R=256, S=K128, G=4),
+    ChunkAttention(id="chunk_attention-128k-keep10", S=K128),
+    ChunkAttention(id="chunk_attention-128k-keep10-block128", S=K128, block=128),
+    ChunkAttention(id="chunk_attention-32k-keep10", S=K32),
+    ChunkAttention(id="chunk_attention-128k-dense", S=K128, keep=0),
+    ChunkAttention(id="chunk_attention-128k-dense-draft", S=K128, keep=0, D=64),
 )
 
 

@@ -80,6 +80,9 @@ class QuantizedMass:
         exact = self.L * self.B * self.Hkv * (self.S - coded * BLOCK + self.T) * self.D * 2
         return size(inputs.records[:, :, :, :coded]) + exact
 
+    def operations(self, inputs: Inputs) -> None:
+        return None
+
     def error(self, inputs: Inputs, output: Tensor) -> float:
         """Of the query heads of one KV head of the first and the last layer, from the mass over exact keys."""
         G, rows, N = self.Hq // self.Hkv, [], inputs.keys[0].shape[1]

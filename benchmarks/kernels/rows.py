@@ -25,6 +25,7 @@ class Row:
     gb_s: float
     stream_fraction: float
     key_fraction: float | None  # attention_mass: of the key bytes alone
+    tflop_s: float | None = None  # chunk_attention: 10^12 operations a second
     peers: dict[str, float]
     peers_chained: dict[str, float]
     ratio: float | None  # best peer / us

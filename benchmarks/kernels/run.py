@@ -90,7 +90,7 @@ def _row(
     timing = bench.timer.time(calls[:1])
     gb, key_bytes, rate = case.fewest_bytes(sets[0]) / 1e9, case.key_bytes(sets[0]), bench.conditions["stream_gb_s"]
     gb_s = gb / timing.us * 1e6
-    best = best_peer(times)
+    best, operations = best_peer(times), case.operations(sets[0])
     if key_bytes is not None:
         times = times | {STREAM: key_bytes / 1e3 / rate}
     return Row(
@@ -103,6 +103,7 @@ def _row(
         gb_s=gb_s,
         stream_fraction=gb_s / rate,
         key_fraction=None if key_bytes is None else key_bytes / 1e3 / rate / timing.us,
+        tflop_s=None if operations is None else operations / 1e6 / timing.us,
         peers=times,
         peers_chained=chained,
         ratio=None if best is None else best[1] / timing.us,

@@ -32,14 +32,16 @@ def tables(rows: Sequence[Row], ops: Mapping[str, str]) -> list[Table]:
     for op in dict.fromkeys(ops[row.id] for row in rows):
         part = [row for row in rows if ops[row.id] == op]
         names = list(dict.fromkeys(name for row in part for name in [*row.peers, *row.peers_chained]))
-        keys = any(row.key_fraction is not None for row in part)
+        keys, operations = (any(getattr(row, name) is not None for row in part) for name in ("key_fraction", "tflop_s"))
         table = Table(title=f"{op}: us, single / chained", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        headers = ["case", "backend", "us", "GB", "GB/s", "of stream", *["K of stream"] * keys, *names, "ratio", "error"]
+        headers = ["case", "backend", "us", "GB", "GB/s", "of stream"]
+        headers += [*["K of stream"] * keys, *["TFLOP/s"] * operations, *names, "ratio", "error"]
         for i, header in enumerate(headers):
             table.add_column(Text(header), justify="left" if i < 2 else "right", overflow="fold")
         for row in part:
             cells = [row.id.removeprefix(f"{op}-"), row.backend, times(row.us, row.us_chained), f"{row.gb:.4f}"]
             cells += [f"{row.gb_s:.0f}", f"{row.stream_fraction:.0%}", *[percent(row.key_fraction)] * keys]
+            cells += [NONE if row.tflop_s is None else number(row.tflop_s)] * operations
             cells += [times(row.peers.get(name), row.peers_chained.get(name)) for name in names]
             cells += [NONE if row.ratio is None else f"{row.ratio:.2f}x", f"{row.error:.1e}"]
             table.add_row(*(Text(cell) for cell in cells))

@@ -82,6 +82,9 @@ class SparseAttention:
     def key_bytes(self, inputs: Inputs) -> None:
         return None
 
+    def operations(self, inputs: Inputs) -> None:
+        return None
+
     def error(self, inputs: Inputs, output: Tensor) -> float:
         """Of the first and the last KV head of the batch."""
         return self._error(inputs, output.unflatten(2, (self.Hkv, -1)).transpose(1, 2), listed=True, tail=self.T)

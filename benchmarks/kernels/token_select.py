@@ -81,6 +81,9 @@ class TokenSelect:
     def key_bytes(self, inputs: Inputs) -> None:
         return None
 
+    def operations(self, inputs: Inputs) -> None:
+        return None
+
     def error(self, inputs: Inputs, output: TokenLists) -> float:
         """The share of the checked lists that differ from the truth.
 

@@ -65,6 +65,9 @@ class UnlistedMass:
     def key_bytes(self, inputs: Inputs) -> None:
         return None
 
+    def operations(self, inputs: Inputs) -> None:
+        return None
+
     def error(self, inputs: Inputs, output: Tensor) -> float:
         """Of the first lists."""
         chosen, lists = inputs.sources.flatten(0, 1)[:CHECKED], inputs.indices.flatten(0, 2)[:CHECKED]

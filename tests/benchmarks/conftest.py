@@ -16,6 +16,7 @@ if str(ROOT) not in sys.path:
 from benchmarks.kernels.attention_mass import AttentionMass  # noqa: E402
 from benchmarks.kernels.block_mass import BlockMass  # noqa: E402
 from benchmarks.kernels.case import Case  # noqa: E402
+from benchmarks.kernels.chunk_attention import ChunkAttention  # noqa: E402
 from benchmarks.kernels.dense_attention import DenseAttention  # noqa: E402
 from benchmarks.kernels.quantized_keys import QuantizedMass  # noqa: E402
 from benchmarks.kernels.run import Bench  # noqa: E402
@@ -42,6 +43,8 @@ TINY: tuple[Case, ...] = (
     QuantizedMass(id="quantized_mass-tiny-2bit", S=200, B=2, L=2, bits=2, **(HEADS | {"D": 64})),
     UnlistedMass(id="unlisted_mass-tiny", R=8, S=200),
     UnlistedMass(id="unlisted_mass-tiny-merge4", R=16, S=200, G=4),
+    ChunkAttention(id="chunk_attention-tiny-keep10", S=200, B=2, T=90, block=40, **HEADS),
+    ChunkAttention(id="chunk_attention-tiny-dense", S=200, T=90, keep=0, **HEADS),
 )
 
 

@@ -7,6 +7,7 @@ import torch
 from benchmarks.kernels.attention_mass import AttentionMass
 from benchmarks.kernels.block_mass import BlockMass
 from benchmarks.kernels.cases import CASES, chosen
+from benchmarks.kernels.chunk_attention import ChunkAttention
 from benchmarks.kernels.dense_attention import DenseAttention
 from benchmarks.kernels.quantized_keys import QuantizedMass
 from benchmarks.kernels.sparse_attention import SparseAttention
@@ -21,7 +22,7 @@ CPU = torch.device("cpu")
 
 def test_the_table_has_the_cases_that_are_reported():
     ids = [case.id for case in CASES]
-    assert len(set(ids)) == len(ids) == 33
+    assert len(set(ids)) == len(ids) == 38
     layer = {"128k-b1": (2**17, 1), "128k-b4": (2**17, 4), "32k-b1": (2**15, 1), "32k-b4": (2**15, 4)}
     for case in CASES:
         assert case.id.startswith(case.op + "-")
@@ -34,6 +35,10 @@ def test_the_table_has_the_cases_that_are_reported():
             assert (case.Hq, case.Hkv, case.D, case.T) == (32, 8, 64, 5)
         if isinstance(case, BlockMass):
             assert (case.Hq, case.Hkv, case.D, case.T) == (32, 8, 64, 2048)
+        if isinstance(case, ChunkAttention):
+            assert (case.Hq, case.Hkv, case.D, case.T) == (32, 8, 64 if case.id.endswith("-draft") else 128, 4096)
+            assert layer[case.id.split("-")[1] + "-b1"] == (case.S, case.B)
+            assert case.keep == (0 if "-dense" in case.id else 0.1)
 
 
 def test_cases_are_chosen_by_a_part_of_their_name():
@@ -86,6 +91,22 @@ def test_bytes_of_block_mass():
     assert inputs.keys[:, 1011:].isnan().all() and inputs.keys[:, :1011].isfinite().all()
     computed = BlockMass(id="x", S=1000, B=2, T=11, block=4, known=False, Hq=8, Hkv=2, D=16)
     assert computed.fewest_bytes(computed.inputs(CPU)) == expected
+    assert case.operations(inputs) == 2 * 2 * 8 * 16 * (4 * 1000 + 4 * 1004 + 3 * 1008)
+
+
+def test_bytes_and_operations_of_chunk_attention():
+    """Llama-3.1-8B, 128K, 4,096 tokens in blocks of 512: 0.9 T operations, a tenth of the dense ones."""
+    case = ChunkAttention(id="x", S=1000, B=2, T=90, block=40, Hq=8, Hkv=2, D=16)
+    rows, lists = 2 * 2 * (3 * 100 + 90), 2 * 3 * 2
+    expected = rows * 2 * 16 * 2 + lists * (100 + 1) * 4 + 2 * 4 + 2 * (2 * 90 * 8 * 16 * 2)
+    assert case.fewest_bytes(case.inputs(CPU)) == expected
+    assert case.operations(case.inputs(CPU)) == 4 * 2 * 8 * 16 * (90 * 100 + 40 * 41 + 10 * 11 // 2)
+    dense = ChunkAttention(id="x", S=1000, B=2, T=90, keep=0, Hq=8, Hkv=2, D=16)
+    assert dense.fewest_bytes(dense.inputs(CPU)) == 2 * 2 * 1090 * 2 * 16 * 2 + 2 * 4 + 2 * (2 * 90 * 8 * 16 * 2)
+    assert dense.operations(dense.inputs(CPU)) == 4 * 2 * 8 * 16 * sum(range(1001, 1091))
+    layer = {case.id: case for case in CASES if isinstance(case, ChunkAttention)}
+    assert layer["chunk_attention-128k-keep10"].operations(None) == pytest.approx(0.90e12, rel=1e-2)
+    assert layer["chunk_attention-128k-dense"].operations(None) == pytest.approx(8.93e12, rel=1e-2)
 
 
 def test_bytes_of_unlisted_mass():
@@ -113,7 +134,7 @@ def test_inputs_are_fresh_for_every_copy_and_the_same_for_one(case):
 
 def test_storage_of_the_cache(case):
     inputs = case.inputs(CPU)
-    if case.op in ("token_select", "unlisted_mass", "quantized_mass", "block_mass"):
+    if case.op in ("token_select", "unlisted_mass", "quantized_mass", "block_mass", "chunk_attention"):
         return
     N, beside = case.S + 128, 2 if "separate" not in case.id and case.id != "attention_mass-tiny" else 1
     assert inputs.keys.shape == (case.B, N, case.Hkv, case.D)

@@ -40,6 +40,8 @@ def test_every_case_gives_a_row(case, make_bench, notes, clock):
     assert made.gb == case.fewest_bytes(case.inputs(torch.device("cpu"))) / 1e9
     assert made.gb_s == pytest.approx(made.gb / 8e-6)
     assert made.stream_fraction == pytest.approx(made.gb_s / 4000)
+    operations = case.operations(case.inputs(torch.device("cpu")))
+    assert made.tflop_s == (None if operations is None else pytest.approx(operations / 8e6))
     assert made.conditions == {"stream_gb_s": 4000.0}
     assert set(timer.asked) == {1, 8}
     assert not any("FAILED" in note for note in notes)
@@ -145,7 +147,7 @@ def test_rows_replace_those_of_their_case_and_backend(tmp_path):
         ("c", "triton", 10.0),
     ]
     needed = "id backend us us_min us_chained gb gb_s stream_fraction peers peers_chained ratio error conditions"
-    assert {*needed.split(), "key_fraction"} == {*lines[0]}
+    assert {*needed.split(), "key_fraction", "tflop_s"} == {*lines[0]}
     assert [file.name for file in tmp_path.iterdir()] == ["kernels.jsonl"]
 
 
@@ -169,6 +171,13 @@ def test_a_whole_run(tmp_path, make_bench, notes, clock, capsys):
     assert any(note.startswith("token_select-x reference: 10.0 us, ") and "torch.topk 30.0" in note for note in notes)
     assert not run_cases([Wrong(id="x", **TINY)], make_bench(backends=["triton"]), path, Screen())
     assert len(path.read_text().splitlines()) == 2
+
+
+def test_operations_have_a_column_where_they_are_counted():
+    counted, other = show.tables([row(tflop_s=412.3), row(id="b")], {"a": "chunk_attention", "b": "token_select"})
+    headers = [str(column.header) for column in counted.columns]
+    assert next(iter(counted.columns[headers.index("TFLOP/s")].cells)).plain == "412"
+    assert "TFLOP/s" not in [str(column.header) for column in other.columns]
 
 
 def test_figures_are_short():

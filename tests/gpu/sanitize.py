@@ -14,6 +14,7 @@ from torch import Tensor
 from outrider.ops import (
     attention_mass,
     block_mass,
+    chunk_attention,
     fused_linear,
     kv_append,
     quantize_keys,
@@ -83,6 +84,22 @@ def attentions(backend: str) -> Iterator[Tensor]:
     yield sparse_attention(queries, keys, values, None, None, lengths, scale=0.1, page_table=pages, window=100, backend=backend)
 
 
+def chunks(backend: str) -> Iterator[Tensor]:
+    """A ragged last block; lists of a few tiles, one empty, and of one head for all; then without lists, and with a window."""
+    for D, B in ((128, 2), (64, 1)):
+        queries, caches = random(B, 300, 8, D), random(2, B, 1500, 2, D)
+        lengths = torch.tensor([1100, 1190], device="cuda")[:B]
+        indices = torch.rand(B, 3, 2, 1100, device="cuda").topk(500).indices.sort().values.int()
+        counts = torch.tensor([[500, 0], [17, 499], [256, 129]], dtype=torch.int32, device="cuda").repeat(B, 1, 1)
+        shared = {"block": 128, "scale": 0.1, "backend": backend}
+        logsumexp = torch.empty(B, 8, 300, device="cuda")
+        yield chunk_attention(queries, *caches, indices, counts, lengths, logsumexp=logsumexp, **shared)
+        yield logsumexp
+        yield chunk_attention(queries, *caches, indices[:, :, :1], counts[:, :, 1:], lengths, **shared)
+        yield chunk_attention(queries, *caches, None, None, lengths, **shared)
+        yield chunk_attention(queries, *caches, None, None, lengths, window=200, **shared)
+
+
 def appended(backend: str) -> Iterator[Tensor]:
     """Into caches of 16 and of 8 bits, by whichever op the backend has for it."""
     projected, lengths, scale = random(2, 3, 12, 64), torch.tensor([5, 0], device="cuda"), torch.ones(2, device="cuda")
@@ -118,7 +135,7 @@ def coded_keys(backend: str) -> Iterator[Tensor]:
 
 
 BACKENDS = {
-    "triton": (attention_masses, block_masses, selections, attentions, appended),
+    "triton": (attention_masses, block_masses, selections, attentions, chunks, appended),
     "cuda": (attention_masses, selections, attentions, appended, products, coded_keys),
 }
 

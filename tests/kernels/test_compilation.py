@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -73,6 +74,17 @@ def sparse_attention(
         **({"unlisted_values": torch.empty(2, D), "unlisted_shares": torch.empty(2, 8)} if unlisted else {}))  # fmt: skip
 
 
+def chunk_attention(
+    run: Callable, queries: torch.dtype, D: int, *, cache: torch.dtype | None = None, block: int = 128, Hs: int = 2,
+    dense: bool = False, window: int | None = None, logsumexp: bool = False,
+) -> None:  # fmt: skip
+    q, k = torch.empty(2, 512, 8, D, dtype=queries), torch.empty(2, 2, 4096, D, dtype=cache or queries).transpose(1, 2)
+    lists = torch.empty(2, 512 // block, Hs, 2048, dtype=torch.int32), torch.empty(2, 512 // block, Hs, dtype=torch.int32)
+    scale = torch.empty(2) if cache == FP8 else None
+    run(q, k, k, *((None, None) if dense else lists), torch.empty(2, dtype=torch.int64), block=block, scale=0.1, window=window,
+        key_scale=scale, value_scale=scale, logsumexp=torch.empty(2, 8, 512) if logsumexp else None)  # fmt: skip
+
+
 def token_select(run: Callable, scores: torch.dtype, S: int, *, G: int = 1, merge: str = "mean", **budget) -> None:
     sources = torch.zeros(2, 8, G, dtype=torch.int64)
     run(torch.empty(2, 8, S, dtype=scores), torch.empty(2, dtype=torch.int32), sources, sinks=4, recent=64, merge=merge,
@@ -108,6 +120,21 @@ CASES: dict[str, list[Callable[[Callable], None]]] = {
         partial(block_mass, queries=BF16, D=256),
         partial(block_mass, queries=FP32, D=256),
     ],
+    "chunk_attention": [
+        partial(chunk_attention, queries=BF16, D=128),
+        partial(chunk_attention, queries=BF16, D=128, dense=True),
+        partial(chunk_attention, queries=BF16, D=128, dense=True, window=4096, logsumexp=True),
+        partial(chunk_attention, queries=BF16, D=128, logsumexp=True),
+        partial(chunk_attention, queries=BF16, D=128, cache=FP8),
+        partial(chunk_attention, queries=BF16, D=64, logsumexp=True),
+        partial(chunk_attention, queries=FP16, D=64, Hs=8, block=16),
+        partial(chunk_attention, queries=BF16, D=64, dense=True),
+        partial(chunk_attention, queries=FP16, D=64, dense=True, window=4096),
+        partial(chunk_attention, queries=BF16, D=256, Hs=1),
+        partial(chunk_attention, queries=BF16, D=256, dense=True),
+        partial(chunk_attention, queries=FP32, D=80),
+        partial(chunk_attention, queries=FP32, D=256, dense=True),
+    ],
     "kv_append": [
         partial(kv_append, new=BF16, D=128),
         partial(kv_append, new=FP32, D=80),
@@ -137,6 +164,17 @@ CASES: dict[str, list[Callable[[Callable], None]]] = {
 }
 
 
+def serialised(ptx: str) -> bool:
+    """Whether ptxas says that the tensor cores' instructions on Hopper (wgmma) must wait for each other: half the speed."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
+        source.write(ptx)
+        source.flush()
+        command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name", "sm_90a", source.name, "-o", os.devnull]
+        return "wgmma.mma_async instructions are serialized" in subprocess.run(command, capture_output=True, text=True).stderr
+
+
 def compile_all(capability: int) -> Iterator[dict]:
     """Runs every case for a GPU that is not there; yields what was compiled."""
     from triton.backends.compiler import GPUTarget
@@ -159,6 +197,7 @@ def compile_all(capability: int) -> Iterator[dict]:
                 "target": re.findall(r"(?m)^\.target (\w+)", kernel.asm["ptx"]),
                 "binary": kernel.asm["cubin"][:4] == b"\x7fELF",
                 "shared": kernel.metadata.shared,
+                "serialised": capability == 90 and serialised(kernel.asm["ptx"]),
             }
         )
 
@@ -186,6 +225,7 @@ def test_triton_kernels_compile(capability, tmp_path):
         assert row["binary"], row
         assert [target.rstrip("a") for target in row["target"]] == [f"sm_{capability}"], row
         assert row["shared"] <= SHARED_MEMORY[capability] * 1024, row
+        assert not row["serialised"] or row["op"] != "chunk_attention", row
     for op in triton_ops():
         assert launched(op), "no launch was recognised"
         assert {row["kernel"] for row in rows if row["op"] == op} == launched(op)
