@@ -190,6 +190,15 @@ def test_error_is_at_most_twice_that_of_torch(backend, device, run_or_skip, marg
     margin(got, problem.rounded, problem.exact)
 
 
+@pytest.mark.parametrize("form", [{"keep": "all"}, DENSE, DENSE | {"window": 66}], ids=["lists", "dense", "window"])
+def test_lengths_around_that_of_a_tile(backend, device, run_or_skip, margin, form):
+    """Of 64 or 128 tokens: the tile in which masking begins is a whole one, lacks a token, or has one more."""
+    lengths = (*range(60, 67), *range(124, 131))
+    problem = make(Case(torch.float16, torch.float16, heads=(2, 1), chunk=(3, 2), lengths=lengths, **form), device)
+    got = run_or_skip(lambda: chunk_attention(**problem.arguments, backend=backend))
+    margin(got, problem.rounded, problem.exact)
+
+
 FORMS = {"kv_head": {"keep": "most"}, "query_head": {"lists": "query_head"}, "shared": {"lists": "shared", "keep": "most"}}
 FORMS |= {"dense": DENSE, "window": DENSE | {"window": 40}}
 
