@@ -44,7 +44,7 @@ TINY: tuple[Case, ...] = (
     UnlistedMass(id="unlisted_mass-tiny", R=8, S=200),
     UnlistedMass(id="unlisted_mass-tiny-merge4", R=16, S=200, G=4),
     ChunkAttention(id="chunk_attention-tiny-keep10", S=200, B=2, T=90, block=40, **HEADS),
-    ChunkAttention(id="chunk_attention-tiny-dense", S=200, T=90, keep=0, **HEADS),
+    ChunkAttention(id="chunk_attention-tiny-dense", S=200, B=2, T=90, keep=0, **HEADS),
 )
 
 

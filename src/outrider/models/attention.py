@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from outrider.errors import ModelError
-from outrider.models.cache import KVCache, LayerShape
+from outrider.models.cache import KVCache, LayerShape, aligned
 from outrider.models.quantization import dequantize
 from outrider.ops import chunk_attention, sparse_attention
+from outrider.ops.chunk_attention import kernel_obstacle
 from outrider.types import BlockSelection, Lists
 
 NAME = "outrider"
@@ -110,10 +111,11 @@ def attend_cached(queries: Tensor, forward: Forward, layer: int, scale: float, w
     cache, selection = forward.cache, forward.selection
     if isinstance(selection, BlockSelection):
         return _chunk_attention(queries, forward, layer, scale, window, *selection.of(layer), block=selection.block)
-    if forward.logsumexp is not None:
+    long = queries.shape[1] > ROUND
+    if forward.logsumexp is not None or (long and selection is None and _has_kernel(queries, forward, layer, scale)):
         return _chunk_attention(queries, forward, layer, scale, window, None, None, block=queries.shape[1])
     indices, counts = selection.of(layer, queries) if selection is not None else (None, None)
-    if indices is None and queries.shape[1] > ROUND:
+    if indices is None and long:
         output = _prefill_attention(queries.transpose(1, 2), forward, layer, scale, window)
         return output if selection is None else selection.attended(layer, queries, output)
     unlisted_values, unlisted_shares = selection.unlisted_of(layer) if selection is not None else (None, None)
@@ -135,6 +137,13 @@ def attend_cached(queries: Tensor, forward: Forward, layer: int, scale: float, w
     return output if selection is None else selection.attended(layer, queries, output)
 
 
+def _has_kernel(queries: Tensor, forward: Forward, layer: int, scale: float) -> bool:
+    """Dense chunks, too, are faster by our kernel than by PyTorch's, but in fp32, where it computes in fp64."""
+    if forward.backend == "reference" or queries.dtype == torch.float32 or not queries.is_cuda:
+        return False
+    return kernel_obstacle(queries, forward.cache.keys(layer, 1), scale) is None
+
+
 def _chunk_attention(
     queries: Tensor,
     forward: Forward,
@@ -152,10 +161,11 @@ def _chunk_attention(
     if forward.logsumexp is not None:
         logsumexp = torch.empty(b, heads, t, dtype=torch.float32, device=queries.device)
         forward.logsumexp.append(logsumexp)
+    stop = min(aligned(forward.stop), cache.capacity)  # lists may be as wide
     return chunk_attention(
         queries,
-        cache.keys(layer, forward.stop),
-        cache.values(layer, forward.stop),
+        cache.keys(layer, stop),
+        cache.values(layer, stop),
         indices,
         counts,
         cache.lengths,

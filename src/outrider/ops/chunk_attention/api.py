@@ -132,6 +132,13 @@ def chunk_attention(
     )  # fmt: skip
 
 
+def kernel_obstacle(queries: Tensor, keys: Tensor, scale: float) -> str | None:
+    """Why no kernel runs `chunk_attention` of such arguments where they are, or None."""
+    if not queries.is_cuda:
+        return f"tensors are on {queries.device.type}"
+    return _triton().obstacle(queries, keys, scale)
+
+
 def _triton():
     from outrider.ops.chunk_attention import triton
 
