@@ -87,6 +87,21 @@ def facts_lists_table(name: str) -> str:
     return markdown(["lengths", "unlisted", *(f"{100 * keep:g}%" for keep in keeps)], rows)
 
 
+def prefill_table(name: str) -> str:
+    """Seconds to the first token by case, engine and mode, and of the stages."""
+    stages = ("draft", "score", "select", "target")
+    rows = []
+    for row in lines_if_any(name):
+        kept = "" if row["kept"] is None else f"{100 * row['kept']:.0f}%"
+        mode = row["mode"] + (f", {row['kv_dtype']}" if row["kv_dtype"] else "")
+        cells = []
+        for stage in stages:
+            ms, percent = row["stages"].get(stage), row["floors"].get(stage, {}).get("percent")
+            cells.append("" if ms is None else f"{ms / 1e3:.2f}" + ("" if percent is None else f" ({percent:.0f}%)"))
+        rows.append([row["case"], row["engine"], mode, kept, f"{row['seconds']:.2f}", *cells])
+    return markdown(["case", "engine", "mode", "kept", "s", *(f"{stage}, s (of floor)" for stage in stages)], rows)
+
+
 def prefill_quality_table(name: str) -> str:
     """What prompts lose that are read from lists: in themselves, behind them, and of facts; means over texts."""
     groups: dict[tuple[Any, ...], dict[str, list[Line]]] = {}
@@ -517,6 +532,7 @@ def kernel_development_table(name: str) -> str:
 
 TABLES: dict[str, Callable[[str], str]] = {
     "facts-32k": facts_lists_table,
+    "prefill": prefill_table,
     "prefill-quality": prefill_quality_table,
     "pair": pair_table,
     "generate": generate_table,

@@ -8,7 +8,7 @@ import torch
 from outrider.config import SamplingParams
 from outrider.decoding import sparse_prefill
 from outrider.decoding.sparse_prefill import SparsePrefill
-from outrider.errors import OptionError
+from outrider.errors import OptionError, PromptError
 
 BLOCK = 8
 SPARSE = {"prefill": "sparse", "prefill_block": BLOCK, "prefill_chunk": 4 * BLOCK, "prefill_min_context": 0}
@@ -156,6 +156,17 @@ def test_memory_of_scores_is_bounded(monkeypatch, make_pair, random_prompts, rea
         assert torch.equal(found, wanted)
         most = max(scores.mass.numel() * 4 for scores in made)
         assert most <= max(bound, 192 * 12 * 4) and max(len(scores.mass) for scores in made) >= min(blocks, 4)
+
+
+def test_what_reading_needs_beside_caches_is_planned(monkeypatch, make_pair, make_engine, random_prompts):
+    """A gigabyte is free: enough for a dense prompt, and not for one more gigabyte of masses. Refused before any work."""
+    monkeypatch.setattr("outrider.decoding.engine.free_bytes", lambda device: 2**30)
+    pair, prompts = make_pair("llama"), random_prompts([90])
+    assert make_engine(pair).generate(prompts, FEW)[0].error is None
+    with pytest.raises(
+        PromptError, match=r"prompt 0: 98 tokens need .* allowed: at most 0 tokens in the 0.0 GB that are free beside 1.1 GB to"
+    ):
+        make_engine(pair, **SPARSE).generate(prompts, FEW)
 
 
 def test_each_prompt_may_say_how_it_is_read(make_pair, make_engine, random_prompts):

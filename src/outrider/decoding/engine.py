@@ -135,10 +135,9 @@ class Engine:
             code_bytes=0 if bits is None else coded_bytes((draft.layers[layer] for layer in layers), bits),
         )
         longest, free = lengths.index(max(lengths)), free_bytes(self.target.spec.device)
-        if free is not None:
-            readers = {reader for s in sequences if (reader := self.prefill_for(s.params)) is not None}
-            free -= max((reader.bytes(draft, capacity, self.config.prefill_chunk) for reader in readers), default=0)
-        slots = plan_rows(demand, slots, free, prompt=longest, tokens=lengths[longest])
+        readers = {reader for s in sequences if (reader := self.prefill_for(s.params)) is not None}
+        reading = max((reader.bytes(draft, capacity, self.config.prefill_chunk) for reader in readers), default=0)
+        slots = plan_rows(demand, slots, free, prompt=longest, tokens=lengths[longest], reading=reading)
         lists = None
         if self.config.drafts_sparsely:
             lists = DraftLists(draft, self.config.draft_budget, slots, capacity, k)

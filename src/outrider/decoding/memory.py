@@ -80,14 +80,18 @@ def tokens_that_fit(demand: RowDemand, free: int) -> int:
     return max(0, (_usable(free) - lists) // per_token)
 
 
-def plan_rows(demand: RowDemand, wanted: int, free: int | None, *, prompt: int, tokens: int) -> int:
-    """How many of the `wanted` rows run at the same time: as many as fit into `free` bytes (all where None: not known).
+def plan_rows(demand: RowDemand, wanted: int, free: int | None, *, prompt: int, tokens: int, reading: int = 0) -> int:
+    """How many of the `wanted` rows run at the same time: as many as fit into `free` bytes (all where None: not known), less
+    those that `reading` a prompt takes beside its row.
 
     `prompt` is the number of the longest prompt, `tokens` what it comes to with all that it may generate, at most the
     demand's capacity. Warns when fewer fit than are wanted. Raises PromptError when not even one does.
     """
-    rows = wanted if free is None else rows_that_fit(demand, free)
-    if free is None or rows >= wanted:
+    if free is None:
+        return wanted
+    free = max(0, free - reading)
+    rows = rows_that_fit(demand, free)
+    if rows >= wanted:
         return wanted
     held = demand.target_bytes, demand.draft_bytes, demand.guidance_bytes, demand.coded_bytes
     target, draft, guidance, coded = (n / GB for n in held)
@@ -97,7 +101,7 @@ def plan_rows(demand: RowDemand, wanted: int, free: int | None, *, prompt: int, 
         raise PromptError(
             f"prompt {prompt}: {tokens:,} tokens need {target + draft:.1f} GB of keys and values (target {target:.1f}, draft "
             f"{draft:.1f}){codes} and {guidance:.1f} GB of scores and lists; allowed: at most {most:,} tokens in the "
-            f"{free / GB:.1f} GB that are free"
+            f"{free / GB:.1f} GB that are free" + (f" beside {reading / GB:.1f} GB to read it from lists" if reading else "")
         )
     warnings.warn(
         f"batch-size: {wanted} rows of {tokens:,} tokens need {wanted * demand.bytes / GB:.1f} GB, but {free / GB:.1f} GB are "
