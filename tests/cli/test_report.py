@@ -63,7 +63,10 @@ def test_a_trace_that_cannot_be_written_is_said_before_any_work(fails, tmp_path)
 def test_results_become_a_page_and_pictures(outrider, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "index.html").write_text("old")
-    assert outrider("report", RESULTS / "specattn-top-p.jsonl", "--output", tmp_path / "out").code == 0
+    rows = [json.loads(line) for line in (RESULTS / "perplexity.jsonl").read_text().splitlines()]
+    rows = [row | {"keep": None, "top_p": 1 - row["keep"]} for row in rows if row["method"] == "specattn"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert outrider("report", tmp_path / "rows.jsonl", "--output", tmp_path / "out").code == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "index.html",
         "perplexity-16384-agreement.png",

@@ -27,7 +27,7 @@ TRACE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["perplexity", "facts", "rivals", "specattn-top-p", "score-keys", "perplexity-unseen"])
+@pytest.mark.parametrize("name", ["perplexity", "facts", "score-keys"])
 def test_the_project_s_own_results_are_read(name):
     path = RESULTS / f"{name}.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]

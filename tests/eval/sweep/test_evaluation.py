@@ -24,7 +24,7 @@ def test_the_whole_plan(tmp_path, monkeypatch):
         read_plan(PLAN, read_text)
     plan = read_plan(PLAN, lambda option, file: file.name)
     assert len(plan.works[0].subjects) == 8 and plan.works[0].contexts == (16384, 32768)
-    assert len(plan.works[0].subjects) * plan.works[0].task.scored_tokens == 10_240
+    assert len(plan.works[0].subjects) * plan.works[0].task.scored_tokens == 20_480
     assert {case.method for case in plan.works[0].cases} == set(METHODS)
     # dense, five budgets for 13 methods, three shares of the mass for one and two for another; then three budgets
     assert [len(work.cases) for work in plan.works] == [71, 42, 28]
