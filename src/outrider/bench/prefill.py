@@ -22,7 +22,7 @@ from outrider.bench.prefill_floors import stage_work
 from outrider.bench.prefill_options import PrefillCase, PrefillOptions, PrefillRun
 from outrider.bench.prompts import random_prompts
 from outrider.config import EngineConfig
-from outrider.decoding.sparse_prefill import SparsePrefill, make_sparse_prefill
+from outrider.decoding.sparse_prefill import Kept, SparsePrefill, make_sparse_prefill
 from outrider.decoding.statistics import StageClock
 from outrider.models import KVCache, LanguageModel
 from outrider.models.cache import aligned
@@ -64,8 +64,7 @@ class Reading:
         [prompt] = random_prompts(case.context, 1, models[0].spec.vocabulary)
         self.tokens = torch.tensor([prompt])
         self.sparse = self._sparse(options) if run.mode == "sparse" else None
-        self.listed: torch.Tensor | float = 0.0
-        self.before = 0
+        self.kept = Kept()
 
     def _sparse(self, options: PrefillOptions) -> SparsePrefill:
         (target, _), (draft, _) = self.rows
@@ -81,7 +80,7 @@ class Reading:
             self.truncate(start)
             self.read(start, StageClock(self.rows[0][0].spec.device))
         self.truncate(0)
-        self.listed, self.before = 0.0, 0
+        self.kept = Kept()
 
     def truncate(self, length: int) -> None:
         for _, cache in self.rows:
@@ -93,16 +92,11 @@ class Reading:
         part, last = self.tokens[:, start:stop], stop == self.case.context
         if self.sparse is not None and stop > self.sparse.min_context:
             _, lists = self.sparse.read(self.rows, part, stop, logits=last, stage=clock.stage)
-            self.listed = self.listed + lists.listed.sum()
-            self.before += sum(range(start, stop, self.sparse.block))
+            self.kept.add(lists, start, stop)
             return
         for (model, cache), stage in zip(self.rows, ("target", "draft"), strict=False):
             with clock.stage(stage):
                 _read_densely(model, cache, part, stop, last)
-
-    @property
-    def kept(self) -> float | None:
-        return float(self.listed) / self.before if self.before else None
 
 
 def _read_densely(model: LanguageModel, cache: KVCache, part: torch.Tensor, stop: int, last: bool) -> None:
@@ -138,7 +132,7 @@ def measure(
     _wait(device)
     seconds = time.perf_counter() - began
     stages = {stage: 1e3 * spent for stage, spent in clock.settle().items() if spent > 0}
-    work = stage_work(models, case.context, reading.sparse, reading.kept, run)
+    work = stage_work(models, case.context, reading.sparse, reading.kept.fraction, run)
     return PrefillRow(
         case=case.name,
         engine=run.engine,
@@ -147,7 +141,7 @@ def measure(
         context=case.context,
         seconds=seconds,
         tokens_per_second=case.context / seconds,
-        kept=reading.kept,
+        kept=reading.kept.fraction,
         stages=stages,
         floors={stage: work[stage].against(ms, conditions) for stage, ms in stages.items()},
         conditions=dict(conditions),

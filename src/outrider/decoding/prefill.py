@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from outrider.decoding.sequence import Sequence
-from outrider.decoding.sparse_prefill import SparsePrefill
+from outrider.decoding.sparse_prefill import Kept, SparsePrefill
 from outrider.decoding.statistics import StageClock
 from outrider.models import KVCache, LanguageModel
 
@@ -50,8 +50,7 @@ class Prefill:
         self.total = len(sequence.prompt) - 1
         self._tokens = torch.tensor([sequence.prompt[:-1]], dtype=torch.int64)
         self._rows, self._chunk, self._read, self._progress, self._sparse = rows, chunk, read, progress, sparse
-        self._listed: Tensor | float = 0.0  # tokens that blocks read, summed over blocks; on the device
-        self._before = 0  # tokens before them
+        self._kept = Kept()
         self._clock = StageClock(rows[0][0].spec.device)
         self.empty()
 
@@ -80,13 +79,11 @@ class Prefill:
         return read
 
     def _read_sparsely(self, sparse: SparsePrefill, stop: int) -> None:
-        starts = range(self.done, stop, sparse.block)
         _, lists = sparse.read(self._rows, self._tokens[:, self.done : stop], stop)
-        self._listed = self._listed + lists.listed.sum()
-        self._before += sum(starts)
+        self._kept.add(lists, self.done, stop)
 
     def settle(self) -> None:
         """Write what it took, and what its blocks read, into the sequence's statistics; waits for the device."""
         statistics = self.sequence.statistics
         statistics.seconds["prefill"] += self._clock.settle()["prefill"]
-        statistics.prefill_listed, statistics.prefill_before = float(self._listed), self._before
+        statistics.prefill_listed, statistics.prefill_before = float(self._kept.listed), self._kept.before

@@ -101,6 +101,24 @@ class SparsePrefill:
         return ((begin, min(begin + step, t)) for begin in range(0, t, step))
 
 
+class Kept:
+    """Adds up what blocks with lists read of the tokens before them, without waiting for the device."""
+
+    def __init__(self) -> None:
+        self.listed: Tensor | float = 0.0  # tokens on lists, averaged over layers and heads, summed over blocks
+        self.before = 0  # tokens before these blocks, summed
+
+    def add(self, lists: BlockSelection, start: int, stop: int) -> None:
+        """A chunk of one sequence, tokens start .. stop - 1."""
+        self.listed = self.listed + lists.listed.sum()
+        self.before += sum(range(start, stop, lists.block))
+
+    @property
+    def fraction(self) -> float | None:
+        """None where no block had lists. Waits for the device."""
+        return float(self.listed) / self.before if self.before else None
+
+
 def joined(parts: list[Selection], b: int, block: int) -> BlockSelection:
     """The lists of a chunk of `b` sequences from those of its blocks, some blocks of every sequence at a time."""
     width = max(part.indices.shape[-1] for part in parts)

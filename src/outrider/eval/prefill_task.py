@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from outrider.config import EngineConfig, check
 from outrider.decoding.prefill import ProgressCallback
-from outrider.decoding.sparse_prefill import PREFILL_METHOD, SparsePrefill, make_sparse_prefill
+from outrider.decoding.sparse_prefill import PREFILL_METHOD, Kept, SparsePrefill, make_sparse_prefill
 from outrider.errors import OptionError
 from outrider.eval.facts import draw_facts
 from outrider.eval.facts_task import Question, plant
@@ -32,7 +32,6 @@ from outrider.guidance.alignment import AlignmentFile
 from outrider.guidance.selectors import SELECTORS
 from outrider.models import LanguageModel, Output
 from outrider.models.cache import aligned
-from outrider.types import BlockSelection
 
 
 def evaluate(
@@ -128,7 +127,7 @@ class Prompts:
             prompt=prompt[:-1],
             continuation=torch.cat([prompt[-1:], behind]),
             answers=self.ask(document, sparse),
-            kept_fraction=kept.fraction,
+            kept_fraction=1.0 if kept.fraction is None else kept.fraction,
             seconds=seconds,
         )
 
@@ -160,7 +159,7 @@ class Prompts:
             if sparse is not None and stop > sparse.min_context:
                 logits, lists = sparse.read(self.rows, part, stop, logits=wanted)
                 if kept is not None:
-                    kept.add(lists, range(start, stop, sparse.block))
+                    kept.add(lists, start, stop)
             else:
                 logits = self._read_densely(part, stop, wanted)
             found.append(logits[0, max(0, len(tokens) - scored - start) :].float())
@@ -174,22 +173,6 @@ class Prompts:
             outputs.append(model.forward(known, cache, stop=stop, logits=wanted and not outputs))
             cache.advance(part.shape[1])
         return outputs[0].logits
-
-
-class Kept:
-    """Adds up what blocks read of the tokens before them."""
-
-    def __init__(self) -> None:
-        self._listed, self._before = 0.0, 0
-
-    def add(self, lists: BlockSelection, starts: range) -> None:
-        self._listed += float(lists.listed.sum())
-        self._before += sum(starts)
-
-    @property
-    def fraction(self) -> float:
-        """1 where no block had lists."""
-        return self._listed / self._before if self._before else 1.0
 
 
 def chunk_starts(cached: int, stop: int, chunk: int) -> list[int]:
