@@ -158,9 +158,13 @@ class DecodeOptions:
             if self.peer_vllm is not None:
                 raise OptionError("peer-vllm", str(self.peer_vllm), f"nothing without --engine {VLLM}")
             return
-        check("device", self.device, self.device == "cuda", f"cuda with --engine {VLLM}")
-        folder = self.peer_vllm
-        if folder is None and find_spec(VLLM) is None:
-            raise OptionError("peer-vllm", None, "the folder that vLLM was unpacked into (it is not installed here)")
-        if folder is not None and not (folder / VLLM).is_dir():
-            raise OptionError("peer-vllm", str(folder), f"a folder that holds the package {VLLM}")
+        check_vllm(self.device, self.peer_vllm)
+
+
+def check_vllm(device: str, folder: Path | None) -> None:
+    """Raise OptionError where vLLM cannot run: not on `device`, or nowhere; `folder` holds it where it is not installed."""
+    check("device", device, device == "cuda", f"cuda with --engine {VLLM}")
+    if folder is None and find_spec(VLLM) is None:
+        raise OptionError("peer-vllm", None, "the folder that vLLM was unpacked into (it is not installed here)")
+    if folder is not None and not (folder / VLLM).is_dir():
+        raise OptionError("peer-vllm", str(folder), f"a folder that holds the package {VLLM}")

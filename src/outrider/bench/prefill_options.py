@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from importlib.util import find_spec
 from pathlib import Path
 
+from outrider.bench import options
 from outrider.bench.cases import LLAMA, QWEN3, TINY, Pair
-from outrider.bench.options import DEVICES, OURS, VLLM
+from outrider.bench.options import DEVICES, OURS, VLLM, check_vllm
 from outrider.config import KV_DTYPES, EngineConfig, check, option
 from outrider.errors import OptionError
 
-MODES = ("plain", "dense", "sparse")
-MODES_OF = {OURS: MODES, VLLM: ("plain", "dense")}
+MODES_OF = {engine: options.MODES_OF[engine] for engine in (OURS, VLLM)}
+MODES = MODES_OF[OURS]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,11 +100,6 @@ class PrefillOptions:
             if self.peer_vllm is not None:
                 raise OptionError("peer-vllm", str(self.peer_vllm), f"nothing without --engine {VLLM}")
             return
-        check("device", self.device, self.device == "cuda", f"cuda with --engine {VLLM}")
         if not {*self.mode} & {*MODES_OF[VLLM]}:
             raise OptionError("mode", ", ".join(self.mode), f"{', '.join(MODES_OF[VLLM])} for engine {VLLM}")
-        folder = self.peer_vllm
-        if folder is None and find_spec(VLLM) is None:
-            raise OptionError("peer-vllm", None, "the folder that vLLM was unpacked into (it is not installed here)")
-        if folder is not None and not (folder / VLLM).is_dir():
-            raise OptionError("peer-vllm", str(folder), f"a folder that holds the package {VLLM}")
+        check_vllm(self.device, self.peer_vllm)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any
@@ -17,6 +16,7 @@ from outrider.bench.peers.job import Job
 from outrider.bench.peers.launch import run_program
 from outrider.bench.prefill import PrefillRow, measure
 from outrider.bench.prefill_options import PrefillCase, PrefillOptions, PrefillRun
+from outrider.bench.run import free
 from outrider.bench.stream.rate import matmul_rate, stream_rate
 from outrider.bench.workload import DTYPES
 from outrider.errors import OptionError, OutriderError
@@ -41,7 +41,7 @@ def measure_all(options: PrefillOptions, command: str, progress: Progress) -> It
         "stream_gb_s": stream_rate(device) if device.type == "cuda" else None,
         "matmul_tflops": matmul_rate(device) if device.type == "cuda" else None,
     }
-    _free(device)
+    free(device)
     pairs = [list(group) for _, group in groupby(sorted(options.cases, key=_pair_name), key=_pair_name)]
     for cases in pairs:  # before our own engine, which leaves less memory behind for others than it found
         for run in (run for run in options.runs if run.engine != OURS):
@@ -53,9 +53,9 @@ def measure_all(options: PrefillOptions, command: str, progress: Progress) -> It
         for case in cases:
             for run in (run for run in options.runs if run.engine == OURS):
                 yield _row(models, case, run, options, known | {"pair": _pair_name(case)}, progress)
-                _free(device)
+                free(device)
         del models
-        _free(device)
+        free(device)
 
 
 def _pair_name(case: PrefillCase) -> str:
@@ -116,10 +116,3 @@ def _peer_rows(
             tokens_per_second=case.context / result["seconds"],
             conditions=known | result["versions"],
         )
-
-
-def _free(device: torch.device) -> None:
-    """Give memory back to the device: the next engine, or another process, needs it."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

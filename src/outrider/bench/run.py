@@ -40,7 +40,7 @@ def measure_all(options: DecodeOptions, text: str, command: str, progress: Progr
         "rounds": options.rounds,
         "stream_gb_s": stream_rate(device) if device.type == "cuda" else None,
     }
-    _free(device)
+    free(device)
     if options.target is not None:
         work = real_workload(options, text, new_tokens(options))
         known |= {"target": work.target.spec.name, "draft": work.draft.spec.name}
@@ -52,7 +52,7 @@ def measure_all(options: DecodeOptions, text: str, command: str, progress: Progr
             yield from peer_rows(run, cases, options, _named(known, cases), progress)
     for cases in pairs if OURS in options.engine else []:
         yield from _dummy_rows(cases, options, device, _named(known, cases), progress)
-        _free(device)
+        free(device)
 
 
 def _pair_name(case: Case) -> str:
@@ -76,7 +76,7 @@ def _our_rows(works: list[Workload], options: DecodeOptions, known: dict[str, An
     for work in works:
         for run in (run for run in options.runs if run.engine == OURS):
             yield _row(work, _decided(run, work, options), options, known, progress)
-            _free(work.target.spec.device)
+            free(work.target.spec.device)
 
 
 def _decided(run: Run, work: Workload, options: DecodeOptions) -> Run:
@@ -106,7 +106,7 @@ def _row(work: Workload, run: Run, options: DecodeOptions, known: dict[str, Any]
         )
 
 
-def _free(device: torch.device) -> None:
+def free(device: torch.device) -> None:
     """Give memory back to the device: the next engine, or another process, needs it."""
     gc.collect()
     if device.type == "cuda":

@@ -5,11 +5,12 @@ from __future__ import annotations
 import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from rich.table import Table
 from rich.text import Text
 
 from outrider.bench.options import DecodeOptions
@@ -23,10 +24,12 @@ if TYPE_CHECKING:
     from outrider.bench.prefill import PrefillRow
     from outrider.bench.results import Row
 
+AnyRow = TypeVar("AnyRow", "Row", "PrefillRow")
 PREFILL = Flags(source=PrefillOptions, panel="Benchmark")
 DECODE = Flags(source=DecodeOptions, panel="Benchmark", short={"draft_tokens": "-K"})
 RESULTS = Path("benchmarks", "results")  # of a checkout
 NAME, PREFILL_NAME = "decode.jsonl", "prefill.jsonl"
+PREFILL_KEY = ("case", "engine", "mode", "kv_dtype")  # of a row
 
 app = typer.Typer(help="Measure speed, beside what the device could do at best and beside other engines.")
 
@@ -51,10 +54,11 @@ def decode(
     path = writable_file("output", output or (RESULTS if RESULTS.is_dir() else Path()) / NAME)
     screen = Screen()
     with screen.waiting("loading torch"):
+        from outrider.bench.results import KEY
         from outrider.bench.run import measure_all
     with screen.working():
         rows = measure_all(options, text, shlex.join(["outrider", *sys.argv[1:]]), screen.progress)
-        well = _report(rows, len(options.runs), path, screen)
+        well = _report(rows, len(options.runs), path, screen, KEY, _decode_tables)
     if not well:
         raise typer.Exit(1)
 
@@ -79,42 +83,40 @@ def prefill(
         from outrider.bench.prefill_run import measure_all
     with screen.working():
         rows = measure_all(options, shlex.join(["outrider", *sys.argv[1:]]), screen.progress)
-        well = _report_prefill(rows, len(options.runs), path, screen)
+        well = _report(rows, len(options.runs), path, screen, PREFILL_KEY, lambda done: [prefill_table(done)])
     if not well:
         raise typer.Exit(1)
 
 
-def _report_prefill(rows: Iterable[PrefillRow], per_case: int, path: Path, screen: Screen) -> bool:
-    """Like `_report`."""
+def _report(
+    rows: Iterable[AnyRow],
+    per_case: int,
+    path: Path,
+    screen: Screen,
+    key: tuple[str, ...],
+    tables: Callable[[list[AnyRow]], Iterable[Table]],
+) -> bool:
+    """Write rows as they come, in place of those with the same `key`; show a case's tables when it is done.
+
+    False if a row holds an error.
+    """
     from outrider.bench.results import replace_rows
 
-    cases: dict[str, list[PrefillRow]] = defaultdict(list)
+    cases: dict[str, list[AnyRow]] = defaultdict(list)
     well = True
     for row in rows:
-        replace_rows(path, [row.as_dict()], key=("case", "engine", "mode", "kv_dtype"))
+        replace_rows(path, [row.as_dict()], key)
         cases[row.case].append(row)
         if row.error is not None:
             well = False
             screen.note(Text(f"{row.case}: {row.engine} {row.mode} FAILED: {row.error}"))
         if len(cases[row.case]) == per_case:
-            screen.show(prefill_table(cases[row.case]))
+            for table in tables(cases[row.case]):
+                screen.show(table)
     return well
 
 
-def _report(rows: Iterable[Row], per_case: int, path: Path, screen: Screen) -> bool:
-    """Write rows as they come; show a case's tables when it is done. False if a row holds an error."""
-    from outrider.bench.results import replace_rows
-
-    cases: dict[str, list[Row]] = defaultdict(list)
-    well = True
-    for row in rows:
-        replace_rows(path, [row.as_dict()])
-        cases[row.case].append(row)
-        if row.error is not None:
-            well = False
-            screen.note(Text(f"{row.case}: {row.engine} {row.mode} FAILED: {row.error}"))
-        if len(cases[row.case]) == per_case:
-            screen.show(decode_table(cases[row.case]))
-            if any(row.stages for row in cases[row.case]):
-                screen.show(stage_table(cases[row.case]))
-    return well
+def _decode_tables(rows: list[Row]) -> Iterator[Table]:
+    yield decode_table(rows)
+    if any(row.stages for row in rows):
+        yield stage_table(rows)

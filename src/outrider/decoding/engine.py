@@ -96,8 +96,6 @@ class Engine:
             )
         if watch is not None and self.captures:
             raise OptionError("eager", False, "True (--eager) for rounds that are watched: CUDA graphs overwrite their lists")
-        for sequence in sequences:
-            self.prefill_for(sequence.params)
         loop = Loop(self, self._runner(sequences), sequences, progress or (lambda what, done, of: None), watch)
         return self._run(loop)
 
@@ -114,6 +112,7 @@ class Engine:
 
     def _runner(self, sequences: list[Sequence]) -> Runner:
         """The last run's, if it is idle and large enough, else a new one."""
+        readers = {reader for s in sequences if (reader := self.prefill_for(s.params)) is not None}
         lengths = [len(s.prompt) + s.params.max_new_tokens for s in sequences] or [0]
         slots = max(min(self.config.batch_size, len(sequences)), 1)
         k = self.config.draft_tokens
@@ -135,7 +134,6 @@ class Engine:
             code_bytes=0 if bits is None else coded_bytes((draft.layers[layer] for layer in layers), bits),
         )
         longest, free = lengths.index(max(lengths)), free_bytes(self.target.spec.device)
-        readers = {reader for s in sequences if (reader := self.prefill_for(s.params)) is not None}
         reading = max((reader.bytes(draft, capacity, self.config.prefill_chunk) for reader in readers), default=0)
         slots = plan_rows(demand, slots, free, prompt=longest, tokens=lengths[longest], reading=reading)
         lists = None

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from outrider.config import check
 from outrider.decoding.prefill import ProgressCallback
 from outrider.eval.rows import Case, Row, Text, conditions, of_case
-from outrider.eval.teacher_forced import Run, TeacherForced, budget_of, check_context, make_selector, tokenize
+from outrider.eval.teacher_forced import TeacherForced, budget_of, check_context, make_selector, tokenize
 from outrider.guidance.alignment import AlignmentFile
 from outrider.guidance.channels import ChannelFile
 from outrider.guidance.controller import ControllerFile
@@ -57,13 +57,13 @@ def evaluate(
         reader = TeacherForced(pair, context, draft_tokens, bits, len(texts))
         reader.read([tokens[: -scored_tokens - 1] for tokens in texts], prefill_chunk, progress)
         dense = reader.run(given, None)
-        ppl_dense = [_perplexity(*one) for one in zip(dense, wanted, strict=True)]
+        ppl_dense = [perplexity_of(run.logits, tokens) for run, tokens in zip(dense, wanted, strict=True)]
         for done, (case, selector) in enumerate(zip(cases, selectors, strict=True), start=1):
             runs = dense if selector is None else reader.run(given, selector, budget_of(case).min_context)
             if progress is not None:
                 progress(f"score {', '.join(names)}", done, len(cases))
             for row, run in enumerate(runs):
-                ppl = _perplexity(run, wanted[row])
+                ppl = perplexity_of(run.logits, wanted[row])
                 yield Row(
                     task="perplexity",
                     text=names[row],
@@ -85,5 +85,6 @@ def evaluate(
     return (row for start in range(0, len(documents), batch_size) for row in together(documents[start : start + batch_size]))
 
 
-def _perplexity(run: Run, wanted: torch.Tensor) -> float:
-    return float(cross_entropy(run.logits, wanted.to(run.logits.device)).exp())
+def perplexity_of(logits: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Of tokens `wanted` [n], each predicted by a row of `logits` [n, V]: exp of the mean negative log-likelihood in nats."""
+    return float(cross_entropy(logits, wanted.to(logits.device)).exp())

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from outrider.config import EngineConfig, check
 from outrider.decoding.prefill import ProgressCallback
@@ -26,6 +25,7 @@ from outrider.decoding.sparse_prefill import PREFILL_METHOD, Kept, SparsePrefill
 from outrider.errors import OptionError
 from outrider.eval.facts import draw_facts
 from outrider.eval.facts_task import Question, plant
+from outrider.eval.perplexity import perplexity_of
 from outrider.eval.rows import DENSE, Case, Row, Text, conditions, of_case
 from outrider.eval.teacher_forced import budget_of, check_context, tokenize
 from outrider.guidance.alignment import AlignmentFile
@@ -213,7 +213,7 @@ def rows_of(
         ("prompt", run.prompt, dense.prompt, scored),
         ("continuation", run.continuation, dense.continuation, document.tokens[end:]),
     ):
-        ppl, ppl_dense = (perplexity(logits, wanted) for logits in (found, truth))
+        ppl, ppl_dense = (perplexity_of(logits, torch.tensor(wanted)) for logits in (found, truth))
         agreement = float((found.argmax(-1) == truth.argmax(-1)).float().mean())
         delta = 100 * (ppl / ppl_dense - 1)
         given = about | {"ppl": ppl, "ppl_dense": ppl_dense, "delta_percent": delta, "agreement": agreement}
@@ -228,7 +228,3 @@ def rows_of(
             recalled=sum(torch.equal(chosen, answer) for chosen, answer in zip(run.answers, answers, strict=True)),
             asked=len(answers),
         )
-
-
-def perplexity(logits: Tensor, wanted: list[int]) -> float:
-    return float(cross_entropy(logits, torch.tensor(wanted, device=logits.device)).exp())
