@@ -15,6 +15,7 @@ from benchmarks.kernels.case import Case
 from benchmarks.kernels.chunk_attention import ChunkAttention
 from benchmarks.kernels.dense_attention import DenseAttention
 from benchmarks.kernels.quantized_keys import QuantizedMass
+from benchmarks.kernels.span_mass import SpanMass
 from benchmarks.kernels.sparse_attention import SparseAttention
 from benchmarks.kernels.token_select import TokenSelect
 from benchmarks.kernels.unlisted_mass import UnlistedMass
@@ -41,6 +42,7 @@ CASES: tuple[Case, ...] = (
     BlockMass(id="block_mass-128k-t2048-block128", S=K128),
     BlockMass(id="block_mass-128k-t2048-block512", S=K128, block=512),
     BlockMass(id="block_mass-32k-t2048-block128-computed", S=K32, known=False),
+    SpanMass(id="span_mass-128k", S=K128),
     *(QuantizedMass(id=f"quantized_mass-{name}-{bits}bit", S=S, B=B, bits=bits) for name, S, B in SIZES[:3] for bits in (4, 2)),
     UnlistedMass(id="unlisted_mass-256x128k", R=256, S=K128),
     UnlistedMass(id="unlisted_mass-256x128k-merge4", R=256, S=K128, G=4),

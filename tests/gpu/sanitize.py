@@ -20,6 +20,7 @@ from outrider.ops import (
     quantize_keys,
     quantized_mass,
     rotary_append,
+    span_mass,
     sparse_attention,
     token_select,
     unlisted_mass,
@@ -51,6 +52,15 @@ def block_masses(backend: str) -> Iterator[Tensor]:
     yield block_mass(
         queries, keys, lengths, block=100, scale=0.125, heads=heads, logsumexp=known, dtype=out.dtype, out=out, backend=backend
     )
+
+
+def span_masses(backend: str) -> Iterator[Tensor]:
+    """What a draft's blocks may look at, and their masses on a half of it."""
+    queries, keys, lengths = random(3, 300, 8, 64), random(3, 1600, 2, 64), torch.tensor([1300, 0, 33], device="cuda")
+    for span in (16, 128, 4096):
+        yield span_mass(queries, keys, lengths, block=128, span=span, scale=0.125, backend=backend)
+    listed, known = random(3, 3, 2, 13) > 0, random(3, 8, 300, dtype=torch.float32).add(8)
+    yield block_mass(queries, keys, lengths, block=128, scale=0.125, logsumexp=known, listed=listed, backend=backend)
 
 
 def selections(backend: str) -> Iterator[Tensor]:
@@ -135,7 +145,7 @@ def coded_keys(backend: str) -> Iterator[Tensor]:
 
 
 BACKENDS = {
-    "triton": (attention_masses, block_masses, selections, attentions, chunks, appended),
+    "triton": (attention_masses, block_masses, span_masses, selections, attentions, chunks, appended),
     "cuda": (attention_masses, selections, attentions, appended, products, coded_keys),
 }
 

@@ -28,6 +28,7 @@ GPU = torch.cuda.is_available()
 OPS = (
     "attention_mass",
     "block_mass",
+    "span_mass",
     "token_select",
     "sparse_attention",
     "kv_append",

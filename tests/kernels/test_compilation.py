@@ -50,14 +50,21 @@ def attention_mass(
 
 def block_mass(
     run: Callable, queries: torch.dtype, D: int, *, keys: torch.dtype | None = None, heads: bool = False, known: bool = False,
-    halvings: int = 0,
+    listed: bool = False, halvings: int = 0,
 ) -> None:  # fmt: skip
     q, k = torch.empty(2, 300, 8, D, dtype=queries), torch.empty(2, 4096, 2, D, dtype=keys or queries)
     chosen = torch.empty(3, dtype=torch.int64) if heads else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules["outrider.ops.block_mass.triton"], "SOFT_HALVINGS", halvings)
         run(q, k, torch.empty(2, dtype=torch.int64), block=128, scale=0.1, heads=chosen, dtype=BF16, out=None,
-            logsumexp=torch.empty(2, 8, 300) if known else None, key_scale=torch.empty(2) if keys == FP8 else None)  # fmt: skip
+            logsumexp=torch.empty(2, 8, 300) if known else None, key_scale=torch.empty(2) if keys == FP8 else None,
+            listed=torch.empty(2, 3, 2, 32, dtype=torch.bool) if listed else None, span=128)  # fmt: skip
+
+
+def span_mass(run: Callable, queries: torch.dtype, D: int, *, keys: torch.dtype | None = None, span: int = 128) -> None:
+    q, k = torch.empty(2, 300, 8, D, dtype=queries), torch.empty(2, 4096, 2, D, dtype=keys or queries)
+    run(q, k, torch.empty(2, dtype=torch.int64), block=128, span=span, scale=0.1, page=16,
+        key_scale=torch.empty(2) if keys == FP8 else None)  # fmt: skip
 
 
 def sparse_attention(
@@ -83,6 +90,11 @@ def chunk_attention(
     scale = torch.empty(2) if cache == FP8 else None
     run(q, k, k, *((None, None) if dense else lists), torch.empty(2, dtype=torch.int64), block=block, scale=0.1, window=window,
         key_scale=scale, value_scale=scale, logsumexp=torch.empty(2, 8, 512) if logsumexp else None)  # fmt: skip
+
+
+def fused_linear(run: Callable, x: torch.dtype, K: int) -> None:
+    rows, weight = torch.empty(20, K, dtype=x), torch.empty(96, K, dtype=x)
+    run(rows, weight, None, norm=torch.empty(K, dtype=x), eps=1e-6, swiglu=True, residual=None)
 
 
 def token_select(run: Callable, scores: torch.dtype, S: int, *, G: int = 1, merge: str = "mean", **budget) -> None:
@@ -119,6 +131,8 @@ CASES: dict[str, list[Callable[[Callable], None]]] = {
         partial(block_mass, queries=BF16, D=128, keys=FP8),
         partial(block_mass, queries=BF16, D=256),
         partial(block_mass, queries=FP32, D=256),
+        partial(block_mass, queries=BF16, D=64, known=True, listed=True),
+        partial(block_mass, queries=FP32, D=64, known=True, listed=True),
     ],
     "chunk_attention": [
         partial(chunk_attention, queries=BF16, D=128),
@@ -135,10 +149,20 @@ CASES: dict[str, list[Callable[[Callable], None]]] = {
         partial(chunk_attention, queries=FP32, D=80),
         partial(chunk_attention, queries=FP32, D=256, dense=True),
     ],
+    "fused_linear": [
+        partial(fused_linear, x=BF16, K=4096),
+        partial(fused_linear, x=FP32, K=1000),
+    ],
     "kv_append": [
         partial(kv_append, new=BF16, D=128),
         partial(kv_append, new=FP32, D=80),
         partial(kv_append, new=BF16, D=64, cache=FP8),
+    ],
+    "span_mass": [
+        partial(span_mass, queries=BF16, D=64),
+        partial(span_mass, queries=BF16, D=128, keys=FP8),
+        partial(span_mass, queries=FP16, D=80, span=4096),
+        partial(span_mass, queries=FP32, D=256),
     ],
     "sparse_attention": [
         partial(sparse_attention, queries=BF16, D=128),

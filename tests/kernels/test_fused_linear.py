@@ -1,4 +1,4 @@
-"""Products of few rows against fp64, with what surrounds them; a row has the same bits in whatever company."""
+"""Products against fp64, with what surrounds them; of few rows, a row has the same bits in whatever company."""
 
 from __future__ import annotations
 
@@ -54,6 +54,20 @@ if GPU:
             ]
 
 
+MANY_ROWS = [  # by the Triton kernels around PyTorch's product
+    Case(dtype, *shape, **dict.fromkeys(extras, True))
+    for dtype in (BF16, torch.float16, torch.float32)
+    for shape in ((1, 8, 2), (37, 300, 62), (20, 2200, 4100))
+    for extras in (("norm",), ("norm", "swiglu"), ("residual",), ("bias", "residual"), ("bias", "norm", "swiglu", "residual"))
+]
+if GPU:
+    MANY_ROWS += [
+        Case(BF16, 4096, 4096, 28672, norm=True, swiglu=True),
+        Case(BF16, 4095, 14336, 4096, residual=True),
+        Case(BF16, 4096, 4096, 6144, norm=True),
+    ]
+
+
 def make(case: Case, device: torch.device, seed: int = 0) -> dict[str, Tensor | float | bool]:
     generator = torch.Generator().manual_seed(seed)
 
@@ -85,12 +99,33 @@ def cuda(request) -> None:
         yield
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"cuda-{case}")
 def test_products_are_as_near_as_pytorchs(case, cuda, margin, device, run_or_skip):
     arguments = make(case, device)
     got = run_or_skip(lambda: fused_linear(**arguments, backend="cuda"))
     assert got.shape == (case.R, case.N // 2 if case.swiglu else case.N)
     margin(got, fused_linear(**arguments, backend="reference"), fused_linear(**widened(arguments), backend="reference"))
+
+
+@pytest.mark.parametrize("case", MANY_ROWS, ids=lambda case: f"triton-{case}")
+def test_products_of_many_rows(case, margin, device, run_or_skip):
+    arguments = make(case, device)
+    got = run_or_skip(lambda: fused_linear(**arguments, backend="triton"))
+    assert got.shape == (case.R, case.N // (2 if case.swiglu else 1)) and got.is_contiguous()
+    margin(got, fused_linear(**arguments, backend="reference"), fused_linear(**widened(arguments), backend="reference"))
+
+
+def test_many_rows_read_their_own_alone(device):
+    """Rows that are parts of longer ones; NaN between them and in another row reaches nothing."""
+    arguments = make(Case(BF16, 30, 130, 24, norm=True, swiglu=True), device)
+    wanted = fused_linear(**arguments, backend="triton")
+    wide = torch.full((30, 200), torch.nan, dtype=BF16, device=device)
+    wide[:, :130] = arguments["x"]
+    wide[7, 5] = torch.nan
+    got = fused_linear(**arguments | {"x": wide[:, :130]}, backend="triton")
+    assert got[7].isnan().all()
+    others = [row for row in range(30) if row != 7]
+    torch.testing.assert_close(got[others], wanted[others], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("extras", ["plain", "norm", "swiglu"])

@@ -135,6 +135,25 @@ def test_only_the_rows_asked_for(chosen):
         torch.testing.assert_close(got, mass[:, :, chosen], rtol=1e-13 if known is None else 1e-5, atol=1e-15)
 
 
+@pytest.mark.parametrize("Hs", [1, 2])
+@pytest.mark.parametrize("span", [1, 5, 64])
+def test_what_is_not_listed_has_no_mass(span, Hs):
+    """Runs of `span` tokens, the last one cut; keys of the others may hold anything."""
+    queries, keys, lengths = make(torch.float64)
+    mass, logsumexp = oracle(queries, keys, lengths)
+    generator = torch.Generator().manual_seed(span)
+    listed = torch.rand(3, 3, Hs, -(-keys.shape[1] // span), generator=generator) < 0.5
+    tokens = listed.repeat_interleave(span, -1)[..., : keys.shape[1]].repeat_interleave(6 // Hs, 2)  # [B, NB, Hq, N]
+    arguments = {"block": BLOCK, "scale": SCALE, "logsumexp": logsumexp.float(), "listed": listed, "span": span}
+    got = block_mass(queries, keys, lengths, **arguments)
+    torch.testing.assert_close(got, mass * tokens, rtol=1e-5, atol=1e-15)
+    assert (got[~tokens] == 0).all() and (got[tokens & (mass > 0)] > 0).all()
+    unread = ~tokens.unflatten(2, (2, 3)).any((1, 3)).transpose(1, 2)  # [B, N, Hkv]: by no block
+    own = torch.arange(keys.shape[1]) >= lengths[:, None]  # of the chunk: in the products of its queries
+    keys[unread & ~own[..., None]] = torch.nan
+    assert torch.equal(block_mass(queries, keys, lengths, **arguments), got)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["fp32", "bf16", "fp64"])
 def test_float8_keys_are_scaled_per_head(dtype):
     queries, rows, lengths = make(dtype)
@@ -186,6 +205,13 @@ BAD = [
     pytest.param({"heads": torch.tensor([1, 1])}, ValueError, r"heads: expected ascending heads, got \[1, 1\]", id="order"),
     pytest.param({"logsumexp": torch.zeros(1, 4, 3)}, ValueError, "logsumexp: .* with B=1, Hq=4, T=2", id="logsumexp"),
     pytest.param({"logsumexp": torch.zeros(1, 4, 2).half()}, TypeError, "logsumexp: expected dtype float32", id="lse_dtype"),
+    pytest.param({"listed": torch.ones(1, 1, 2, 1).bool()}, ValueError, "logsumexp: expected .* got None", id="listed_alone"),
+    pytest.param({"listed": torch.ones(1, 1, 2, 2).bool()}, ValueError, "listed: .* with B=1, NB=1, NS=1", id="listed_shape"),
+    pytest.param({"listed": torch.ones(1, 1, 2, 1)}, TypeError, "listed: expected dtype bool, got float32", id="listed_dtype"),
+    pytest.param(
+        {"listed": torch.ones(1, 1, 4, 1).bool()}, ValueError, "listed: expected Hs of 1 or Hkv=2, got Hs=4", id="listed_heads"
+    ),
+    pytest.param({"span": 0}, ValueError, "span: expected at least 1, got 0", id="span"),
     pytest.param({"dtype": torch.float16}, TypeError, "dtype: expected one of .*bfloat16.* got torch.float16", id="output"),
     pytest.param({"out": torch.zeros(1, 2, 4, 8)}, ValueError, r"out: .* with B=1, NB=1, R=4, N=9, got", id="out_shape"),
     pytest.param(

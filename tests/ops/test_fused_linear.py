@@ -28,7 +28,7 @@ def arguments(**changes):
         ({"norm": torch.zeros(6)}, ValueError, r"norm: expected shape \[K\]"),
         ({"residual": torch.zeros(3, 3)}, ValueError, r"residual: expected shape \[R, M\] with R=3, M=6"),
         ({"residual": torch.zeros(3, 6), "swiglu": True}, ValueError, "residual: expected shape"),
-        ({"backend": "triton"}, ValueError, "backend: expected one of 'auto', 'reference', 'cuda', got 'triton'"),
+        ({"backend": "fast"}, ValueError, "backend: expected one of 'auto', 'reference', 'cuda', 'triton', got 'fast'"),
         ({"backend": "cuda"}, ValueError, "it takes bfloat16, got torch.float32"),
     ],
 )

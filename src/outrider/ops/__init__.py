@@ -7,6 +7,7 @@ from outrider.ops.fused_linear import fused_linear
 from outrider.ops.kv_append import kv_append
 from outrider.ops.quantized_keys import quantize_keys, quantized_mass
 from outrider.ops.rotary_append import rotary_append
+from outrider.ops.span_mass import span_mass
 from outrider.ops.sparse_attention import sparse_attention
 from outrider.ops.token_select import TokenLists, token_select, union_lists
 from outrider.ops.token_verify import Verified, token_verify
@@ -23,6 +24,7 @@ __all__ = [
     "quantize_keys",
     "quantized_mass",
     "rotary_append",
+    "span_mass",
     "sparse_attention",
     "token_select",
     "token_verify",

@@ -33,6 +33,8 @@ def block_mass(
     scale: float,
     heads: Tensor | None = None,
     logsumexp: Tensor | None = None,
+    listed: Tensor | None = None,
+    span: int = 128,
     key_scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,
@@ -63,18 +65,24 @@ def block_mass(
         logsumexp: `[B, Hq, T]` float32: the natural logarithm of each query's softmax denominator over all tokens it sees, as
             attention computes it; rows of heads that are not asked for may hold anything. None: it is computed here, in a
             pass of its own.
+        listed: `[B, NB, Hs, NS]` bool: whether a block reads the tokens `s * span .. (s + 1) * span - 1`. Others have mass 0,
+            and their keys may hold anything. Hs is 1 or Hkv, NS is `ceil(N / span)`. None: it reads all. Needs the logsumexp,
+            over what is listed.
+        span: tokens that are listed together, at least 1.
         key_scale: `[Hkv]` float32, the factor per head that float8 keys are multiplied with.
         dtype: of the result: float32 (default; float64 for float64 queries) or bfloat16.
         out: where the result goes, of its shape and dtype; any strides, N contiguous. Every element is written.
         backend: "auto" (see `ops/README.md`), "reference" or "triton". No silent fall-back.
 
     Returns:
-        `[B, NB, R, N]`; exactly 0 at and past the block's start, `lengths[b] + i * block`. It is `out`, if given.
+        `[B, NB, R, N]`; exactly 0 at and past the block's start, `lengths[b] + i * block`, and where it is not listed. It is
+        `out`, if given.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, device, stride or choice, a block below 1, or a backend that cannot run the call; the
-            reference, and with `OUTRIDER_DEBUG=1` every backend, also checks the values of `lengths` and `heads`.
+        ValueError: a wrong shape, device, stride or choice, a block or span below 1, `listed` without a logsumexp, or a backend
+            that cannot run the call; the reference, and with `OUTRIDER_DEBUG=1` every backend, also checks the values of
+            `lengths` and `heads`.
 
     Source: the draft-side importance score of STS (arXiv 2605.15508) and SpecAttn (arXiv 2510.27641), for blocks of a prompt.
     """
@@ -93,6 +101,14 @@ def block_mass(
         check("heads", heads, shape="R", dtypes=INTS[1:])
     if logsumexp is not None:
         check("logsumexp", logsumexp, shape="B Hq T", dtypes=FLOATS[2:3])
+    check_int("span", span, low=1)
+    if listed is not None:
+        sizes["NS"] = -(-sizes["N"] // span)
+        check("listed", listed, shape="B NB Hs NS", dtypes=[torch.bool])
+        if sizes["Hs"] not in (1, sizes["Hkv"]):
+            raise ValueError(f"listed: expected Hs of 1 or Hkv={sizes['Hkv']}, got Hs={sizes['Hs']}")
+        if logsumexp is None:
+            raise ValueError("logsumexp: expected [B, Hq, T] with listed tokens, got None")
     if dtype is None:
         dtype = torch.promote_types(queries.dtype, torch.float32)
     elif dtype not in OUTPUTS:
@@ -111,7 +127,8 @@ def block_mass(
     run = {"triton": _triton, "reference": lambda: reference}[chosen]().block_mass
     return run(
         queries, keys, lengths,
-        block=block, scale=scale, heads=heads, logsumexp=logsumexp, key_scale=key_scale, dtype=dtype, out=out,
+        block=block, scale=scale, heads=heads, logsumexp=logsumexp, listed=listed, span=span, key_scale=key_scale, dtype=dtype,
+        out=out,
     )  # fmt: skip
 
 

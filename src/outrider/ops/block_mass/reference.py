@@ -3,7 +3,7 @@
 One block of one head at a time, so that no more than its logits exist, in fp32 (fp64 for fp64 inputs):
 
     logits   scale * queries of the block @ keys^T     [block, tokens up to the block's last]
-    visible  all tokens before the block, and those of the block up to the query itself
+    visible  all tokens before the block (that are listed), and those of the block up to the query itself
     mass     softmax(logits over visible), or exp(logits - logsumexp), cut to the tokens before the block, averaged
 """
 
@@ -22,6 +22,8 @@ def block_mass(
     scale: float,
     heads: Tensor | None,
     logsumexp: Tensor | None,
+    listed: Tensor | None,
+    span: int,
     key_scale: Tensor | None,
     dtype: torch.dtype,
     out: Tensor | None,
@@ -46,4 +48,7 @@ def block_mass(
                 logits[:, start:].masked_fill_(hidden, -torch.inf)
                 mass = logits.softmax(-1) if logsumexp is None else (logits - logsumexp[b, head, steps, None]).exp()
                 out[b, i, r, :start] = mass[:, :start].mean(0)
+                if listed is not None:
+                    marks = listed[b, i, kv_head % listed.shape[2]].repeat_interleave(span)[:start]
+                    out[b, i, r, :start].masked_fill_(~marks, 0)
     return out

@@ -6,7 +6,7 @@
     _column_sums    grid (tiles of keys x blocks, KV heads, B). Holds a tile of keys and walks over a block's queries, one head
                     asked for after another: 2 ** (logit - log2 of the denominator), summed over the queries. Nothing is masked
                     in the loop: a key at or behind the block's start has a sum of its own, for which 0 is stored, and a query
-                    behind the block's end has an infinite denominator.
+                    behind the block's end has an infinite denominator. A tile that the block does not list is 0 without a look.
 
 Keys are the rows of the products of `_column_sums`, so a thread adds up queries within its own registers. What bounds it is the
 special function unit: 16 exponentials a clock and multiprocessor, half the rate at which the tensor cores yield logits of head
@@ -172,7 +172,7 @@ def _denominators(
     tl.store(logsumexp + (sequence * query_heads + head) * T + step, (best + tl.log2(total)) * LN_2, mask=step < T)
 
 
-@triton.jit(do_not_specialize=["T", "R", "block", "blocks", "group"])
+@triton.jit(do_not_specialize=["span", "T", "R", "block", "blocks", "group"])
 def _column_sums(
     queries,
     keys,
@@ -180,8 +180,10 @@ def _column_sums(
     heads,  # [R], or None: all
     key_scale,
     biases,  # [B, Hq, NB, TILES * ROWS]: minus log2 of the denominators, contiguous; -inf behind the queries of a block
+    listed,  # uint8 by spans of tokens, or None: all
     result,
     scale,
+    span,
     N,
     T,
     R,
@@ -190,6 +192,7 @@ def _column_sums(
     group,
     query_strides,
     key_strides,
+    listed_strides,
     result_strides,
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
@@ -207,8 +210,14 @@ def _column_sums(
     first, last = _rows_of(kv_head, heads, R, group, HEADS)
     result += sequence * result_strides[0] + index.to(tl.int64) * result_strides[1] + token
     start = tl.load(lengths + sequence).to(tl.int32) + index * block
+    read = token < start
+    if listed is not None:
+        listed += (
+            sequence * listed_strides[0] + index.to(tl.int64) * listed_strides[1] + kv_head.to(tl.int64) * listed_strides[2]
+        )
+        read &= tl.load(listed + token // span, mask=read, other=0) > 0
 
-    if tl.program_id(0) // blocks * KEYS >= start:
+    if tl.max(read.to(tl.int32), 0) == 0:
         for row in range(first, last):
             tl.store(result + tl.cast(row, tl.int64) * result_strides[2], tl.zeros([KEYS], tl.float32), mask=token < N)
     else:
@@ -234,7 +243,7 @@ def _column_sums(
             logits = tl.dot(b, a.T, input_precision="ieee")  # [KEYS, ROWS]
             total += _sums_of_powers(logits * factor + bias[None, :], HALVINGS)
             if tile == TILES - 1:
-                mass = tl.where(token < start, total * share, 0.0).to(tl.float32)
+                mass = tl.where(read, total * share, 0.0).to(tl.float32)
                 tl.store(result + tl.cast(row, tl.int64) * result_strides[2], mass, mask=token < N)
                 total = tl.zeros([KEYS], wide)
 
@@ -272,6 +281,8 @@ def block_mass(
     scale: float,
     heads: Tensor | None,
     logsumexp: Tensor | None,
+    listed: Tensor | None,
+    span: int,
     key_scale: Tensor | None,
     dtype: torch.dtype,
     out: Tensor | None,
@@ -288,6 +299,8 @@ def block_mass(
         return out
     lengths = lengths.contiguous()
     heads, key_scale = (None if x is None else x.contiguous() for x in (heads, key_scale))
+    if listed is not None:
+        listed = (listed if listed.stride(-1) == 1 else listed.contiguous()).view(torch.uint8).expand(-1, -1, Hkv, -1)
     D_padded = max(16, triton.next_power_of_2(D))
     wide = torch.float64 if full else torch.float32
     with torch.cuda.device(device) if queries.is_cuda else contextlib.nullcontext():
@@ -300,8 +313,9 @@ def block_mass(
             )  # fmt: skip
         tile, rows, warps, stages = WIDE_TILES if full else COLUMN_TILES[max(64, D_padded)]
         _column_sums[triton.cdiv(N, tile) * NB, Hkv, B](
-            queries, keys, lengths, heads, key_scale, _biases(logsumexp.to(wide), block, rows), out,
-            scale, N, T, R, block, NB, Hq // Hkv, queries.stride(), keys.stride(), out.stride(),
+            queries, keys, lengths, heads, key_scale, _biases(logsumexp.to(wide), block, rows), listed, out,
+            scale, span, N, T, R, block, NB, Hq // Hkv, queries.stride(), keys.stride(),
+            (0, 0, 0) if listed is None else listed.stride()[:3], out.stride(),
             D=D, D_PADDED=D_padded, KEYS=tile, ROWS=rows, TILES=triton.cdiv(block, rows), HEADS=triton.next_power_of_2(Hq),
             HALVINGS=0 if full else SOFT_HALVINGS, num_warps=warps, num_stages=stages, maxnreg=MAX_REGISTERS,
         )  # fmt: skip

@@ -29,7 +29,7 @@ from torch import Tensor
 MAX_HEAD_DIM = 256
 # Padded head dim, up to -> rows and tokens of a tile, warps, stages. With lists a position is loaded before its row, and each
 # of the two steps takes its stages. On Hopper registers bound the tile: in a larger one ptxas serialises the products.
-HOPPER_LISTED = {64: (256, 64, 16, 5), 128: (128, 128, 8, 5), 256: (128, 32, 8, 5)}
+HOPPER_LISTED = {64: (128, 64, 4, 5), 128: (128, 128, 8, 5), 256: (128, 32, 8, 5)}
 HOPPER_DENSE = {64: (128, 64, 4, 3), 128: (128, 128, 8, 3), 256: (128, 32, 8, 3)}
 OTHERS_LISTED = {128: (64, 32, 4, 5), 256: (64, 16, 4, 5)}  # at most 96 KB of shared memory
 OTHERS_DENSE = {128: (64, 32, 4, 3), 256: (64, 16, 4, 3)}

@@ -10,7 +10,7 @@ from outrider.ops.backends import choose
 from outrider.ops.checks import FLOATS, check_tensor
 from outrider.ops.fused_linear import reference
 
-MAX_ROWS = 8  # of x, that a kernel takes
+MAX_ROWS = 8  # of x, that the kernel in CUDA C++ takes
 
 
 def fused_linear(
@@ -35,7 +35,7 @@ def fused_linear(
         eps: of the norm, added to the mean of squares.
         swiglu: the result is `silu(gate) * up`.
         residual: `[R, N]` (`[R, N / 2]` with `swiglu`), added last.
-        backend: "auto" (see `ops/README.md`), "reference" or "cuda". No silent fall-back.
+        backend: "auto" (see `ops/README.md`), "reference", "triton" or "cuda". No silent fall-back.
 
     Returns:
         `[R, N]`, or `[R, N / 2]` with `swiglu`, contiguous, dtype of `x`. A row does not depend on the others: backend "cuda"
@@ -58,8 +58,9 @@ def fused_linear(
     sizes["M"] = sizes["N"] // 2 if swiglu else sizes["N"]
     if residual is not None:
         check("residual", residual, shape="R M")
-    chosen = choose(backend, x.device, {"cuda": lambda: _cuda().obstacle(x, weight, norm)})
-    run = {"cuda": _cuda, "reference": lambda: reference}[chosen]().fused_linear
+    kernels = {"cuda": lambda: _cuda().obstacle(x, weight, norm), "triton": lambda: _triton().obstacle(x, norm)}
+    chosen = choose(backend, x.device, kernels)
+    run = {"cuda": _cuda, "triton": _triton, "reference": lambda: reference}[chosen]().fused_linear
     return run(x, weight, bias, norm=norm, eps=eps, swiglu=swiglu, residual=residual)
 
 
@@ -67,3 +68,9 @@ def _cuda():
     from outrider.ops.fused_linear import cuda
 
     return cuda
+
+
+def _triton():
+    from outrider.ops.fused_linear import triton
+
+    return triton
