@@ -11,6 +11,7 @@ VERSION = "0.1.0"  # as pyproject.toml has it
 MODES = ("plain", "dense", "sparse")
 DRAFTING = ("auto", "dense", "sparse")
 PREFILL = ("dense", "sparse")
+PREFILL_METHODS = ("outrider", "token-sparse", "vertical-slash", "spec-prefill")  # the engine has the first
 DTYPES = ("float32", "bfloat16", "float16")
 KV_DTYPES = ("auto", "fp8")
 CODE_BITS: dict[str, int | None] = {"exact": None, "4bit": 4, "2bit": 2}
@@ -143,6 +144,10 @@ class EngineConfig:
     prefill: str = option("dense", "how prompts are read: dense, or sparse (the draft chooses what each block reads)")
     prefill_keep: float = option(0.1, "sparse prefill: share of the tokens before it that a block reads, in (0, 1]")
     prefill_block: int = option(128, "sparse prefill: prompt tokens that share lists; prefill-chunk is a multiple of it")
+    prefill_draft_keep: float = option(
+        0.1, "sparse prefill: share of the tokens before it that a block of the draft reads, in (0, 1]; 1: all"
+    )
+    prefill_draft_least: int = option(8192, "sparse prefill: tokens before it that a block of the draft reads at least")
     prefill_min_context: int = option(4096, "sparse prefill: so many first tokens of a prompt are read densely, at least")
     kv_dtype: str = option(
         "auto", "how keys and values are cached: auto (in the models' dtype) or fp8 (8 bits, half the memory of bfloat16)"
@@ -169,6 +174,9 @@ class EngineConfig:
         check("prefill-chunk", chunk, _is_int(chunk) and chunk >= 1, "a whole number >= 1")
         check("prefill", self.prefill, self.prefill in PREFILL, ", ".join(PREFILL))
         check_share("prefill-keep", self.prefill_keep)
+        check_share("prefill-draft-keep", self.prefill_draft_keep)
+        least = self.prefill_draft_least
+        check("prefill-draft-least", least, _is_int(least) and least >= 0, "a whole number >= 0")
         block, least = self.prefill_block, self.prefill_min_context
         check("prefill-block", block, _is_int(block) and block >= 1, "a whole number >= 1")
         check("prefill-min-context", least, _is_int(least) and least >= 0, "a whole number >= 0")

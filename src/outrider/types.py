@@ -16,11 +16,14 @@ are the pending token and the K drafted ones, at positions S .. S + K.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
+
+Stage = Callable[[str], AbstractContextManager[None]]  # takes the time of a stage, by name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +144,39 @@ class Selection:
         )
 
 
+@runtime_checkable
+class BlockLists(Protocol):
+    """Who tells a layer what the blocks of a prompt's chunk read: a `BlockSelection`, or a method inside the forward."""
+
+    @property
+    def block(self) -> int:
+        """Tokens that share lists; the last block of a chunk may have fewer."""
+
+    def of(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Indices [B, NB, Hs, M] and counts [B, NB, Hs] for a layer's queries [B, T, Hq, D], whose keys are in the cache
+        already; None twice: it reads everything."""
+
+
+@runtime_checkable
+class PromptAttention(Protocol):
+    """Who computes a layer's attention over a whole prompt in the target's place: a method that leaves out queries, too."""
+
+    def prompt_attention(self, layer: int, queries: Tensor) -> Tensor | None:
+        """Attention [B, T, Hq, D] of a layer's queries [B, T, Hq, D], whose keys and values are in the cache already; None: the
+        layer reads everything."""
+
+
+class KeptShare(Protocol):
+    """What was read of a chunk of a prompt, or of all of it, out of how much."""
+
+    @property
+    def listed(self) -> Tensor:
+        """Tokens that were read, averaged over layers and heads, summed over blocks, [B] fp64."""
+
+    def before(self, start: int, stop: int) -> int:
+        """Out of so many, tokens start .. stop - 1 being the chunk."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockSelection:
     """The token lists of a chunk of a prompt, one set for each block of its tokens. Other layers read everything."""
@@ -155,8 +191,13 @@ class BlockSelection:
         """Tokens on the lists of each sequence, averaged over layers and heads, summed over blocks, [B] fp64."""
         return self.counts.double().mean((0, 3)).sum(1)
 
-    def of(self, layer: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """Indices [B, NB, Hs, M] and counts [B, NB, Hs] of a target layer; None twice where it has no lists."""
+    def before(self, start: int, stop: int) -> int:
+        """Tokens before the blocks of a chunk, tokens start .. stop - 1, summed over blocks."""
+        return sum(range(start, stop, self.block))
+
+    def of(self, layer: int, queries: Tensor | None = None) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Indices [B, NB, Hs, M] and counts [B, NB, Hs] of a target layer; None twice where it has no lists. Queries do not
+        matter."""
         if layer not in self.layers:
             return None, None
         row = self.layers.index(layer)

@@ -28,9 +28,10 @@ def models():
     return dummy_models(TINY_CASE.pair, torch.device("cpu"))
 
 
-def measured(models, mode, **options):
+def measured(models, mode, method=None, **options):
     given = PrefillOptions(**(SHAPE | options))
-    return bench.measure(models, TINY_CASE, PrefillRun(engine="outrider", mode=mode), given, RATES, quiet)
+    method = method or ("outrider" if mode == "sparse" else None)
+    return bench.measure(models, TINY_CASE, PrefillRun(engine="outrider", mode=mode, method=method), given, RATES, quiet)
 
 
 @pytest.mark.parametrize("mode, stages", [("plain", {"target"}), ("dense", {"draft", "target"})])
@@ -48,13 +49,31 @@ def test_a_dense_row(models, mode, stages):
 
 def test_a_sparse_row(models):
     row = measured(models, "sparse", keep=0.2)
-    assert row.stages.keys() == row.floors.keys() == {"draft", "score", "select", "target"}
+    assert row.stages.keys() == row.floors.keys() == {"draft", "score", "select", "target"} and row.method == "outrider"
     assert 0.2 <= row.kept < 0.25, "blocks have the recent 64 tokens at least"
     dense, sparse = (measured(models, mode).floors["target"]["tflop"] for mode in ("plain", "sparse"))
     assert sparse < dense
     scores = row.floors["score"]
     assert scores["gb"] == pytest.approx(1000 * 1000 / 2 / 64 * 2 * 2 * 4 / 1e9), "masses of 2 layers of 2 heads, fp32"
     assert scores["tflop"] == pytest.approx(1000 * 1000 / 2 * 2 * 2 * 2 * 16 / 1e12)
+
+
+@pytest.mark.parametrize(
+    "method, stages",
+    [
+        ("token-sparse", {"score", "select", "target"}),
+        ("vertical-slash", {"score", "select", "target"}),
+        ("spec-prefill", {"draft", "score", "select", "target"}),
+    ],
+)
+def test_a_row_of_another_method(models, method, stages):
+    row = measured(models, "sparse", method, keep=0.2)
+    assert (row.mode, row.method, row.error) == ("sparse", method, None)
+    assert row.stages.keys() == stages and not row.floors
+    assert 0 < sum(row.stages.values()) <= 1e3 * row.seconds
+    # 2 of 3 layers sparse; the last of 32 chunks of 32 tokens has 8, and seven of them are kept; blocks of 64
+    kept = {"token-sparse": (1 + 2 * 0.2) / 3, "spec-prefill": (6 * 32 + 8) / 1000, "vertical-slash": 0.2}[method]
+    assert row.kept == pytest.approx(kept, abs=0.01 if method == "vertical-slash" else 1e-9)
 
 
 def test_every_chunk_is_read_once_behind_the_warm_up(models, monkeypatch):
@@ -64,6 +83,9 @@ def test_every_chunk_is_read_once_behind_the_warm_up(models, monkeypatch):
         read.clear()
         measured(models, mode)
         assert read == [0, 256, 768, 0, 256, 512, 768]
+    read.clear()
+    measured(models, "sparse", "token-sparse")
+    assert read == [0, 0], "a prompt that is read whole"
 
 
 def test_a_floor_is_the_larger_of_two_times():
@@ -90,8 +112,26 @@ def test_the_command_writes_rows_and_shows_a_table(bench_command, tmp_path):
     assert outcome.code == 0, outcome.err
     assert "tiny: 1000 tokens" in outcome.out and "select" in outcome.out
     lines = [json.loads(line) for line in (tmp_path / "prefill.jsonl").read_text().splitlines()]
-    assert [line["mode"] for line in lines] == ["plain", "dense", "sparse"]
+    assert [(line["mode"], line["method"]) for line in lines] == [("plain", None), ("dense", None), ("sparse", "outrider")]
     assert {"device", "commit", "command", "stream_gb_s", "matmul_tflops", "block", "chunk"} <= lines[0]["conditions"].keys()
+
+
+def test_methods_have_rows_of_their_own(bench_command, tmp_path):
+    """A second run replaces what is about the same method, and what older lines, without the field, say of our own."""
+    path = tmp_path / "prefill.jsonl"
+    old = {"case": "tiny", "engine": "outrider", "kv_dtype": None, "seconds": 9.0}
+    path.write_text("".join(json.dumps(old | {"mode": mode}) + "\n" for mode in ("sparse", "dense")))
+    shape = "--case", "tiny", "--device", "cpu", "--chunk", 256, "--block", 64, "--mode", "sparse"
+    outcome = bench_command("prefill", *shape, "--method", "vertical-slash", "--method", "outrider")
+    assert outcome.code == 0, outcome.err
+    assert "vertical-slash" in outcome.out
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["mode"], line.get("method")) for line in found] == [
+        ("sparse", "outrider"),
+        ("dense", None),
+        ("sparse", "vertical-slash"),
+    ]
+    assert found[0]["seconds"] != 9.0 and found[1]["seconds"] == 9.0
 
 
 def test_vllm_reads_prompts_that_it_does_not_know(vllm, monkeypatch):
@@ -126,8 +166,13 @@ def test_the_first_call_is_not_timed(monkeypatch):
         ({"case": ("llama-8k",)}, "case: got 'llama-8k'; allowed: llama-32k, llama-128k"),
         ({"mode": ("exact",)}, "mode: got 'exact'; allowed: plain, dense, sparse"),
         ({"engine": ("transformers",)}, "engine: got 'transformers'; allowed: outrider, vllm"),
+        ({"method": ("quest",)}, "method: got 'quest'; allowed: outrider, token-sparse, vertical-slash, spec-prefill"),
+        (
+            {"method": ("token-sparse",), "mode": ("plain",)},
+            "method: got .*; allowed: nothing without engine outrider, mode sparse",
+        ),
         ({"keep": 0.0}, "prefill-keep: got 0.0"),
-        ({"block": 100}, "chunk: got 4096; allowed: a multiple of block = 100"),
+        ({"block": 100}, "chunk: got 8192; allowed: a multiple of block = 100"),
         ({"device": "cpu"}, "device: got 'cpu'; allowed: cuda; cpu with --case tiny"),
         ({"kv_dtype": ("int4",)}, "kv-dtype: got 'int4'"),
         ({"engine": ("vllm",), "mode": ("sparse",)}, "mode: got 'sparse'; allowed: plain, dense for engine vllm"),
@@ -142,6 +187,7 @@ def test_what_does_not_fit_is_refused(options, message):
 
 def test_runs_and_cases():
     found = PrefillOptions(kv_dtype=("auto", "fp8"), mode=("sparse", "plain"))
+    assert {run.method for run in found.runs if run.mode == "sparse"} == {"outrider"}
     runs = [(run.mode, run.kv_dtype) for run in found.runs]
     assert runs == [("sparse", None), ("plain", None), ("sparse", "fp8"), ("plain", "fp8")]
     assert [case.name for case in found.cases] == ["llama-32k", "llama-128k"]

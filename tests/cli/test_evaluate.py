@@ -235,6 +235,18 @@ def test_prefill_appends_a_line_for_every_part(outrider, flags, tmp_path):
     assert "continuation" in outcome.out
 
 
+def test_prefill_reads_as_others_do(outrider, flags, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    methods = ("token-sparse", "vertical-slash", "spec-prefill")
+    chosen = [word for method in methods for word in ("--method", method)]
+    outcome = outrider(*PREFILL, *BLOCKS, *flags, *chosen, "--keep", "0.4", "--keep", "0.8", "--json", path)
+    assert outcome.code == 0 and outcome.err == ""
+    kept = {(row["method"], row["keep"]): row["kept_fraction"] for row in lines(path) if row["part"] == "facts"}
+    assert kept.keys() == {(method, keep) for method in methods for keep in (0.4, 0.8)}
+    assert all(kept[method, 0.4] < kept[method, 0.8] < 1 for method in methods)
+    assert all(method in outcome.out for method in methods)
+
+
 def test_prefill_refuses_what_it_cannot_do(outrider, flags):
     for more, message in (
         (["--method", "quest"], "method: got 'quest'; allowed: dense, outrider"),

@@ -152,3 +152,17 @@ def test_clock_adds_up_the_time_of_a_stage(monkeypatch):
             pass
     assert clock.seconds["verify"] == 2.5
     assert sum(clock.seconds.values()) == 2.5
+
+
+def test_a_stage_inside_another_stops_its_clock(monkeypatch):
+    now = iter([0.0, 1.0, 3.0, 7.0, 20.0, 21.0, 30.0, 32.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    clock = StageClock(torch.device("cpu"))
+    with clock.stage("target"), clock.stage("score"):  # from 0 to 7, inside from 1 to 3
+        pass
+    with pytest.raises(RuntimeError), clock.stage("target"):  # at 20: not counted
+        raise RuntimeError
+    with clock.stage("select"):  # from 21 to 30
+        pass
+    spent = clock.settle()
+    assert (spent["target"], spent["score"], spent["select"]) == (1 + 4, 2, 9)

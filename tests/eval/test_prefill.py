@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from itertools import groupby
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from outrider.config import Budget
+from outrider.config import PREFILL_METHODS, Budget
 from outrider.decoding import sparse_prefill
 from outrider.errors import OptionError
 from outrider.eval import prefill_task
@@ -24,9 +25,8 @@ SHAPE = {"prefill_chunk": 64, "prefill_block": 16, "prefill_min_context": 0}
 
 def rows(pair, alignments, cases, *, context=400, **options):
     given = {"scored_tokens": 57, "continued": 30, "facts": 0} | SHAPE | options
-    found = list(prefill_task.evaluate(pair, alignments, [TEXT], cases, context=context, **given))
-    parts = 2 + (given["facts"] > 0)
-    return [{row.part: row for row in found[start : start + parts]} for start in range(0, len(found), parts)]
+    found = prefill_task.evaluate(pair, alignments, [TEXT], cases, context=context, **given)
+    return [{row.part: row for row in rows} for _, rows in groupby(found, key=lambda row: (row.method, row.keep))]
 
 
 def test_dense_perplexity_is_that_of_transformers(pair, alignments):
@@ -53,6 +53,36 @@ def test_everything_kept_is_dense_and_little_is_not(pair, alignments):
     assert dense["facts"].asked == 3
 
 
+@pytest.mark.parametrize("method", PREFILL_METHODS[1:])
+def test_methods_that_read_a_prompt_whole(pair, alignments, method):
+    """Everything kept is dense, in the prompt, behind it and in facts; alignments do not matter; little is not dense."""
+    whole, little = (Case(method=method, budget=Budget(keep=keep)) for keep in (1.0, 0.3))
+    dense, whole, little = rows(pair, None, [DENSE, whole, little], context=640, facts=3)
+    predicted = {"continuation", "facts"} if method == "spec-prefill" else {"prompt", "continuation", "facts"}
+    assert whole.keys() == little.keys() == predicted, "spec-prefill predicts nothing of a prompt that it has not read"
+    for part in predicted - {"facts"}:
+        assert whole[part].ppl == pytest.approx(dense[part].ppl, rel=1e-4) and whole[part].agreement == 1
+        assert little[part].ppl != dense[part].ppl and little[part].ppl_dense == dense[part].ppl
+        assert (little[part].method, little[part].keep) == (method, 0.3)
+    assert whole["facts"].agreement == 1 and whole["facts"].recalled == dense["facts"].recalled
+    assert whole["facts"].kept_fraction == 1 and little["facts"].kept_fraction < 0.7
+    if method != "token-sparse":  # of whose layers some are dense, while 128 tokens are kept in others
+        assert little["facts"].kept_fraction == pytest.approx(0.3, abs=0.04)
+
+
+def test_short_prompts_are_read_densely_by_all(pair, alignments):
+    cases = [Case(method=method, budget=Budget(keep=0.1)) for method in PREFILL_METHODS]
+    for found in rows(pair, alignments, cases, prefill_min_context=400):
+        assert found["prompt"].agreement == found["prompt"].kept_fraction == 1 and found["prompt"].delta_percent == 0
+
+
+def test_there_is_room_for_what_is_read_behind_a_prompt(pair, alignments):
+    case = Case(method="spec-prefill", budget=Budget(keep=0.5))
+    with pytest.raises(OptionError, match="continued: got 7; allowed: at least 8, for a method that reads so many behind"):
+        rows(pair, alignments, [case], continued=7)
+    assert rows(pair, alignments, [case], continued=8)[0].keys() == {"continuation"}
+
+
 def test_chunks_begin_where_the_engine_has_them():
     assert chunk_starts(0, 150, 64) == [0, 64, 128]
     assert chunk_starts(80, 150, 64) == [80, 128]
@@ -75,7 +105,9 @@ def test_bad_options(pair, alignments, options, message):
 
 def test_methods_and_budgets_that_prefill_does_not_have(pair, alignments):
     for case, message in (
-        (Case(method="quest", budget=Budget(keep=0.1)), r"method: got 'quest'; allowed: dense, outrider"),
+        (Case(method="quest", budget=Budget(keep=0.1)), r"method: got 'quest'; allowed: dense, outrider, token-sparse"),
+        (Case(method="token-sparse", budget=Budget(top_p=0.9)), r"top-p: got 0.9; allowed: keep"),
+        (Case(method="spec-prefill", budget=Budget(allocation="fitted")), r"allocation: got 'fitted'; allowed: flat or auto"),
         (Case(method="outrider", budget=Budget(top_p=0.9)), r"top-p: got 0.9; allowed: keep"),
     ):
         with pytest.raises(OptionError, match=message):

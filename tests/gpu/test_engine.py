@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from outrider import Outrider
 from outrider.config import SamplingParams
+from outrider.decoding.prefill import read_chunk
 from outrider.decoding.statistics import STAGES
 from outrider.errors import OptionError
 
@@ -29,11 +31,23 @@ def test_keeping_everything_gives_the_dense_tokens(kernels, budget, method, gpu_
     assert [result.statistics.kept_fraction for result in sparse] == [1.0] * len(prompts)
 
 
+def read_by_reference(model, cache, part, stop):
+    read_chunk(model.with_backend("reference"), cache, part, stop)
+
+
 @pytest.mark.parametrize("mode", ["dense", "sparse"])
-def test_fp8_caches_give_the_tokens_of_the_reference(mode, gpu_pair, generate, random_prompts):
-    """Appending, scoring and attention over 8 bits, by kernels and by the reference; where they part, rounding may be why."""
+def test_fp8_caches_give_the_tokens_of_the_reference(mode, gpu_pair, make_engine, random_prompts):
+    """Appending, scoring and attention over 8 bits, by kernels and by the reference; where they part, rounding may be why.
+
+    Behind the same prompts, read by the reference: an 8-bit row that rounds to its other neighbour decides all that follows.
+    """
     pair, prompts = gpu_pair("bfloat16"), random_prompts(PROMPTS)
     options = {"mode": mode, "kv_dtype": "fp8", "keep": 0.05, "sinks": 4, "recent": 20}
+
+    def generate(pair, prompts, params, **options):
+        engine = make_engine(pair, **options)
+        return Outrider(*pair, engine.config, engine.alignments, read=read_by_reference).generate(prompts, params)
+
     found, wanted = (generate(pair, prompts, MANY, backend=backend, **options) for backend in ("auto", "reference"))
     same = [one == other for a, b in zip(tokens(found), tokens(wanted), strict=True) for one, other in zip(a, b, strict=True)]
     assert sum(same) >= 0.6 * len(same)

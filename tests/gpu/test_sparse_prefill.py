@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from outrider.config import SamplingParams
+from outrider.config import SamplingParams, engine_config
+from outrider.decoding.sparse_prefill import make_sparse_prefill
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -36,21 +37,49 @@ def test_the_tokens_of_the_reference(kernels, gpu_pair, generate, random_prompts
     options = SPARSE | {"prefill_keep": 0.05, "sinks": 4, "recent": 24, "allocation": "flat"}
     found, wanted = (generate(pair, prompts, FEW, backend=backend, **options) for backend in (kernels, "reference"))
     assert tokens(found) == tokens(wanted)
-    assert all(result.statistics.prefill_kept_fraction < 0.5 for result in found)
+    assert all(result.statistics.prefill_kept_fraction < 0.5 for result in (found[0], found[2]))  # 28 tokens are half of 77
 
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
 @pytest.mark.parametrize("mode", ["dense", "sparse"])
 def test_in_16_and_8_bits(mode, kv_dtype, gpu_pair, generate, random_prompts):
-    """A run repeats itself, reports what it read, and is near the reference."""
+    """A run repeats itself, and reports what it read."""
     pair, prompts = gpu_pair("bfloat16"), random_prompts(PROMPTS)
     options = SPARSE | {"mode": mode, "kv_dtype": kv_dtype, "prefill_keep": 0.3}
     first, second = (generate(pair, prompts, FEW, **options) for _ in range(2))
     assert tokens(first) == tokens(second)
     assert all(result.error is None and 0.2 < result.statistics.prefill_kept_fraction < 0.6 for result in first)
-    reference = generate(pair, prompts, FEW, backend="reference", **options)
-    same = [a == b for x, y in zip(tokens(first), tokens(reference), strict=True) for a, b in zip(x, y, strict=True)]
-    assert sum(same) > 0.3 * len(same)  # sums in another order: a text of these undecided models parts sooner or later
+
+
+@pytest.fixture
+def read(align):
+    """`read(pair, prompt, backend, kv_dtype)`: the target's logits; lists of sinks and recent tokens, the draft's of blocks."""
+
+    def run(pair, prompt, backend, kv_dtype="auto"):
+        models = [model.with_backend(backend).with_kv_dtype(kv_dtype) for model in pair]
+        options = {"prefill_block": 32, "prefill_chunk": 128, "prefill_min_context": 0, "prefill_draft_keep": 0.4}
+        config = engine_config(mode="dense", sinks=4, recent=24, allocation="flat", backend=backend, **options)
+        reader = make_sparse_prefill(*models, config, 0.05, align(*pair).map("joint+divergence").alignment)
+        rows, logits = [(model, model.new_cache(1, len(prompt))) for model in models], []
+        for start in range(0, len(prompt), 128):
+            part = torch.tensor([prompt[start : start + 128]])
+            logits.append(reader.read(rows, part, start + part.shape[1], logits=True)[0].float())
+        return torch.cat(logits, 1)
+
+    return run
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize("kernels", ["auto", "triton"])
+def test_logits_in_16_and_8_bits_are_near_the_reference(kernels, kv_dtype, gpu_pair, read, random_prompts):
+    """Nearer than 16 bits are to 32, twice; or than 8 bits are to 16."""
+    pair, [prompt] = gpu_pair("bfloat16"), random_prompts([700])
+    found, wanted = (read(pair, prompt, backend, kv_dtype) for backend in (kernels, "reference"))
+    if kv_dtype == "fp8":
+        allowed = (wanted - read(pair, prompt, "reference")).norm()
+    else:
+        allowed = 2 * (wanted - read(gpu_pair("float32"), prompt, "reference")).norm()
+    assert 0 < (found - wanted).norm() < allowed
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

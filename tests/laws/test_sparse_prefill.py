@@ -7,6 +7,7 @@ import torch
 
 from outrider.config import SamplingParams
 from outrider.decoding import sparse_prefill
+from outrider.decoding.draft_blocks import EVERYTHING, DraftBlocks, DraftReading
 from outrider.decoding.sparse_prefill import SparsePrefill
 from outrider.errors import OptionError, PromptError
 
@@ -19,9 +20,10 @@ FEW = SamplingParams(max_new_tokens=8)
 def read(make_selector):
     """`read(pair, prompt, keep, chunk)`: the target's logits and the lists by chunk, read sparsely from the start."""
 
-    def run(pair, prompt, keep, chunk=4 * BLOCK, watch=None, **budget):
+    def run(pair, prompt, keep, chunk=4 * BLOCK, watch=None, drafted=EVERYTHING, **budget):
         selector = make_selector(pair, "outrider", keep=keep, **({"min_context": 0} | budget))
-        reader, rows = SparsePrefill(selector, BLOCK, 0), [(model, model.new_cache(1, len(prompt) + 3)) for model in pair]
+        reader = SparsePrefill(selector, BLOCK, 0, drafted)
+        rows = [(model, model.new_cache(1, len(prompt) + 3)) for model in pair]
         logits, lists = [], []
         for start in range(0, len(prompt), chunk):
             part = torch.tensor([prompt[start : start + chunk]])
@@ -142,6 +144,70 @@ def test_chunks_change_nothing(make_pair, random_prompts, read):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+class Listed(DraftReading):
+    """Everything, by lists that hold everything."""
+
+    def lists(self, draft, cache, start, stop, block):
+        return DraftBlocks(draft, cache, start, stop, block, [*range(start // block, -(-stop // block))])
+
+
+def test_law_1_of_the_draft(make_pair, random_prompts, read):
+    """With every block listed the draft and its scores are those without lists; with fewer they are not."""
+    pair, [prompt] = make_pair("llama"), random_prompts([150])
+    logits, lists = read(pair, prompt, 0.2)
+    found, made = read(pair, prompt, 0.2, drafted=Listed())
+    torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(mine.counts, theirs.counts) for mine, theirs in zip(made, lists, strict=True))
+    fewer, _ = read(pair, prompt, 0.2, drafted=DraftReading(keep=0.5))
+    assert not torch.allclose(fewer, logits, rtol=1e-2)
+
+
+def test_law_8_what_the_draft_does_not_list_is_not_read(monkeypatch, make_pair, random_prompts, read):
+    """NaN in every value, by layer and KV head, that no block of the chunk reads, and in keys where bounds were taken."""
+    pair, [prompt] = make_pair("llama"), random_prompts([150])
+    reading, poisoned = DraftReading(keep=0.3), []
+    clean, _ = read(pair, prompt, 0.2, drafted=reading)
+    inner = DraftBlocks.of
+
+    def poison(self, layer, queries):
+        indices, counts = inner(self, layer, queries)
+        start = int(self._lengths[0])
+        unread = ~self.listed[layer][0].any(0).repeat_interleave(BLOCK, -1)[:, :start]  # [Hkv, tokens before]
+        for stored in (self.cache.keys(layer), self.cache.values(layer)):
+            held = stored[0, :start].clone()
+            stored[0, :start].masked_fill_(unread.T[..., None], torch.nan)
+            poisoned.append((stored, held, int(unread.sum())))
+        return indices, counts
+
+    def restore(rows, start):
+        for stored, held, _ in poisoned:
+            stored[0, : len(held)] = held
+
+    monkeypatch.setattr(DraftBlocks, "of", poison)
+    found, _ = read(pair, prompt, 0.2, drafted=reading, watch=restore)
+    assert sum(count for *_, count in poisoned) > 100
+    assert torch.equal(found, clean)  # never true of NaN
+
+
+def test_chunks_change_nothing_for_the_draft(make_pair, random_prompts, read):
+    pair, [prompt] = make_pair("llama"), random_prompts([150])
+    wanted, _ = read(pair, prompt, 0.2, drafted=DraftReading(keep=0.4))
+    for chunk in (BLOCK, 2 * BLOCK, 8 * BLOCK):
+        found, _ = read(pair, prompt, 0.2, chunk, drafted=DraftReading(keep=0.4))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_draft_with_lists_in_the_engine(make_pair, generate, random_prompts):
+    """Law 7, and that the option reaches the draft."""
+    pair, prompts = make_pair("llama"), random_prompts([90, 33, 64, 150])
+    options = SPARSE | {"prefill_keep": 0.2, "prefill_draft_keep": 0.3, "prefill_draft_least": 0}
+    together = generate(pair, prompts, FEW, batch_size=3, **options)
+    for prompt, result in zip(prompts, together, strict=True):
+        assert generate(pair, [prompt], FEW, **options)[0].token_ids == result.token_ids
+    whole = generate(pair, prompts, FEW, **(options | {"prefill_draft_keep": 1.0}))
+    assert [x.token_ids for x in whole] != [x.token_ids for x in together]
+
+
 def test_memory_of_scores_is_bounded(monkeypatch, make_pair, random_prompts, read):
     """No more masses at a time than the bound, but those of one block, and the same lists."""
     pair, [prompt] = make_pair("llama"), random_prompts([150])
@@ -194,6 +260,12 @@ def test_what_cannot_be_is_refused_before_any_work(make_pair, make_engine, rando
         (SPARSE | {"prefill_block": 0}, "prefill-block: got 0; allowed: a whole number >= 1"),
         (SPARSE | {"prefill_min_context": -1}, "prefill-min-context: got -1; allowed: a whole number >= 0"),
         (SPARSE | {"prefill_chunk": 12}, "prefill-chunk: got 12; allowed: a multiple of prefill-block = 8"),
+        (SPARSE | {"prefill_draft_keep": 0}, r"prefill-draft-keep: got 0; allowed: a number in \(0, 1\]"),
+        (SPARSE | {"prefill_draft_least": -1}, "prefill-draft-least: got -1; allowed: a whole number >= 0"),
+        (
+            SPARSE | {"prefill_block": 24, "prefill_chunk": 48},
+            "prefill-block: got 24; allowed: a power of 2 with prefill-draft-keep below 1",
+        ),
         (SPARSE | {"mode": "plain"}, "prefill: got 'sparse'; allowed: dense with mode plain"),
     ):
         with pytest.raises(OptionError, match=message):

@@ -124,3 +124,32 @@ def test_logits_past_the_context_do_not_disturb_those_within(make_module, make_m
     cache = model.new_cache(1, 20)
     found = model.forward(tokens, cache).logits[:, :16]
     torch.testing.assert_close(found, model.forward(tokens[:, :16], cache).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_part_of_a_text_at_its_own_places(family, make_model, tokens, independent):
+    """Explicit positions: of some tokens, what transformers makes of them there; of all, what it is without."""
+    model = make_model(family)
+    rows = len(tokens)
+    kept = torch.tensor([[0, 1, 4, 5, 6, 20, 21, 40], [2, 3, 5, 8, 13, 21, 34, 44]])
+    if model.spec.full_layers == tuple(range(len(model.spec.layers))):  # windows count cached tokens
+        cache, found = model.new_cache(rows, 8), []
+        for part, places in zip(tokens.gather(1, kept).split(5, 1), kept.split(5, 1), strict=True):
+            found.append(model.forward(part, cache, positions=places).logits)
+            cache.advance(part.shape[1])
+        mask = torch.full((8, 8), torch.finfo(torch.float32).min).triu(1).expand(rows, 1, 8, 8)
+        with torch.inference_mode():
+            given = {"position_ids": kept, "attention_mask": mask, "use_cache": False}
+            wanted = independent(model)(input_ids=tokens.gather(1, kept), **given).logits
+        torch.testing.assert_close(torch.cat(found, 1), wanted, rtol=1e-4, atol=2e-4)
+    places = torch.arange(TOKENS).expand(rows, -1)
+    plain, placed = (model.forward(tokens, model.new_cache(rows, TOKENS), positions=x).logits for x in (None, places))
+    assert torch.equal(plain, placed)
+
+
+def test_logits_of_the_last_tokens_alone(family, make_model, tokens):
+    model = make_model(family)
+    found = model.forward(tokens, model.new_cache(2, TOKENS), last=3)
+    every = model.forward(tokens, model.new_cache(2, TOKENS))
+    assert found.logits.shape[1] == 3
+    torch.testing.assert_close(found.logits, every.logits[:, -3:])
+    assert model.forward(tokens, model.new_cache(2, TOKENS), last=3, logits=False).logits.shape[1] == 0

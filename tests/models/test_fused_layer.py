@@ -96,6 +96,26 @@ def test_layers_that_are_fused(family, make_module, fuse, tokens, launches):
     assert launches == [linear, rotary, *behind] * layers
 
 
+@pytest.mark.parametrize("logits", [True, False])
+def test_chunks_of_a_prompt(logits, make_module, fuse, random_prompts, launches):
+    """Two chunks of one prompt: logits, queries, denominators, keys and values; the last layer's too, where nothing follows."""
+    fused, plain = fuse(make_module("qwen3"))
+    prompt = torch.tensor(random_prompts([50]))
+    found = []
+    for model in (fused, plain):
+        cache = model.new_cache(1, 50)
+        launches.clear()
+        for part in prompt.split(30, dim=1):
+            output = model.forward(part, cache, record_queries=True, record_logsumexp=True, logits=logits)
+            cache.advance(part.shape[1])
+        rows = [rows(layer) for layer in range(3) for rows in (cache.keys, cache.values)]
+        found.append([output.logits, *output.queries, *output.logsumexp, *rows])
+        assert launches.count("rotary_append") == (6 if model is fused else 0)
+    assert len(found[0]) == 1 + 3 + 3 + 6
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, **TIGHT)
+
+
 @pytest.mark.parametrize("family", FUSED)
 def test_with_lists(family, make_module, fuse, tokens, selection):
     fused, plain = fuse(make_module(family, num_key_value_heads=2))
@@ -188,7 +208,7 @@ def test_other_projections_than_plain_ones(name, make_module, fuse):
     assert sorted(fuse(module)[0].fused_layers) == [0, 2]
 
 
-def test_only_few_tokens_of_a_compiled_model(make_module, fuse, launches):
+def test_few_tokens_and_chunks_of_a_compiled_model(make_module, fuse, launches):
     module = make_module("llama")
     unfused = wrap(copy.deepcopy(module), None, name="unfused")
     fuse_projections(unfused.module)
@@ -199,12 +219,12 @@ def test_only_few_tokens_of_a_compiled_model(make_module, fuse, launches):
         launches.clear()
         return model.forward(tokens, model.new_cache(rows, t)).logits
 
-    for shape, few in (((1, 8), True), ((4, 2), True), ((1, 9), False), ((9, 1), False), ((1, 17), False)):
+    for shape, taken in (((1, 8), True), ((4, 2), True), ((1, 9), False), ((9, 1), False), ((2, 16), False), ((1, 17), True)):
         wanted = logits(unfused, *shape)
         found = logits(fused, *shape)
-        assert bool(launches) is few
+        assert bool(launches) is taken
         torch.testing.assert_close(found, wanted, **TIGHT)
-        assert few or torch.equal(found, wanted)
+        assert taken or torch.equal(found, wanted)
         assert torch.equal(logits(plain, *shape), wanted)  # over the same module
         assert not launches
 

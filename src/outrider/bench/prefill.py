@@ -2,7 +2,8 @@
 
     plain    the target alone, densely
     dense    target and draft, densely: what dense speculation begins with
-    sparse   the draft densely, and the target from lists
+    sparse   the draft densely or from blocks of its own, and the target from lists; or as another method reads a prompt, at
+             once, with or without a draft
 
 Seconds are of all chunks and of the last token's logits, which are the first token. Every kind of launch has run before.
 """
@@ -22,7 +23,8 @@ from outrider.bench.prefill_floors import stage_work
 from outrider.bench.prefill_options import PrefillCase, PrefillOptions, PrefillRun
 from outrider.bench.prompts import random_prompts
 from outrider.config import EngineConfig
-from outrider.decoding.sparse_prefill import Kept, SparsePrefill, make_sparse_prefill
+from outrider.decoding.prompt_reader import PromptReader, make_prompt_reader
+from outrider.decoding.sparse_prefill import Kept
 from outrider.decoding.statistics import StageClock
 from outrider.models import KVCache, LanguageModel
 from outrider.models.cache import aligned
@@ -37,13 +39,15 @@ class PrefillRow:
     case: str
     engine: str
     mode: str  # plain, dense or sparse
+    method: str | None = None  # of mode sparse
     kv_dtype: str | None = None  # of keys and values in the cache: fp8; None: the models' dtype
     context: int  # tokens of the prompt
     seconds: float | None = None  # to the first token, wall clock
     tokens_per_second: float | None = None  # of the prompt
-    kept: float | None = None  # share of the tokens before them that blocks read
+    kept: float | None = None  # share of the tokens before them that blocks read, or of the prompt's tokens that are kept
     stages: dict[str, float] = field(default_factory=dict)  # ms: draft, score, select, target
-    # by stage: tflop of products, gb read and written, ms that these take at least, percent of the stage's ms
+    # by stage: tflop of products, gb read and written, ms that these take at least, percent of the stage's ms; empty where a
+    # method's work is not counted
     floors: dict[str, dict[str, float | None]] = field(default_factory=dict)
     error: str | None = None
     conditions: dict[str, Any] = field(default_factory=dict)
@@ -59,24 +63,25 @@ class Reading:
         self, models: tuple[LanguageModel, LanguageModel], case: PrefillCase, run: PrefillRun, options: PrefillOptions
     ):
         self.case, self.chunk = case, options.chunk
-        named = [model.with_kv_dtype(run.kv_dtype or "auto") for model in models[: 1 if run.mode == "plain" else 2]]
-        self.rows = [(model, model.new_cache(1, aligned(case.context))) for model in named]
+        named = [model.with_kv_dtype(run.kv_dtype or "auto") for model in models]
+        self.reader = None if run.method is None else make_reader(run.method, named, options)
+        readers, ahead = 1 if run.mode == "plain" else 2, 0
+        if self.reader is not None:
+            readers, ahead = 2 if self.reader.drafts else 1, self.reader.ahead
+            self.chunk = case.context if self.reader.whole else options.chunk
+        self.rows = [(model, model.new_cache(1, aligned(case.context + ahead))) for model in named[:readers]]
         [prompt] = random_prompts(case.context, 1, models[0].spec.vocabulary)
         self.tokens = torch.tensor([prompt])
-        self.sparse = self._sparse(options) if run.mode == "sparse" else None
         self.kept = Kept()
 
-    def _sparse(self, options: PrefillOptions) -> SparsePrefill:
-        (target, _), (draft, _) = self.rows
-        chunk = options.chunk
-        config = EngineConfig(
-            mode="dense", prefill_chunk=chunk, prefill_block=options.block, prefill_min_context=min(chunk, MIN_CONTEXT)
-        )
-        return make_sparse_prefill(target, draft, config, options.keep, random_alignment(target.spec, draft.spec))
+    @property
+    def starts(self) -> range:
+        """Where chunks begin."""
+        return range(0, self.case.context, self.chunk)
 
     def warm_up(self) -> None:
         """The first chunks, and the last one behind rows of nothing."""
-        for start in (0, self.chunk, (self.case.context - 1) // self.chunk * self.chunk):
+        for start in dict.fromkeys([*self.starts[:2], self.starts[-1]]):
             self.truncate(start)
             self.read(start, StageClock(self.rows[0][0].spec.device))
         self.truncate(0)
@@ -90,13 +95,27 @@ class Reading:
         """The chunk that begins at `start`; the prompt's last one brings the first token's logits."""
         stop = min(start + self.chunk, self.case.context)
         part, last = self.tokens[:, start:stop], stop == self.case.context
-        if self.sparse is not None and stop > self.sparse.min_context:
-            _, lists = self.sparse.read(self.rows, part, stop, logits=last, stage=clock.stage)
+        if self.reader is not None and stop > self.reader.min_context:
+            _, lists = self.reader.read(self.rows, part, stop, logits=last, last=1, stage=clock.stage)
             self.kept.add(lists, start, stop)
             return
         for (model, cache), stage in zip(self.rows, ("target", "draft"), strict=False):
             with clock.stage(stage):
                 _read_densely(model, cache, part, stop, last)
+
+
+def make_reader(method: str, models: list[LanguageModel], options: PrefillOptions) -> PromptReader:
+    """How `method` reads prompts, our own by a random alignment."""
+    target, draft = models
+    config = EngineConfig(
+        mode="dense",
+        prefill_chunk=options.chunk,
+        prefill_block=options.block,
+        prefill_draft_keep=options.draft_keep,
+        prefill_draft_least=options.draft_least,
+        prefill_min_context=min(options.chunk, MIN_CONTEXT),
+    )
+    return make_prompt_reader(method, target, draft, config, options.keep, random_alignment(target.spec, draft.spec))
 
 
 def _read_densely(model: LanguageModel, cache: KVCache, part: torch.Tensor, stop: int, last: bool) -> None:
@@ -127,23 +146,24 @@ def measure(
     clock = StageClock(device)
     _wait(device)
     began = time.perf_counter()
-    for start in range(0, case.context, options.chunk):
+    for start in reading.starts:
         reading.read(start, clock)
     _wait(device)
     seconds = time.perf_counter() - began
     stages = {stage: 1e3 * spent for stage, spent in clock.settle().items() if spent > 0}
-    work = stage_work(models, case.context, reading.sparse, reading.kept.fraction, run)
+    work = stage_work(models, case.context, reading.reader, reading.kept.fraction, run)
     return PrefillRow(
         case=case.name,
         engine=run.engine,
         mode=run.mode,
+        method=run.method,
         kv_dtype=run.kv_dtype,
         context=case.context,
         seconds=seconds,
         tokens_per_second=case.context / seconds,
         kept=reading.kept.fraction,
         stages=stages,
-        floors={stage: work[stage].against(ms, conditions) for stage, ms in stages.items()},
+        floors={stage: work[stage].against(ms, conditions) for stage, ms in stages.items() if stage in work},
         conditions=dict(conditions),
     )
 

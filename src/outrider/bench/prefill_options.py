@@ -9,7 +9,7 @@ from pathlib import Path
 from outrider.bench import options
 from outrider.bench.cases import LLAMA, QWEN3, TINY, Pair
 from outrider.bench.options import DEVICES, OURS, VLLM, check_vllm
-from outrider.config import KV_DTYPES, EngineConfig, check, option
+from outrider.config import KV_DTYPES, PREFILL_METHODS, EngineConfig, check, option
 from outrider.errors import OptionError
 
 MODES_OF = {engine: options.MODES_OF[engine] for engine in (OURS, VLLM)}
@@ -44,6 +44,7 @@ class PrefillRun:
 
     engine: str
     mode: str
+    method: str | None = None  # of mode sparse
     kv_dtype: str | None = None  # fp8; None: in the models' dtype
 
 
@@ -54,9 +55,17 @@ class PrefillOptions:
     case: tuple[str, ...] = option((), f"{', '.join(CASES)}; default: {', '.join(case.name for case in DEFAULT_CASES)}")
     engine: tuple[str, ...] = option((OURS,), ", ".join(MODES_OF))
     mode: tuple[str, ...] = option(MODES, "plain (the target alone), dense (target and draft) or sparse (target from lists)")
-    keep: float = option(EngineConfig().prefill_keep, "share of the tokens before it that a block reads, in (0, 1]")
+    method: tuple[str, ...] = option(PREFILL_METHODS[:1], f"how mode sparse reads: {', '.join(PREFILL_METHODS)}")
+    keep: float = option(
+        EngineConfig().prefill_keep,
+        "share of the tokens before it that a block reads, or of the prompt that is kept, in (0, 1]",
+    )
     block: int = option(EngineConfig().prefill_block, "prompt tokens that share lists")
-    chunk: int = option(4096, "prompt tokens per forward; a multiple of the block")
+    draft_keep: float = option(
+        EngineConfig().prefill_draft_keep, "share of the tokens before it that a block of the draft reads, in (0, 1]; 1: all"
+    )
+    draft_least: int = option(EngineConfig().prefill_draft_least, "tokens that it reads at least")
+    chunk: int = option(8192, "prompt tokens per forward, where it is not the whole prompt; a multiple of the block")
     kv_dtype: tuple[str, ...] = option(("auto",), "how we cache keys and values: auto (in the models' dtype) or fp8")
     device: str = option("cuda", "cuda; cpu for the tiny case")
     peer_vllm: Path | None = field(
@@ -69,11 +78,22 @@ class PrefillOptions:
             if isinstance(value := getattr(self, f.name), tuple):
                 object.__setattr__(self, f.name, tuple(dict.fromkeys(value)))
         choices: dict[str, Iterable[str]] = {"case": CASES, "engine": MODES_OF, "mode": MODES, "kv_dtype": KV_DTYPES}
+        choices["method"] = PREFILL_METHODS
         for name, allowed in choices.items():
             for value in getattr(self, name):
                 check(name.replace("_", "-"), value, value in allowed, ", ".join(allowed))
+        sparse = OURS in self.engine and "sparse" in self.mode
+        check(
+            "method", self.method, sparse or self.method == PREFILL_METHODS[:1], f"nothing without engine {OURS}, mode sparse"
+        )
         check("device", self.device, self.device in DEVICES, ", ".join(DEVICES))
-        EngineConfig(prefill_keep=self.keep, prefill_block=self.block, prefill_chunk=self.chunk)
+        EngineConfig(
+            prefill_keep=self.keep,
+            prefill_block=self.block,
+            prefill_chunk=self.chunk,
+            prefill_draft_keep=self.draft_keep,
+            prefill_draft_least=self.draft_least,
+        )
         check("chunk", self.chunk, self.chunk % self.block == 0, f"a multiple of block = {self.block}")
         check("peer-timeout", self.peer_timeout, self.peer_timeout >= 1, "a whole number >= 1")
         if self.device == "cpu":
@@ -88,11 +108,12 @@ class PrefillOptions:
     def runs(self) -> tuple[PrefillRun, ...]:
         """What every case is measured with: peers first, since they need the device's memory to themselves."""
         return tuple(
-            PrefillRun(engine=engine, mode=mode, kv_dtype=None if kv_dtype == "auto" else kv_dtype)
+            PrefillRun(engine=engine, mode=mode, method=method, kv_dtype=None if kv_dtype == "auto" else kv_dtype)
             for engine in sorted(self.engine, key=lambda name: name == OURS)
             for kv_dtype in (self.kv_dtype if engine == OURS else ("auto",))
             for mode in self.mode
             if mode in MODES_OF[engine]
+            for method in (self.method if mode == "sparse" else (None,))
         )
 
     def _check_peers(self) -> None:

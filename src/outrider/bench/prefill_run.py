@@ -37,6 +37,8 @@ def measure_all(options: PrefillOptions, command: str, progress: Progress) -> It
         "weights": "dummy",
         "keep": options.keep,
         "block": options.block,
+        "draft_keep": options.draft_keep,
+        "draft_least": options.draft_least,
         "chunk": options.chunk,
         "stream_gb_s": stream_rate(device) if device.type == "cuda" else None,
         "matmul_tflops": matmul_rate(device) if device.type == "cuda" else None,
@@ -48,7 +50,8 @@ def measure_all(options: PrefillOptions, command: str, progress: Progress) -> It
             yield from _peer_rows(run, cases, options, known | {"pair": _pair_name(cases[0])}, progress)
     for cases in pairs if OURS in options.engine else []:
         progress("make models", 0, 1)
-        models = dummy_models(cases[0].pair, device)
+        target, draft = dummy_models(cases[0].pair, device)
+        models = target.fuse(), draft.fuse()  # as engines run them
         progress("make models", 1, 1)
         for case in cases:
             for run in (run for run in options.runs if run.engine == OURS):
@@ -78,6 +81,7 @@ def _failed(case: PrefillCase, run: PrefillRun, error: str, known: Mapping[str, 
         case=case.name,
         engine=run.engine,
         mode=run.mode,
+        method=run.method,
         kv_dtype=run.kv_dtype,
         context=case.context,
         error=error,

@@ -11,6 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 from outrider.bench.options import is_scored
+from outrider.config import PREFILL_METHODS
 
 KEY = ("case", "engine", "mode", "drafting", "scoring", "kv_dtype")
 
@@ -62,6 +63,11 @@ def scoring_of(row: Mapping[str, Any]) -> str | None:
     return row.get("scoring") or ("exact" if is_scored(row["engine"], row["mode"], row["drafting"]) else None)
 
 
+def method_of(row: Mapping[str, Any]) -> str | None:
+    """Field `method` of a row about prompts. Older lines lack it: sparse ones were read by our own."""
+    return row["method"] if "method" in row else PREFILL_METHODS[0] if row["mode"] == "sparse" else None
+
+
 def drafting_of(row: Mapping[str, Any]) -> str:
     """What the draft of a row reads, for a cell, and what is unusual: "sparse, 4bit keys, fp8". Empty for a usual one without a
     draft."""
@@ -71,4 +77,5 @@ def drafting_of(row: Mapping[str, Any]) -> str:
 
 
 def _about(row: Mapping[str, Any], key: tuple[str, ...]) -> tuple[Any, ...]:
-    return tuple(scoring_of(row) if name == "scoring" else row.get(name) for name in key)
+    older = {"scoring": scoring_of, "method": method_of}
+    return tuple(older[name](row) if name in older else row.get(name) for name in key)

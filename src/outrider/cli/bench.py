@@ -29,7 +29,7 @@ PREFILL = Flags(source=PrefillOptions, panel="Benchmark")
 DECODE = Flags(source=DecodeOptions, panel="Benchmark", short={"draft_tokens": "-K"})
 RESULTS = Path("benchmarks", "results")  # of a checkout
 NAME, PREFILL_NAME = "decode.jsonl", "prefill.jsonl"
-PREFILL_KEY = ("case", "engine", "mode", "kv_dtype")  # of a row
+PREFILL_KEY = ("case", "engine", "mode", "method", "kv_dtype")  # of a row
 
 app = typer.Typer(help="Measure speed, beside what the device could do at best and beside other engines.")
 

@@ -18,6 +18,7 @@ from outrider.cli.evaluation_flags import (
     EVALUATION,
     MODELS,
     PROMPTS,
+    READ,
     Channels,
     Controller,
 )
@@ -183,7 +184,7 @@ def diagnose(
 
 
 @app.command()
-@takes(EVALUATION, BUDGET, MODELS, PROMPTS)
+@takes(READ, BUDGET, MODELS, PROMPTS)
 def prefill(
     scored_tokens: Annotated[int, typer.Option(help="last tokens of the prompt that are predicted while it is read")] = 4096,
     continued: Annotated[int, typer.Option(help="tokens of the context behind the prompt, predicted densely")] = 512,

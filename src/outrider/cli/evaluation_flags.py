@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from outrider.cli.options import Flags, ModelOptions
-from outrider.config import Budget, EngineConfig, option
+from outrider.config import PREFILL_METHODS, Budget, EngineConfig, option
 
 DENSE = "dense"
 
@@ -38,7 +38,15 @@ class AnswerOptions(EvaluationOptions):
     context: int = option(16384, "tokens of a prompt and its answer together")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptOptions(EvaluationOptions):
+    """Where prompts are read from lists."""
+
+    method: tuple[str, ...] = option(PREFILL_METHODS[:1], f"how prompts are read: dense, {', '.join(PREFILL_METHODS)}")
+
+
 EVALUATION = Flags(source=EvaluationOptions, panel="Evaluation")
+READ = Flags(source=PromptOptions, panel="Evaluation")
 ANSWERS = Flags(source=AnswerOptions, panel="Evaluation")
 ANSWERS_TO_DATA = Flags(source=AnswerOptions, panel="Evaluation", skip=("text",))
 BUDGET = Flags(source=Budget, panel="Budget", repeat=("keep", "top_p"))
@@ -68,5 +76,13 @@ ENGINE = Flags(
 PROMPTS = Flags(
     source=EngineConfig,
     panel="Models",
-    only=("prefill_chunk", "prefill_block", "prefill_min_context", "kv_dtype", "backend"),
+    only=(
+        "prefill_chunk",
+        "prefill_block",
+        "prefill_draft_keep",
+        "prefill_draft_least",
+        "prefill_min_context",
+        "kv_dtype",
+        "backend",
+    ),
 )

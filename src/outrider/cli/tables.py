@@ -145,16 +145,16 @@ def prefill_table(rows: Sequence[PrefillRow]) -> Table:
     """The engines and modes of one prompt, a line a stage: seconds, products, and how near the time comes to what they take."""
     cells = []
     for row in rows:
-        about = [row.engine, row.mode, row.kv_dtype or NONE]
+        about = [row.engine, row.mode, row.method or NONE, row.kv_dtype or NONE]
         kept = NONE if row.kept is None else _percent(row.kept)
         cells.append([*about, "all", _number(row.seconds, ".3f"), NONE, NONE, NONE, kept])
         for stage, ms in row.stages.items():
-            tflop, floor, percent = (row.floors[stage][name] for name in ("tflop", "ms", "percent"))
+            tflop, floor, percent = (row.floors.get(stage, {}).get(name) for name in ("tflop", "ms", "percent"))
             least = None if floor is None else floor / 1e3
             figures = [_number(tflop, ".1f"), _number(least, ".3f"), _number(percent, ".0f", "%")]
-            cells.append(["", "", "", stage, f"{ms / 1e3:.3f}", *figures, ""])
-    headers = ["engine", "mode", "cache", "stage", "s", "TFLOP", "floor, s", "of floor", "kept"]
-    return _table(f"{rows[0].case}: {rows[0].context} tokens", headers, cells, names=4)
+            cells.append(["", "", "", "", stage, f"{ms / 1e3:.3f}", *figures, ""])
+    headers = ["engine", "mode", "method", "cache", "stage", "s", "TFLOP", "floor, s", "of floor", "kept"]
+    return _table(f"{rows[0].case}: {rows[0].context} tokens", headers, cells, names=5)
 
 
 def _drafting(row: BenchRow) -> str:

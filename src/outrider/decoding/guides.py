@@ -146,13 +146,13 @@ def begin(rival: Rival, target: LanguageModel, cache: KVCache, documents: Tensor
     """A copy of `rival` that has seen documents [B, S], which are cached; its state is theirs."""
     begun = replace(rival, touched=0.0, spared=0.0)
     end = documents.shape[1]
-    begun.begin(_keys(target, cache, end), cache.lengths.clone())
+    begun.begin(cached_keys(target, cache, end), cache.lengths.clone())
     begun.read(documents.to(cache.device), torch.zeros_like(cache.lengths))
     start = 0 if rival.window is None else max(end - rival.window, 0)
     cache.truncate(start)
     for part in documents[:, start:].split(OBSERVED, dim=1) if start < end else ():  # once more, for its queries
         queries = target.forward(part, cache, record_queries=True, logits=False).queries
-        begun.observe(queries, _keys(target, cache, start + part.shape[1]), start)
+        begun.observe(queries, cached_keys(target, cache, start + part.shape[1]), start)
         cache.advance(part.shape[1])
         start += part.shape[1]
     return begun
@@ -161,14 +161,16 @@ def begin(rival: Rival, target: LanguageModel, cache: KVCache, documents: Tensor
 def _in_forward(rival: Rival, tokens: Tensor, target: LanguageModel, cache: KVCache, length: int, lengths: Tensor) -> InForward:
     """A round of `tokens` [B, T] behind `length` cached ones, which are `lengths` [B] on the device."""
     stop = length + tokens.shape[1]
-    return InForward(rival, tokens.to(cache.device), _keys(target, cache, stop), _values(target, cache, stop), lengths)
+    return InForward(
+        rival, tokens.to(cache.device), cached_keys(target, cache, stop), cached_values(target, cache, stop), lengths
+    )
 
 
-def _keys(target: LanguageModel, cache: KVCache, stop: int) -> Rows:
+def cached_keys(target: LanguageModel, cache: KVCache, stop: int) -> Rows:
     """keys(layer) [B, stop, Hkv, D], as attention reads them."""
     return lambda layer: dequantize(cache.keys(layer, stop), cache.key_scales[layer], target.spec.dtype)
 
 
-def _values(target: LanguageModel, cache: KVCache, stop: int) -> Rows:
-    """values(layer), like `_keys`."""
+def cached_values(target: LanguageModel, cache: KVCache, stop: int) -> Rows:
+    """values(layer), like `cached_keys`."""
     return lambda layer: dequantize(cache.values(layer, stop), cache.value_scales[layer], target.spec.dtype)

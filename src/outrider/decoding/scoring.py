@@ -84,6 +84,7 @@ def score_blocks(
     block: int,
     start: int,
     stop: int,
+    listed: dict[int, Tensor] | None = None,
 ) -> DraftScores:
     """Score what lies before each block of a prompt's chunk by the draft's own attention, averaged over the block's queries.
 
@@ -91,6 +92,9 @@ def score_blocks(
     attention has left it. The keys of these tokens lie behind the `start` cached ones that every sequence has, and no sequence
     has more than `stop` tokens, these included. The result has a row for each block of each sequence, in this order: its
     lengths are the tokens before the block. Only `layers` are read.
+
+    `listed` has, by layer, which earlier blocks of tokens each of these blocks has read [B, NB, Hkv, blocks of the cache] bool:
+    the others have mass 0. A layer that is not in it has read all.
     """
     b, t = queries[0].shape[:2]
     starts = torch.arange(start, start + t, block, device=cache.device).expand(b, -1)
@@ -105,6 +109,8 @@ def score_blocks(
             block=block,
             scale=draft.spec.layers[layer].scale,
             logsumexp=logsumexp[layer],
+            listed=None if listed is None or layer not in listed else listed[layer][..., : -(-shape[-1] // block)],
+            span=block,
             key_scale=cache.key_scales[layer],
             dtype=mass.dtype,
             out=out,

@@ -1,7 +1,7 @@
 """Sparse prefill: the draft reads a chunk of the prompt first, and its queries choose what the target's blocks read.
 
-    draft    the chunk, densely; its queries are kept
-    score    all queries of a block vote: mean softmax mass on every token before the block
+    draft    the chunk, densely or from blocks of its own choice; its queries are kept
+    score    all queries of a block vote: mean softmax mass on every token before the block that the draft has read
     select   lists for each block, target layer and KV head
     target   the chunk: a block attends to its lists and, causally, to itself
 
@@ -10,7 +10,7 @@ Scores take memory in proportion to the prompt: as many blocks are scored at a t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from outrider.config import EngineConfig, check
+from outrider.decoding.draft_blocks import EVERYTHING, WIDTHS, DraftReading
 from outrider.decoding.memory import INDEX_BYTES
 from outrider.decoding.pair import build_pair_selector
 from outrider.decoding.scoring import mass_dtype, score_blocks
@@ -26,11 +27,10 @@ from outrider.errors import OptionError
 from outrider.guidance.selectors.base import Selector
 from outrider.models import KVCache, LanguageModel, ModelSpec, Output
 from outrider.models.cache import aligned
-from outrider.types import Alignment, BlockSelection, Selection
+from outrider.types import Alignment, BlockSelection, KeptShare, Selection, Stage
 
 PREFILL_METHOD = "outrider"  # makes the lists, whatever makes those of rounds
 SCORE_BYTES = 2**30  # of masses at a time; never fewer than one block's
-Stage = Callable[[str], AbstractContextManager[None]]
 
 
 def no_clock(name: str) -> AbstractContextManager[None]:
@@ -39,11 +39,16 @@ def no_clock(name: str) -> AbstractContextManager[None]:
 
 
 class SparsePrefill:
-    """Reads chunks of prompts through a draft and a target; keeps nothing between calls."""
+    """Reads chunks of prompts through a draft and a target; keeps nothing between calls. A `PromptReader`."""
 
-    def __init__(self, selector: Selector, block: int, min_context: int) -> None:
-        """`selector` makes the lists of a block as it does those of a round. Up to `min_context` tokens are read densely."""
-        self.selector, self.block, self.min_context = selector, block, min_context
+    whole, drafts, ahead = False, True, 0
+
+    def __init__(self, selector: Selector, block: int, min_context: int, reading: DraftReading = EVERYTHING) -> None:
+        """`selector` makes the lists of a block as it does those of a round. Up to `min_context` tokens are read densely.
+
+        `reading` says what the draft's own blocks read of what lies before them.
+        """
+        self.selector, self.block, self.min_context, self.reading = selector, block, min_context, reading
 
     def bytes(self, draft: ModelSpec, capacity: int, chunk: int) -> int:
         """What reading chunks of one prompt of up to `capacity` tokens needs beside the caches: masses, lists and queries."""
@@ -51,7 +56,7 @@ class SparsePrefill:
         masses = max(SCORE_BYTES, heads * aligned(capacity) * mass_dtype(draft).itemsize)
         lists = self.selector.entries(capacity) * -(-chunk // self.block) * INDEX_BYTES
         queries = sum(x.query_heads * x.head_dim for x in draft.layers) * chunk * draft.dtype.itemsize
-        return masses + 2 * lists + queries  # of lists parts and whole
+        return masses + 2 * lists + queries + self.reading.bytes(draft, capacity, chunk, self.block)  # of lists parts and whole
 
     def read(
         self,
@@ -60,38 +65,55 @@ class SparsePrefill:
         stop: int,
         *,
         logits: bool = False,
+        last: int | None = None,
         stage: Stage = no_clock,
     ) -> tuple[Tensor, BlockSelection]:
         """Run `tokens` [B, T] through both models, the target first in `rows`, whose caches hold `stop` tokens afterwards.
 
-        The chunk begins with a block. Returns the target's logits [B, T, V] (where asked for, else [B, 0, V]) and the lists.
+        The chunk begins with a block. Returns the target's logits [B, T, V], or of the `last` tokens (where asked for, else
+        [B, 0, V]), and the lists.
         """
         (target, cache), (draft, draft_cache) = rows
         known = tokens.clamp(max=draft.spec.vocabulary - 1)  # a draft narrower than the target's vocabulary: see propose
         with stage("draft"):
             recorded: dict[str, Any] = {"record_queries": True, "record_logsumexp": True}
-            drafted = draft.forward(known, draft_cache, stop=stop, logits=False, **recorded)
-        lists = self._lists(draft, draft_cache, drafted, stop, stage)
+            blocks = self.reading.lists(draft, draft_cache, stop - tokens.shape[1], stop, self.block)
+            drafted = draft.forward(known, draft_cache, stop=stop, selection=blocks, logits=False, **recorded)
+        listed = None if blocks is None else blocks.listed
+        lists = self._lists(draft, draft_cache, drafted, listed, stop, stage)
         with stage("target"):
-            output = target.forward(tokens, cache, stop=stop, selection=lists, logits=logits)
+            output = target.forward(tokens, cache, stop=stop, selection=lists, logits=logits, last=last)
         for held in (cache, draft_cache):
             held.advance(tokens.shape[1])
         return output.logits, lists
 
-    def _lists(self, draft: LanguageModel, cache: KVCache, drafted: Output, stop: int, stage: Stage) -> BlockSelection:
-        """The lists of a chunk whose keys lie behind the cached ones, as many blocks at a time as there is room for."""
+    def _lists(
+        self,
+        draft: LanguageModel,
+        cache: KVCache,
+        drafted: Output,
+        listed: dict[int, Tensor] | None,
+        stop: int,
+        stage: Stage,
+    ) -> BlockSelection:
+        """The lists of a chunk whose keys lie behind the cached ones, as many blocks at a time as there is room for.
+
+        `listed` is what the draft itself has read, by layer; None: all.
+        """
         b, t = drafted.queries[0].shape[:2]
         start, parts = stop - t, []
         for begin, end in self._groups(draft, b, t, stop):
             queries = tuple(one[:, begin:end] for one in drafted.queries)
             logsumexp = tuple(one[:, :, begin:end] for one in drafted.logsumexp)
             given = draft, cache, queries, logsumexp, self.selector.draft_layers
+            blocks = slice(begin // self.block, -(-end // self.block))
+            marks = None if listed is None else {layer: marks[:, blocks] for layer, marks in listed.items()}
             with stage("score"):
-                scores = score_blocks(*given, block=self.block, start=start + begin, stop=start + end)
+                scores = score_blocks(*given, block=self.block, start=start + begin, stop=start + end, listed=marks)
             with stage("select"):
                 parts.append(self.selector.select(scores))
             del scores
-        return joined(parts, b, self.block)
+        return joined(parts, b, self.block, min(aligned(stop), cache.capacity))
 
     def _groups(self, draft: LanguageModel, b: int, t: int, stop: int) -> Iterator[tuple[int, int]]:
         """Tokens begin .. end - 1 of a chunk, whole blocks, that are scored together."""
@@ -108,10 +130,10 @@ class Kept:
         self.listed: Tensor | float = 0.0  # tokens on lists, averaged over layers and heads, summed over blocks
         self.before = 0  # tokens before these blocks, summed
 
-    def add(self, lists: BlockSelection, start: int, stop: int) -> None:
+    def add(self, lists: KeptShare, start: int, stop: int) -> None:
         """A chunk of one sequence, tokens start .. stop - 1."""
         self.listed = self.listed + lists.listed.sum()
-        self.before += sum(range(start, stop, lists.block))
+        self.before += lists.before(start, stop)
 
     @property
     def fraction(self) -> float | None:
@@ -119,9 +141,10 @@ class Kept:
         return float(self.listed) / self.before if self.before else None
 
 
-def joined(parts: list[Selection], b: int, block: int) -> BlockSelection:
-    """The lists of a chunk of `b` sequences from those of its blocks, some blocks of every sequence at a time."""
+def joined(parts: list[Selection], b: int, block: int, size: int) -> BlockSelection:
+    """The lists of a chunk of `b` sequences, up to `size` long, from those of its blocks, some of every sequence at a time."""
     width = max(part.indices.shape[-1] for part in parts)
+    width = min(-(-width // WIDTHS) * WIDTHS, size)
     indices = [pad(part.indices, (0, width - part.indices.shape[-1]), value=-1).unflatten(1, (b, -1)) for part in parts]
     counts = [part.counts.unflatten(1, (b, -1)) for part in parts]
     return BlockSelection(layers=parts[0].layers, indices=torch.cat(indices, 2), counts=torch.cat(counts, 2), block=block)
@@ -138,5 +161,8 @@ def make_sparse_prefill(
         raise OptionError("alignment", None, "a file made by `outrider calibrate` for this pair (prefill dense needs none)")
     chunk, block = config.prefill_chunk, config.prefill_block
     check("prefill-chunk", chunk, chunk % block == 0, f"a multiple of prefill-block = {block} with sparse prefill")
+    if config.prefill_draft_keep < 1:
+        check("prefill-block", block, block & (block - 1) == 0, "a power of 2 with prefill-draft-keep below 1")
     selector = build_pair_selector(PREFILL_METHOD, target, draft, alignment, config.prefill_budget(keep))
-    return SparsePrefill(selector, block, config.prefill_min_context)
+    reading = DraftReading(keep=config.prefill_draft_keep, least=config.prefill_draft_least)
+    return SparsePrefill(selector, block, config.prefill_min_context, reading)

@@ -119,20 +119,37 @@ class StageClock:
         self.seconds = dict.fromkeys(STAGES, 0.0)
         self._device = device
         self._running: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._open: tuple[str, Any] | None = None  # the stage that time is added to now, and since when
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to stage `name`."""
+        """Add the time spent inside to stage `name`. A stage around it stands still meanwhile."""
+        around = None if self._open is None else self._open[0]
+        self._switch(name)
+        try:
+            yield
+        except BaseException:
+            self._open = None  # what has failed is not counted
+            raise
+        self._switch(around)
+
+    def _switch(self, name: str | None) -> None:
+        """From now on it is the time of stage `name`; None: of none."""
+        now: Any
         if self._device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            yield
-            end.record()
-            self._running.append((name, start, end))
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
         else:
-            began = time.perf_counter()
-            yield
-            self._add(name, time.perf_counter() - began)
+            now = time.perf_counter()
+        if self._open is not None:
+            self._count(*self._open, now)
+        self._open = None if name is None else (name, now)
+
+    def _count(self, name: str, began: Any, ended: Any) -> None:
+        if self._device.type == "cuda":
+            self._running.append((name, began, ended))
+        else:
+            self._add(name, ended - began)
 
     def _add(self, name: str, seconds: float) -> None:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds

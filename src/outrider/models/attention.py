@@ -19,9 +19,10 @@ from outrider.models.cache import KVCache, LayerShape, aligned
 from outrider.models.quantization import dequantize
 from outrider.ops import chunk_attention, sparse_attention
 from outrider.ops.chunk_attention import kernel_obstacle
-from outrider.types import BlockSelection, Lists
+from outrider.types import BlockLists, Lists, PromptAttention
 
 NAME = "outrider"
+DENSE_BLOCK = 1024  # queries of a prompt read at once that the reference attends with at a time
 ROUND = 16  # query tokens up to which the op for rounds is used, which needs no length on the host
 UNROUTABLE = ("softcap", "s_aux", "position_bias", "head_mask")  # change the scores in ways that our ops do not compute
 
@@ -32,7 +33,7 @@ class Forward:
 
     cache: KVCache
     stop: int  # on the host: no sequence has more tokens, the new ones included
-    selection: Lists | BlockSelection | None = None  # None: every layer reads its whole cache (or window)
+    selection: Lists | BlockLists | PromptAttention | None = None  # None: every layer reads its whole cache (or window)
     queries: list[Tensor] | None = None  # when a list: receives [B, T, Hq, D] of every layer
     logsumexp: list[Tensor] | None = None  # when a list: receives the log of every query's softmax denominator, [B, Hq, T] fp32
     backend: str = "auto"
@@ -105,12 +106,16 @@ def record(queries: Tensor, forward: Forward) -> None:
 def attend_cached(queries: Tensor, forward: Forward, layer: int, scale: float, window: int | None) -> Tensor:
     """Attention of queries [B, T, Hq, D] whose own keys and values are in the cache already -> [B, T, Hq, D].
 
-    Records the queries. A layer reads its lists, its window or the whole cache.
+    Records the queries. A layer reads its lists, its window or the whole cache, or a method attends in its place.
     """
     record(queries, forward)
     cache, selection = forward.cache, forward.selection
-    if isinstance(selection, BlockSelection):
-        return _chunk_attention(queries, forward, layer, scale, window, *selection.of(layer), block=selection.block)
+    if isinstance(selection, BlockLists):
+        return _chunk_attention(queries, forward, layer, scale, window, *selection.of(layer, queries), block=selection.block)
+    if isinstance(selection, PromptAttention):
+        if (output := selection.prompt_attention(layer, queries)) is not None:
+            return output
+        return _chunk_attention(queries, forward, layer, scale, window, None, None, block=DENSE_BLOCK)
     long = queries.shape[1] > ROUND
     if forward.logsumexp is not None or (long and selection is None and _has_kernel(queries, forward, layer, scale)):
         return _chunk_attention(queries, forward, layer, scale, window, None, None, block=queries.shape[1])

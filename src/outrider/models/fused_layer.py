@@ -1,4 +1,4 @@
-"""A decoder layer in six launches, for rounds of few tokens.
+"""A decoder layer in six launches, for rounds of few tokens, or ten, for chunks of a prompt.
 
     launch           from                             to
     fused_linear     hidden states                    projected [B, T, Hq + 2 Hkv, D]: input norm, common projection
@@ -7,6 +7,8 @@
     fused_linear     mixed, hidden states             hidden states: output projection, residual
     fused_linear     hidden states                    gated [B T, intermediate]: norm behind attention, gate, up, SwiGLU
     fused_linear     gated, hidden states             hidden states: down projection, residual
+
+Of a chunk's many tokens products are PyTorch's, and the norms and the activation launches of their own (`fused_linear`).
 
 Llama, Mistral, Qwen2, Qwen3 and many others have this layer; the kernels take bfloat16. `recognise` tells by its parts which
 layer may be one; whether it is one, is measured (`agreement`). transformers' own model goes on calling its layers: a `route` in
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from outrider.models.attention import Forward, attend_cached, record
 from outrider.models.fusion import SIBLINGS, Part
 from outrider.ops import fused_linear, rotary_append
+from outrider.ops.fused_linear import MAX_ROWS
 
 QKV, GATE_UP = SIBLINGS
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -35,7 +38,7 @@ class FusedLayer:
 
     layer: Any
     index: int
-    backend: str  # of `fused_linear` and `rotary_append`; attention has the forward's
+    backend: str  # of `fused_linear` (few rows) and `rotary_append`; attention has the forward's
 
     def __call__(self, hidden: Tensor, position: tuple[Tensor, Tensor], forward: Forward) -> Tensor:
         """Hidden states [B, T, hidden], and cos and sin [B, T, D] of their positions -> hidden states.
@@ -61,10 +64,12 @@ class FusedLayer:
             value_scale=cache.value_scales[self.index],
             backend=self.backend,
         )
-        if forward.ends == self.index:
+        if forward.ends == self.index and forward.logsumexp is None:
             record(queries, forward)
             return hidden
         mixed = attend_cached(queries, forward, self.index, shape.scale, shape.window)
+        if forward.ends == self.index:  # only the denominators were wanted
+            return hidden
         rows = self._linear(mixed.reshape(B * T, -1), attention.o_proj, residual=rows)
         gated = self._linear(rows, mlp.gate_proj.product, norm=self.layer.post_attention_layernorm, swiglu=True)
         return self._linear(gated, mlp.down_proj, residual=rows).view(B, T, -1)
@@ -72,7 +77,8 @@ class FusedLayer:
     def _linear(self, rows: Tensor, matrix: Any, norm: Any = None, **options: Any) -> Tensor:
         if norm is not None:
             options |= {"norm": norm.weight, "eps": norm.variance_epsilon}
-        return fused_linear(rows, matrix.weight, matrix.bias, **options, backend=self.backend)
+        backend = "triton" if self.backend == "cuda" and len(rows) > MAX_ROWS else self.backend
+        return fused_linear(rows, matrix.weight, matrix.bias, **options, backend=backend)
 
 
 def recognise(layer: Any, backend: str) -> FusedLayer | None:

@@ -21,7 +21,7 @@ from outrider.models.fusion import fuse_projections
 from outrider.models.quantization import FP8, CacheScales, check_kv_dtype, probe, scale_of
 from outrider.ops.backends import device_obstacle
 from outrider.ops.fused_linear import MAX_ROWS
-from outrider.types import BlockSelection, Lists
+from outrider.types import BlockLists, Lists, PromptAttention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ class ModelSpec:
 class Output:
     """What one forward returns."""
 
-    logits: Tensor  # [B, T, V] in the dtype of the model; [B, 0, V] if not asked for
+    logits: Tensor  # [B, T, V] in the dtype of the model, or of the last tokens; [B, 0, V] if not asked for
     queries: tuple[Tensor, ...]  # per layer [B, T, Hq, D]; empty unless recorded
     logsumexp: tuple[Tensor, ...] = ()  # per layer [B, Hq, T] fp32, of each query's logits; empty unless recorded
 
@@ -87,7 +87,9 @@ class LanguageModel:
         # a mask of 4 dimensions is taken as it is, and our attention needs none: without it transformers would look for packed
         # sequences in the positions, a dozen launches a forward
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=spec.dtype, device=spec.device)
-        self.fused_layers: dict[int, FusedLayer] = {}  # by index; what forwards of few tokens run instead of transformers' own
+        self.fused_layers: dict[
+            int, FusedLayer
+        ] = {}  # by index; run instead of transformers' own, but for rounds of many tokens
         self._measured: list[CacheScales] = []  # at most one; it belongs to the weights, so all copies share it
 
     def with_backend(self, backend: str) -> LanguageModel:
@@ -122,7 +124,8 @@ class LanguageModel:
         return made
 
     def fuse(self) -> LanguageModel:
-        """The same weights, with another path for forwards of up to `MAX_ROWS` tokens in all. This one goes on as it is.
+        """The same weights, with another path for forwards of up to `MAX_ROWS` tokens in all, and for prefill. This one goes on
+        as it is.
 
         Where `fused_linear` and `rotary_append` have kernels for the device and the model (backends "auto" and "cuda";
         "reference" runs everywhere), layers that agree with their fused form take it. Else it is this one.
@@ -135,6 +138,12 @@ class LanguageModel:
         fuse_projections(self.module)
         caches = self.new_cache(len(CACHED), CAPACITY), self.new_cache(len(CACHED), CAPACITY)
         made.fused_layers = find_fused_layers(self.module, caches, self.spec.context, backend)
+        return made
+
+    def unfused(self) -> LanguageModel:
+        """The same weights, all layers as transformers runs them. This one goes on as it is."""
+        made = copy(self)
+        made.fused_layers = {}
         return made
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
@@ -163,25 +172,31 @@ class LanguageModel:
         cache: KVCache,
         *,
         stop: int | None = None,
-        selection: Lists | BlockSelection | None = None,
+        positions: Tensor | None = None,
+        selection: Lists | BlockLists | PromptAttention | None = None,
         record_queries: bool = False,
         record_logsumexp: bool = False,
         logits: bool = True,
+        last: int | None = None,
     ) -> Output:
-        """Run `tokens` [B, T] int64 at positions lengths .. lengths + T - 1.
+        """Run `tokens` [B, T] int64 at positions lengths .. lengths + T - 1, or at `positions` [B, T] int64, of a text of which
+        the cache holds a part.
 
         Appends their keys and values to `cache` without advancing it. With a selection, its layers attend to their lists and
-        the new tokens (of a `BlockSelection`: to those of their block); without one, every layer attends densely. Without
-        `logits` the output layer is left out. `stop`, where the host knows it, is a bound on the tokens of all sequences, the
-        new ones included; without it a prefill (more than `ROUND` tokens) waits for the device to tell.
+        the new tokens (of `BlockLists`: to those of their block); without one, every layer attends densely. Without
+        `logits` the output layer is left out; `last` is for how many of the last tokens they are wanted (None: for all).
+        `stop`, where the host knows it, is a bound on the tokens of all sequences, the new ones included; without it a prefill
+        (more than `ROUND` tokens) waits for the device to tell.
         """
         tokens = tokens.to(self.spec.device)
         if stop is None:
             stop = int(cache.lengths.max()) + tokens.shape[1] if tokens.shape[1] > ROUND else cache.capacity
-        few = tokens.numel() <= MAX_ROWS
-        positions = cache.lengths[:, None]
-        if tokens.shape[1] > 1:
-            positions = positions + torch.arange(tokens.shape[1], device=self.spec.device)
+        fused = tokens.numel() <= MAX_ROWS or tokens.shape[1] > ROUND  # between them, compiled layers are faster
+        if positions is None:
+            positions = cache.lengths[:, None]
+            if tokens.shape[1] > 1:
+                positions = positions + torch.arange(tokens.shape[1], device=self.spec.device)
+        positions = positions.to(self.spec.device).clamp(max=self.spec.context - 1)  # the last round may run past it, in vain
         forward = Forward(
             cache=cache,
             stop=stop,
@@ -190,7 +205,7 @@ class LanguageModel:
             logsumexp=[] if record_logsumexp else None,
             backend=self.backend,
             ends=None if logits else len(self.spec.layers) - 1,
-            fused=self.fused_layers if few else {},
+            fused=self.fused_layers if fused else {},
         )
         model = self.module if logits else self.module.get_decoder()
         # a prefill is bound by arithmetic, and would be compiled for every length
@@ -199,9 +214,10 @@ class LanguageModel:
             output = model(
                 input_ids=tokens,
                 attention_mask=self._no_mask,
-                position_ids=positions.clamp(max=self.spec.context - 1),  # the last round may run past it, in vain
+                position_ids=positions,
                 use_cache=False,
                 outrider=forward,
+                **({} if last is None or not logits else {"logits_to_keep": last}),
             )
         none = torch.empty(tokens.shape[0], 0, self.spec.vocabulary, dtype=self.spec.dtype, device=self.spec.device)
         return Output(
