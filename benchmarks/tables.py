@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks import evaluation
 from benchmarks.kernels.rows import best_peer
 from outrider.bench.cases import CASES
-from outrider.bench.results import drafting_of, scoring_of
-from outrider.config import CODE_BITS, DRAFTING, MODES
+from outrider.bench.results import drafting_of, method_of, scoring_of
+from outrider.config import CODE_BITS, DRAFTING, MODES, PREFILL_METHODS, EngineConfig
 from outrider.eval.bootstrap import mean_interval
 
 ROOT = Path(__file__).parents[1]
@@ -93,47 +93,91 @@ def prefill_table(name: str) -> str:
     rows = []
     for row in lines_if_any(name):
         kept = "" if row["kept"] is None else f"{100 * row['kept']:.0f}%"
-        mode = row["mode"] + (f", {row['kv_dtype']}" if row["kv_dtype"] else "")
+        method = None if method_of(row) == "outrider" else method_of(row)
+        mode = ", ".join(filter(None, (row["mode"], method, row["kv_dtype"])))
         cells = []
         for stage in stages:
             ms, percent = row["stages"].get(stage), row["floors"].get(stage, {}).get("percent")
             cells.append("" if ms is None else f"{ms / 1e3:.2f}" + ("" if percent is None else f" ({percent:.0f}%)"))
-        rows.append([row["case"], row["engine"], mode, kept, f"{row['seconds']:.2f}", *cells])
-    return markdown(["case", "engine", "mode", "kept", "s", *(f"{stage}, s (of floor)" for stage in stages)], rows)
+        rows.append(
+            [row["case"], row["engine"], mode, f"{row['conditions']['chunk']:,}", kept, f"{row['seconds']:.2f}", *cells]
+        )
+    return markdown(["case", "engine", "mode", "chunk", "kept", "s", *(f"{stage}, s (of floor)" for stage in stages)], rows)
 
 
 def prefill_quality_table(name: str) -> str:
-    """What prompts lose that are read from lists: in themselves, behind them, and of facts; means over texts."""
-    groups: dict[tuple[Any, ...], dict[str, list[Line]]] = {}
+    """What prompts lose that are read from our lists, by what the draft itself reads of them."""
+    groups: dict[tuple[str, ...], list[Line]] = {}
     for row in lines(name):
-        lists = (
-            "" if row["method"] == "dense" else {"auto": "by layer and head", "flat": "equal"}[row["conditions"]["allocation"]]
-        )
-        block = "" if row["method"] == "dense" else str(row["conditions"]["prefill_block"])
-        key = f"{row['context']:,}", "all" if row["keep"] is None else budget({"top_p": None} | row), block, lists
-        groups.setdefault(key, {}).setdefault(row["part"], []).append(row)
+        conditions, about = row["conditions"], ("", "", "")
+        if row["method"] not in ("dense", PREFILL_METHODS[0]):
+            continue
+        if row["method"] != "dense":
+            lists = {"auto": "by layer and head", "flat": "equal"}[conditions["allocation"]]
+            about = str(conditions["prefill_block"]), lists, _drafts(conditions)
+        groups.setdefault((f"{row['context']:,}", _kept(row), *about), []).append(row)
+    return _prefill_quality(["context", "kept", "block", "lists", "draft reads"], groups)
+
+
+def prefill_rivals_table(name: str) -> str:
+    """The same for methods of others, beside ours as it is by default."""
+    groups: dict[tuple[str, ...], list[Line]] = {}
+    for row in [*lines("prefill-quality"), *lines_if_any(name)]:
+        method, conditions = row["method"], row["conditions"]
+        other = (conditions.get("allocation"), conditions["prefill_block"], _drafts(conditions)) != ("auto", 128, DRAFTS)
+        if method != "dense" and row["keep"] in (0.1, 0.2) and not (method == PREFILL_METHODS[0] and other):
+            groups.setdefault((f"{row['context']:,}", _kept(row), method), []).append(row)
+    ordered = {key: groups[key] for key in sorted(groups, key=lambda key: (key[:2], PREFILL_METHODS.index(key[2])))}
+    return _prefill_quality(["context", "kept", "method"], ordered)
+
+
+def draft_estimates_table(name: str) -> str:
+    """Facts and perplexity by what chose the blocks that the draft read."""
+    found: dict[str, dict[float, list[Line]]] = {}
+    for row in lines(name):
+        found.setdefault(row["estimate"], {}).setdefault(row["draft_keep"], []).append(row)
+    shares = sorted({share for by in found.values() for share in by}, reverse=True)
+
+    def cell(rows: list[Line]) -> str:
+        recalled = f"{sum(row['recalled'] for row in rows)}/{sum(row['asked'] for row in rows)}"
+        return f"{recalled}, {mean(rows, 'delta_percent'):+.1f}%" if rows else ""
+
+    cells = ([estimate, *(cell(by.get(share, [])) for share in shares)] for estimate, by in found.items())
+    return markdown(["the draft's blocks by", *(f"{share:.0%} read" for share in shares)], cells)
+
+
+def _kept(row: Line) -> str:
+    return "all" if row["keep"] is None else budget({"top_p": None} | row)
+
+
+def _drafts(conditions: Mapping[str, Any]) -> str:
+    """What the draft reads of a prompt; all, before there was a choice."""
+    keep, least = conditions.get("prefill_draft_keep", 1.0), conditions.get("prefill_draft_least", 0)
+    return "all" if keep == 1.0 else f"{keep:.0%}" + (f", {least:,} tokens at least" if least else "")
+
+
+DRAFTS = _drafts(
+    {"prefill_draft_keep": EngineConfig().prefill_draft_keep, "prefill_draft_least": EngineConfig().prefill_draft_least}
+)
+
+
+def _prefill_quality(header: list[str], groups: Mapping[tuple[str, ...], list[Line]]) -> str:
+    """A row a group: means over texts of its prompts, of what follows, and recalled facts."""
     cells = []
-    for key, parts in groups.items():
+    for key, rows in groups.items():
         figures = []
         for part in ("prompt", "continuation"):
-            interval = mean_interval([row["delta_percent"] for row in parts[part]])
-            band = "" if interval is None or key[1] == "all" else f" ({interval[0]:+.2f} .. {interval[1]:+.2f})"
-            figures += [f"{mean(parts[part], 'delta_percent'):+.2f}%{band}", f"{mean(parts[part], 'agreement'):.3f}"]
-        facts = parts["facts"]
-        recalled = f"{sum(row['recalled'] for row in facts)}/{sum(row['asked'] for row in facts)}"
-        cells.append([*key, *figures, recalled])
-    header = [
-        "context",
-        "kept",
-        "block",
-        "lists",
-        "prompt: perplexity",
-        "agreement",
-        "behind it: perplexity",
-        "agreement",
-        "facts",
-    ]
-    return markdown(header, cells)
+            found = [row for row in rows if row["part"] == part]
+            if not found:  # dropped tokens have no prediction
+                figures += ["", ""]
+                continue
+            interval = mean_interval([row["delta_percent"] for row in found])
+            band = "" if interval is None or "all" in key[:2] else f" ({interval[0]:+.2f} .. {interval[1]:+.2f})"
+            figures += [f"{mean(found, 'delta_percent'):+.2f}%{band}", f"{mean(found, 'agreement'):.3f}"]
+        facts = [row for row in rows if row["part"] == "facts"]
+        cells.append([*key, *figures, f"{sum(row['recalled'] for row in facts)}/{sum(row['asked'] for row in facts)}"])
+    figures = ["prompt: perplexity", "agreement", "behind it: perplexity", "agreement", "facts"]
+    return markdown([*header, *figures], cells)
 
 
 def pair_table(name: str) -> str:
@@ -534,6 +578,8 @@ TABLES: dict[str, Callable[[str], str]] = {
     "facts-32k": facts_lists_table,
     "prefill": prefill_table,
     "prefill-quality": prefill_quality_table,
+    "prefill-rivals": prefill_rivals_table,
+    "draft-estimates": draft_estimates_table,
     "pair": pair_table,
     "generate": generate_table,
     "pair-gpu": pair_gpu_table,
