@@ -87,9 +87,8 @@ class LanguageModel:
         # a mask of 4 dimensions is taken as it is, and our attention needs none: without it transformers would look for packed
         # sequences in the positions, a dozen launches a forward
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=spec.dtype, device=spec.device)
-        self.fused_layers: dict[
-            int, FusedLayer
-        ] = {}  # by index; run instead of transformers' own, but for rounds of many tokens
+        # by index; they run instead of transformers' own, but in rounds of many tokens
+        self.fused_layers: dict[int, FusedLayer] = {}
         self._measured: list[CacheScales] = []  # at most one; it belongs to the weights, so all copies share it
 
     def with_backend(self, backend: str) -> LanguageModel:
