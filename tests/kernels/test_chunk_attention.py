@@ -181,13 +181,8 @@ def lay_out(keys: Tensor, values: Tensor, layout: str, dtype: torch.dtype) -> tu
     return storage[:, :, :, 0], storage[:, :, :, 1]
 
 
-@pytest.fixture(scope="module", params=["triton"])
-def backend(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 MATRIX = [*matrix(), *dense_matrix()]
-CASES = [("triton", case) for case in MATRIX] + [("reference", case) for case in MATRIX[::6]]
+CASES = [(name, case) for name in ("triton", "cuda") for case in MATRIX] + [("reference", case) for case in MATRIX[::6]]
 
 
 @pytest.mark.parametrize(("backend", "case"), CASES, ids=str, indirect=["backend"])

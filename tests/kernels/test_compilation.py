@@ -25,6 +25,7 @@ import outrider
 
 OPS = Path(outrider.__file__).parent / "ops"
 SHARED_MEMORY = {80: 163, 90: 227, 100: 227}  # KiB a program may use
+SERIALISED = "wgmma.mma_async instructions are serialized"  # what ptxas says when products must wait for each other
 FP8, BF16, FP16, FP32 = torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32
 
 
@@ -196,7 +197,7 @@ def serialised(ptx: str) -> bool:
         source.write(ptx)
         source.flush()
         command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name", "sm_90a", source.name, "-o", os.devnull]
-        return "wgmma.mma_async instructions are serialized" in subprocess.run(command, capture_output=True, text=True).stderr
+        return SERIALISED in subprocess.run(command, capture_output=True, text=True).stderr
 
 
 def compile_all(capability: int) -> Iterator[dict]:
@@ -273,6 +274,7 @@ def test_cuda_kernels_compile(source, defines, tmp_path):
         ["nvcc", *target, "-cubin", "-o", str(binary), str(source)], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-4000:]
+    assert SERIALISED not in done.stdout + done.stderr
     assert binary.read_bytes()[:4] == b"\x7fELF"
 
 

@@ -10,11 +10,12 @@ import ctypes
 import emulation
 import pytest
 import test_attention_mass as mass
+import test_chunk_attention as chunk
 import test_sparse_attention as attention
 import test_token_select as selection
 import torch
 
-from outrider.ops import attention_mass, sparse_attention, token_select
+from outrider.ops import attention_mass, chunk_attention, sparse_attention, token_select
 from outrider.ops.attention_mass import cuda as mass_cuda
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the kernels themselves")
@@ -93,6 +94,22 @@ def test_any_number_of_blocks_of_masses(emulated, run_or_skip, margin, case, mul
     with emulated(multiprocessors=multiprocessors):
         got = run_or_skip(lambda: attention_mass(**problem.arguments, backend="cuda"))
     margin(got[..., : problem.N], problem.rounded, problem.exact)
+
+
+CHUNKS = [
+    chunk.Case(BF16, BF16, 128, (8, 2), (150, 64), (700, 0), "token_kv", "kv_head", "some"),  # two row tiles a block
+    chunk.Case(FP16, FP16, 128, (3, 1), (70, 512), (300, 0), "plain", "none", "all"),
+    chunk.Case(BF16, BF16, 64, (8, 2), (150, 128), (257, 129), "head_token_kv", "kv_head", "most"),
+    chunk.Case(FP16, FP16, 64, (4, 2), (40, 17), (1400, 0), "plain", "query_head", "most"),  # the ring goes round
+]
+
+
+@pytest.mark.parametrize("case", CHUNKS, ids=str)
+def test_chunks_of_several_row_tiles(emulated, margin, case):
+    problem = chunk.make(case, CPU)
+    with emulated():
+        got = chunk_attention(**problem.arguments, backend="cuda")
+    margin(got, problem.rounded, problem.exact)
 
 
 @pytest.mark.parametrize(("D", "T", "group"), [(64, 5, 4), (128, 5, 3)])

@@ -117,7 +117,7 @@ def attend_cached(queries: Tensor, forward: Forward, layer: int, scale: float, w
             return output
         return _chunk_attention(queries, forward, layer, scale, window, None, None, block=DENSE_BLOCK)
     long = queries.shape[1] > ROUND
-    if forward.logsumexp is not None or (long and selection is None and _has_kernel(queries, forward, layer, scale)):
+    if forward.logsumexp is not None or (long and selection is None and _has_kernel(queries, forward, layer, scale, window)):
         return _chunk_attention(queries, forward, layer, scale, window, None, None, block=queries.shape[1])
     indices, counts = selection.of(layer, queries) if selection is not None else (None, None)
     if indices is None and long:
@@ -142,11 +142,12 @@ def attend_cached(queries: Tensor, forward: Forward, layer: int, scale: float, w
     return output if selection is None else selection.attended(layer, queries, output)
 
 
-def _has_kernel(queries: Tensor, forward: Forward, layer: int, scale: float) -> bool:
+def _has_kernel(queries: Tensor, forward: Forward, layer: int, scale: float, window: int | None) -> bool:
     """Dense chunks, too, are faster by our kernel than by PyTorch's, but in fp32, where it computes in fp64."""
     if forward.backend == "reference" or queries.dtype == torch.float32 or not queries.is_cuda:
         return False
-    return kernel_obstacle(queries, forward.cache.keys(layer, 1), scale) is None
+    keys = forward.cache.keys(layer, 1)
+    return kernel_obstacle(queries, keys, scale, window=window, backend=forward.backend) is None
 
 
 def _chunk_attention(
@@ -180,7 +181,7 @@ def _chunk_attention(
         value_scale=cache.value_scales[layer],
         window=window if indices is None else None,
         logsumexp=logsumexp,
-        backend="auto" if forward.backend == "cuda" else forward.backend,  # it has no kernel in CUDA C++
+        backend=forward.backend,
     )
 
 

@@ -12,6 +12,10 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) { return (uint
 __device__ __forceinline__ void copy16(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
+// Of which the first `bytes` are read and the others are zeros.
+__device__ __forceinline__ void copy16(uint32_t shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most `pending` of this thread's committed groups are still under way.
 template <int pending>
@@ -155,6 +159,10 @@ __device__ __forceinline__ void fence_barrier_init() { asm volatile("fence.mbarr
 __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
+// An arrival of this thread as soon as all its asynchronous copies so far are done.
+__device__ __forceinline__ void barrier_arrive_after_copies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t phase) {
   uint32_t done = 0;
   while (!done)
@@ -164,6 +172,12 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t phase) 
 // A barrier among `threads` threads of the block, apart from __syncthreads (which is number 0).
 template <int number, int threads>
 __device__ __forceinline__ void named_barrier() { asm volatile("bar.sync %0, %1;" ::"n"(number), "n"(threads) : "memory"); }
+
+// The same where the number is known at run time only; and to arrive there without waiting.
+__device__ __forceinline__ void named_barrier(int number, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory"); }
+__device__ __forceinline__ void named_barrier_arrive(int number, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
 
 // How many registers the threads of a warpgroup have from here on; a multiple of 8. What some give back others may take.
 template <int count>

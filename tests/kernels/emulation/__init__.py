@@ -3,6 +3,7 @@
     threads.h    CUDA's threads, blocks and clusters on one thread, shared memory, barriers
     cuda.h       names and intrinsics of CUDA C++, launches
     ptx.h        the PTX instructions
+    wgmma.cuh    the products of warpgroups, in place of the ops' header
 
 What g++ cannot read is rewritten first: declarations of `__shared__` variables, and inline assembly, which becomes calls of the
 functions in ptx.h that are named after the instructions.
@@ -141,7 +142,9 @@ def _compile(source: Path, folder: Path, *defines: str) -> tuple[Path, str]:
     translated, binary = place / f"{name}.cpp", place / f"{name}.so"
     for original in [source, *source.parent.glob("*.cuh"), *OPS.glob("*.cuh")]:
         target = translated if original == source else place / original.name
-        target.write_text(translate(original.read_text(encoding="utf-8")), encoding="utf-8")
+        instead = HEADERS / original.name
+        text = translate(original.read_text(encoding="utf-8")) if not instead.exists() else instead.read_text(encoding="utf-8")
+        target.write_text(text, encoding="utf-8")
     _precompile_headers(folder)
     command = [*COMPILE, "-shared", f"-I{folder}", f"-I{HEADERS}", "-include", "ptx.h", *(f"-D{define}" for define in defines)]
     done = subprocess.run([*command, str(translated), "-o", str(binary)], capture_output=True, text=True)

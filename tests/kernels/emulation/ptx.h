@@ -12,13 +12,14 @@ inline char* at(uint32_t shared) {
   return self->block->shared + shared;
 }
 
-// A copy may arrive at once, or only when it is waited for: by lot.
-inline void cp_async_cg_shared_global(uint32_t target, const void* source, int bytes) {
+// A copy may arrive at once, or only when it is waited for: by lot. What is not read of its 16 bytes is zeros.
+inline void cp_async_cg_shared_global(uint32_t target, const void* source, int bytes, int read = 16) {
   if (bytes != 16 || target % 16 || (uintptr_t)source % 16) emulation::fail("cp.async of other than 16 aligned bytes");
+  memset(at(target) + read, 0, 16 - read);
   if (emulation::draw() % 2)
-    memcpy(at(target), source, 16);
+    memcpy(at(target), source, read);
   else
-    self->copies.back().push_back({at(target), source, 16});
+    self->copies.back().push_back({at(target), source, read});
 }
 inline void cp_async_commit_group() { self->copies.emplace_back(); }
 inline void cp_async_wait_group(int pending) {
@@ -220,6 +221,10 @@ inline void cp_async_bulk_shared_cluster_global_mbarrier_complete_tx_bytes(uint3
   else
     self->block->copies.push_back(copy);
 }
+inline void cp_async_mbarrier_arrive_noinc_shared_b64(uint32_t shared) {
+  cp_async_wait_all();
+  mbarrier_arrive_shared_b64(shared);
+}
 inline void fence_proxy_async_shared_cta() {}
 inline void fence_proxy_async_global() {}
 inline void setmaxnreg_inc_sync_aligned_u32(int count) {
@@ -234,11 +239,16 @@ inline void griddepcontrol_launch_dependents() {}
 
 inline void barrier_cluster_arrive_aligned() { cooperative_groups::cluster_group::barrier_arrive(); }
 inline void barrier_cluster_wait_aligned() { cooperative_groups::cluster_group::barrier_wait(); }
-inline void bar_sync(int number, int count) {
+inline emulation::Barrier& named_barrier(int number, int count) {
   auto& [expected, barrier] = self->block->named_barriers[number];
   expected = count;
   barrier.expected = &expected;
+  return barrier;
+}
+inline void bar_sync(int number, int count) {
+  emulation::Barrier& barrier = named_barrier(number, count);
   barrier.wait(barrier.arrive(), "bar.sync");
 }
+inline void bar_arrive(int number, int count) { named_barrier(number, count).arrive(); }
 
 }  // namespace ptx_instruction

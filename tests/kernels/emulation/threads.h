@@ -91,6 +91,7 @@ struct Thread {
   int lane, cluster_phase = 0;
   const char* waits_in = nullptr;
   std::vector<std::vector<Copy>> copies{1};  // groups, the last one still open
+  std::vector<std::vector<std::function<void()>>> products{1};  // the same of wgmma
   jmp_buf context;
 };
 
@@ -220,6 +221,7 @@ inline char* dynamic_shared() { return self->block->shared + STATIC_SHARED; }
 inline void leave() {
   Block& block = *self->block;
   if (*self->stack) fail("a thread's stack is full");
+  if (self->products.size() > 1 || !self->products[0].empty()) fail("a thread leaves before its products are done");
   patience = PATIENCE;
   block.cluster->alive--;
   if (--block.alive == 0) {

@@ -76,7 +76,7 @@ def chunk_attention(
             to all.
         logsumexp: `[B, Hq, T]` float32, any strides: filled with the natural logarithm of each query's softmax denominator, the
             sum of `exp(logit)` over what it attends to. None: not wanted.
-        backend: "auto" (see `ops/README.md`), "reference" or "triton". No silent fall-back.
+        backend: "auto" (see `ops/README.md`), "reference", "triton" or "cuda". No silent fall-back.
 
     Returns:
         `[B, T, Hq, D]` in the dtype of `queries`; computed in float32 (float64 for float64 inputs).
@@ -119,24 +119,41 @@ def chunk_attention(
     check("lengths", lengths, shape="B", dtypes=INTS)
     if logsumexp is not None:
         check("logsumexp", logsumexp, shape="B Hq T", dtypes=FLOATS[2:3])
-    chosen = choose(backend, queries.device, {"triton": lambda: _triton().obstacle(queries, keys, scale)})
+    chosen = choose(
+        backend,
+        queries.device,
+        {
+            "cuda": lambda: _cuda().obstacle(queries, keys, values, scale, window),
+            "triton": lambda: _triton().obstacle(queries, keys, scale),
+        },
+    )
     if chosen == "reference" or debug():
         check_range("lengths", lengths, 0, sizes["N"] - sizes["T"])
         if indices is not None and counts is not None:
             check_range("counts", counts, 0, sizes["M"])
             _check_lists(indices, counts, lengths, block)
-    run = {"triton": _triton, "reference": lambda: reference}[chosen]().chunk_attention
+    run = {"cuda": _cuda, "triton": _triton, "reference": lambda: reference}[chosen]().chunk_attention
     return run(
         queries, keys, values, indices, counts, lengths,
         block=block, scale=scale, key_scale=key_scale, value_scale=value_scale, window=window, logsumexp=logsumexp,
     )  # fmt: skip
 
 
-def kernel_obstacle(queries: Tensor, keys: Tensor, scale: float) -> str | None:
-    """Why no kernel runs `chunk_attention` of such arguments where they are, or None."""
+def kernel_obstacle(
+    queries: Tensor, keys: Tensor, scale: float, *, window: int | None = None, backend: str = "auto"
+) -> str | None:
+    """Why no kernel of `backend` runs dense `chunk_attention` of such arguments where they are, or None."""
     if not queries.is_cuda:
         return f"tensors are on {queries.device.type}"
-    return _triton().obstacle(queries, keys, scale)
+    if backend == "cuda":
+        return _cuda().obstacle(queries, keys, keys, scale, window)
+    return _triton().obstacle(queries, keys, scale)  # which takes what the others take, too
+
+
+def _cuda():
+    from outrider.ops.chunk_attention import cuda
+
+    return cuda
 
 
 def _triton():
