@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.timing import Call
 
@@ -77,6 +80,18 @@ def fa3(
         "is_rotary_interleaved": True, "num_splits": 0, "sm_margin": 0, "cp_world_size": 1, "cp_rank": 0,
     }  # fmt: skip
     return lambda: torch.ops._vllm_fa3_C.fwd(**arguments)[0]
+
+
+def torch_flash(queries: Tensor, keys: Tensor, values: Tensor, *, scale: float) -> Call:
+    """PyTorch's SDPA by FlashAttention: queries `[B, T, Hq, D]`, the last of the keys' tokens `[B, S, Hkv, D]`, causal."""
+    q, k, v = (x.transpose(1, 2) for x in (queries, keys, values))
+    last = causal_lower_right(q.shape[2], k.shape[2])
+
+    def call() -> Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return scaled_dot_product_attention(q, k, v, attn_mask=last, scale=scale, enable_gqa=True).transpose(1, 2)
+
+    return call
 
 
 def flashinfer_pages(queries: Tensor, keys: Tensor, values: Tensor, pages: Tensor, *, scale: float) -> Call:

@@ -1,4 +1,4 @@
-"""Cases of chunk_attention: one layer, a chunk of the prompt with random lists or dense, against FlashAttention-3."""
+"""Cases of chunk_attention: a chunk of the prompt in one layer, with random lists or dense, beside FlashAttention."""
 
 from __future__ import annotations
 
@@ -114,7 +114,15 @@ class ChunkAttention:
         return relative_error(torch.cat(parts), torch.cat(truths))
 
     def peers(self) -> Sequence[Peer]:
-        return [Peer(name="FA3 dense", needs=FA3, prepare=self._fa3_dense, error=None if self.keep else self.error)]
+        error = None if self.keep else self.error
+        return [
+            Peer(name="FA3 dense", needs=FA3, prepare=self._fa3_dense, error=error),
+            Peer(name="SDPA dense", prepare=self._sdpa_dense, error=error),
+        ]
+
+    def _sdpa_dense(self, inputs: Inputs) -> Call:
+        end = self.S + self.T
+        return peers.torch_flash(inputs.queries, inputs.keys[:, :end], inputs.values[:, :end], scale=self.scale)
 
     def _fa3_dense(self, inputs: Inputs) -> Call:
         end = self.S + self.T
