@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from outrider.config import EngineConfig, check
 from outrider.decoding.draft_blocks import EVERYTHING, WIDTHS, DraftReading
@@ -145,9 +144,16 @@ def joined(parts: list[Selection], b: int, block: int, size: int) -> BlockSelect
     """The lists of a chunk of `b` sequences, up to `size` long, from those of its blocks, some of every sequence at a time."""
     width = max(part.indices.shape[-1] for part in parts)
     width = min(-(-width // WIDTHS) * WIDTHS, size)
-    indices = [pad(part.indices, (0, width - part.indices.shape[-1]), value=-1).unflatten(1, (b, -1)) for part in parts]
-    counts = [part.counts.unflatten(1, (b, -1)) for part in parts]
-    return BlockSelection(layers=parts[0].layers, indices=torch.cat(indices, 2), counts=torch.cat(counts, 2), block=block)
+    counts = torch.cat([part.counts.unflatten(1, (b, -1)) for part in parts], 2)
+    indices = counts.new_empty(*counts.shape, width)
+    done = 0
+    for part in parts:  # into their place one by one: lists of a long prompt are gigabytes
+        lists = part.indices.unflatten(1, (b, -1))
+        place = indices[:, :, done : done + lists.shape[2]]
+        place[..., : lists.shape[-1]] = lists
+        place[..., lists.shape[-1] :] = -1
+        done += lists.shape[2]
+    return BlockSelection(layers=parts[0].layers, indices=indices, counts=counts, block=block)
 
 
 def make_sparse_prefill(
