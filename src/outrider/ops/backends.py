@@ -8,11 +8,13 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 from outrider.ops import compiler
-from outrider.ops.checks import check_choice
+from outrider.ops.checks import FP8, check_choice
 
 BACKENDS = ("auto", "reference", "triton", "cuda")
+MAX_HEAD_DIM = 256  # of the attention kernels in Triton
 
 
 class BackendError(ValueError):
@@ -50,6 +52,25 @@ def device_obstacle(backend: str, device: torch.device) -> str | None:
     if backend == "triton" and device.type != "cuda" and not _is_set("TRITON_INTERPRET"):
         return f"it needs a CUDA device, or TRITON_INTERPRET=1, got {device}"
     return _triton_missing() if backend == "triton" else None
+
+
+def attention_obstacle(queries: Tensor, cache: Tensor, max_queries: int | None = None) -> str | None:
+    """Why no Triton kernel can take products of queries `[B, T, Hq, D]` with rows of such a cache, or None."""
+    T, D = queries.shape[1], queries.shape[3]
+    if queries.dtype == torch.float64:
+        return "queries are float64; the kernel computes in float32"
+    if max_queries is not None and max_queries < T:
+        return f"T={T} query tokens; the kernel takes at most {max_queries}"
+    if D > MAX_HEAD_DIM:
+        return f"head dim {D}; the kernel takes at most {MAX_HEAD_DIM}"
+    if reason := device_obstacle("triton", queries.device):
+        return reason
+    if cache.dtype == FP8 and queries.is_cuda:
+        if torch.cuda.get_device_capability(queries.device) < (8, 9):
+            return "float8_e4m3fn caches need compute capability 8.9"
+        if queries.dtype == torch.float32:
+            return "float8_e4m3fn caches take queries of 16 bits"
+    return None
 
 
 @cache

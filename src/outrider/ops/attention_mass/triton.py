@@ -28,8 +28,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from outrider.ops.backends import attention_obstacle
+
 MAX_QUERIES = 16  # tokens of the tail, which is one tile
-MAX_HEAD_DIM = 256
 MAX_ROWS = 128  # T x group rows a program holds; more go to further programs, which read the keys again
 PROGRAMS_PER_SM = 2
 REDUCE_ELEMENTS = 8192  # queries x tokens of a program of _reduce
@@ -201,22 +202,7 @@ def _reduce(
 
 def obstacle(queries: Tensor, keys: Tensor) -> str | None:
     """Why these arguments cannot be run, None if they can."""
-    T, D = queries.shape[1], queries.shape[3]
-    if queries.dtype == torch.float64:
-        return "queries are float64; the kernel computes in float32"
-    if T > MAX_QUERIES:
-        return f"T={T} query tokens; the kernel takes at most {MAX_QUERIES}"
-    if D > MAX_HEAD_DIM:
-        return f"head dim {D}; the kernel takes at most {MAX_HEAD_DIM}"
-    if INTERPRETED:
-        return None
-    if not queries.is_cuda:
-        return f"tensors are on {queries.device.type}; the kernel runs on CUDA devices (or with TRITON_INTERPRET=1)"
-    if keys.dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability(queries.device) < (8, 9):
-        return "float8_e4m3fn keys need compute capability 8.9"
-    if keys.dtype == torch.float8_e4m3fn and queries.dtype == torch.float32:
-        return "float8_e4m3fn keys take queries of 16 bits"
-    return None
+    return attention_obstacle(queries, keys, MAX_QUERIES)
 
 
 def attention_mass(

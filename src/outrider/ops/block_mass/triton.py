@@ -28,7 +28,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-MAX_HEAD_DIM = 256
+from outrider.ops.backends import attention_obstacle
+
 # by padded head dim: keys and queries of a tile, warps, stages
 COLUMN_TILES = {64: (128, 64, 4, 3), 128: (128, 128, 8, 2), 256: (64, 64, 4, 2)}
 DENOMINATOR_TILES = {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (64, 64, 4, 2)}
@@ -256,20 +257,7 @@ def _biases(logsumexp: Tensor, block: int, rows: int) -> Tensor:
 
 def obstacle(queries: Tensor, keys: Tensor) -> str | None:
     """Why these arguments cannot be run, None if they can."""
-    D = queries.shape[3]
-    if queries.dtype == torch.float64:
-        return "queries are float64; the kernel computes in float32"
-    if D > MAX_HEAD_DIM:
-        return f"head dim {D}; the kernel takes at most {MAX_HEAD_DIM}"
-    if INTERPRETED:
-        return None
-    if not queries.is_cuda:
-        return f"tensors are on {queries.device.type}; the kernel runs on CUDA devices (or with TRITON_INTERPRET=1)"
-    if keys.dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability(queries.device) < (8, 9):
-        return "float8_e4m3fn keys need compute capability 8.9"
-    if keys.dtype == torch.float8_e4m3fn and queries.dtype == torch.float32:
-        return "float8_e4m3fn keys take queries of 16 bits"
-    return None
+    return attention_obstacle(queries, keys)
 
 
 def block_mass(

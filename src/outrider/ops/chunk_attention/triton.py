@@ -26,7 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_HEAD_DIM = 256
+from outrider.ops.backends import attention_obstacle
+
 # Padded head dim, up to -> rows and tokens of a tile, warps, stages. With lists a position is loaded before its row, and each
 # of the two steps takes its stages. On Hopper registers bound the tile: in a larger one ptxas serialises the products.
 HOPPER_LISTED = {64: (128, 64, 4, 5), 128: (128, 128, 8, 5), 256: (128, 32, 8, 5)}
@@ -202,22 +203,9 @@ def _attend(
 
 def obstacle(queries: Tensor, keys: Tensor, scale: float) -> str | None:
     """Why these arguments cannot be run, None if they can."""
-    D = queries.shape[3]
-    if queries.dtype == torch.float64:
-        return "queries are float64; the kernel computes in float32"
-    if D > MAX_HEAD_DIM:
-        return f"head dim {D}; the kernel takes at most {MAX_HEAD_DIM}"
     if scale < 0:
         return f"scale {scale}; the kernel takes none below 0"
-    if INTERPRETED:
-        return None
-    if not queries.is_cuda:
-        return f"tensors are on {queries.device.type}; the kernel runs on CUDA devices (or with TRITON_INTERPRET=1)"
-    if keys.dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability(queries.device) < (8, 9):
-        return "float8_e4m3fn caches need compute capability 8.9"
-    if keys.dtype == torch.float8_e4m3fn and queries.dtype == torch.float32:
-        return "float8_e4m3fn caches take queries of 16 bits"
-    return None
+    return attention_obstacle(queries, keys)
 
 
 def chunk_attention(

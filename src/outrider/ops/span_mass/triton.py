@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_HEAD_DIM = 256
+from outrider.ops.backends import attention_obstacle
+
 TILES = {64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (64, 32, 4, 2)}  # by head dim: queries, pages, warps, stages
 WIDE_TILES = (16, 32, 4, 2)  # in fp64, which few GPUs are fast in
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -144,20 +145,9 @@ def _add_masses(
 
 def obstacle(queries: Tensor, keys: Tensor, page: int, span: int) -> str | None:
     """Why these arguments cannot be run, None if they can."""
-    D = queries.shape[3]
-    if queries.dtype == torch.float64:
-        return "queries are float64; the kernel computes in float32"
-    if D > MAX_HEAD_DIM:
-        return f"head dim {D}; the kernel takes at most {MAX_HEAD_DIM}"
     if (span // page) & (span // page - 1):
         return f"spans of {span // page} pages; the kernel takes powers of 2"
-    if INTERPRETED:
-        return None
-    if not queries.is_cuda:
-        return f"tensors are on {queries.device.type}; the kernel runs on CUDA devices (or with TRITON_INTERPRET=1)"
-    if keys.dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability(queries.device) < (8, 9):
-        return "float8_e4m3fn keys need compute capability 8.9"
-    return None
+    return attention_obstacle(queries, keys)
 
 
 def span_mass(
