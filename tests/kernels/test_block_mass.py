@@ -99,9 +99,6 @@ def make(case: Case, device: torch.device, seed: int = 0) -> Problem:
     exact, logsumexp = masses(queries.double(), scaled, lengths, block, scale)
     logsumexp = logsumexp.float() if case.known else None
     rounded, _ = masses(queries, scaled.to(case.dtype), lengths, block, scale, logsumexp)
-    if case.dtype == torch.float32:  # what it errs by is one draw among orders of its sums: the worse of two
-        other, _ = masses(queries.flip(-1), scaled.to(case.dtype).flip(-1), lengths, block, scale, logsumexp)
-        rounded = torch.where((other - exact).abs() > (rounded - exact).abs(), other, rounded)
     if logsumexp is not None:
         logsumexp[:, [h for h in range(Hq) if h not in rows]] = torch.nan
     listed = None
@@ -156,7 +153,8 @@ def lay_out(keys: Tensor, layout: str, dtype: torch.dtype) -> Tensor:
     return storage.to(dtype)[..., 0, :].transpose(1, 2)
 
 
-CASES = [("triton", case) for case in matrix()] + [("reference", case) for case in matrix()[::6]]
+# the reference takes every seventh case: prime to the numbers of choices, so that all of them come
+CASES = [("triton", case) for case in matrix()] + [("reference", case) for case in matrix()[::7]]
 
 
 @pytest.mark.parametrize(("backend", "case"), CASES, ids=str, indirect=["backend"])

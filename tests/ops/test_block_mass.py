@@ -167,7 +167,9 @@ def test_float8_keys_are_scaled_per_head(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=["bf16", "fp32", "fp64"])
 def test_the_result_has_the_dtype_asked_for_and_goes_to_out(dtype):
     queries, keys, lengths = make(torch.float32)
-    plain = block_mass(queries, keys, lengths, block=BLOCK, scale=SCALE).to(dtype)
+    exact = block_mass(queries, keys, lengths, block=BLOCK, scale=SCALE, dtype=torch.float64)
+    torch.testing.assert_close(exact, oracle(queries, keys, lengths)[0], rtol=1e-13, atol=1e-15)
+    plain = exact.to(dtype)
     assert torch.equal(block_mass(queries, keys, lengths, block=BLOCK, scale=SCALE, dtype=dtype), plain)
     storage = torch.full((3, 3, 18, 60), torch.nan, dtype=dtype)
     out = storage[:, :, 6:12, 2 : 2 + keys.shape[1]]
