@@ -131,6 +131,86 @@ def test_a_sequence_in_a_ragged_batch_equals_the_same_alone(backend, device):
         torch.testing.assert_close(span_mass(**(arguments | cut), backend=backend), together[b : b + 1], rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("extra", [-1, 0, 1], ids=["a_page_less", "whole_tiles", "a_page_more"])
+@pytest.mark.parametrize("span", [1, 32, 64, 128], ids="span_of_{}_pages".format)
+def test_pages_around_those_of_a_tile(backend, device, margin, span, extra):
+    """Two tiles of 64 pages: the last has all its pages, or lacks one, or there is a third with a single page."""
+    arguments, exact, rounded = make(Case(D=200, heads=(2, 1), chunk=(2, 2), lengths=(128 + extra,), span=(span, 1)), device)
+    margin(span_mass(**arguments, backend=backend), rounded, exact)
+
+
+def test_blocks_agree_with_the_chunk_cut_at_their_starts(backend, device):
+    """Each block as a chunk of its own: what makes prefill in chunks of any size the same."""
+    case = Case(lengths=LENGTHS[1])
+    (T, block), (arguments, _, _) = case.chunk, make(case, device)
+    whole = span_mass(**arguments, backend=backend)
+    for i, first in enumerate(range(0, T, block)):
+        part = {"queries": arguments["queries"][:, first : first + block], "lengths": arguments["lengths"] + first}
+        torch.testing.assert_close(span_mass(**(arguments | part), backend=backend)[:, 0], whole[:, i], rtol=1e-6, atol=0)
+
+
+def test_keys_from_a_block_on_do_not_reach_it(backend, device):
+    case = Case()
+    (_, block), (_, page), (arguments, _, _) = case.chunk, case.span, make(case, device)
+    clean = span_mass(**arguments, backend=backend)
+    for b, length in enumerate(case.lengths):
+        arguments["keys"][b, (length + block) // page * page :] = 100
+    changed = span_mass(**arguments, backend=backend)
+    assert torch.equal(changed[:, :2], clean[:, :2])
+    assert not torch.equal(changed[:, 2], clean[:, 2]), "what is before a block is not hidden"
+
+
+def test_without_scale_all_pages_weigh_the_same(backend, device):
+    case = Case(lengths=LENGTHS[1])
+    arguments = make(case, device)[0] | {"scale": 0.0}
+    got = span_mass(**arguments, backend=backend)
+    span, page = case.span
+    for i in range(got.shape[1]):
+        pages = (case.lengths[0] + i * case.chunk[1]) // page
+        whole = torch.full_like(got[0, i, :, : pages * page // span], span / page / pages)
+        torch.testing.assert_close(got[0, i, :, : pages * page // span], whole)
+
+
+def test_a_page_longer_than_the_cache_leaves_nothing(backend, device):
+    arguments = make(Case(lengths=(5,)), device)[0] | {"page": 1024, "span": 1024}
+    got = span_mass(**arguments, backend=backend)
+    assert got.shape[-1] == 1 and (got == 0).all()
+
+
+def test_arguments_are_left_as_they_were(backend, device):
+    arguments, _, _ = make(Case(cache=FP8), device)
+    before = {name: x.clone() for name, x in arguments.items() if isinstance(x, Tensor)}
+    span_mass(**arguments, backend=backend)
+    for name, x in before.items():
+        assert torch.equal(arguments[name].float().nan_to_num(9), x.float().nan_to_num(9))
+
+
+def test_arguments_may_have_any_strides(backend, device):
+    arguments, _, _ = make(Case(cache=FP8, heads=HEADS[1]), device)
+    strided = dict(arguments)
+    for name in ("queries", "lengths", "key_scale"):
+        strided[name] = torch.stack([x := arguments[name], x], -1)[..., 0]
+    assert not strided["queries"].is_contiguous()
+    plain = span_mass(**arguments, backend=backend)
+    torch.testing.assert_close(span_mass(**strided, backend=backend), plain, rtol=1e-6, atol=0)
+
+
+BAD = [
+    pytest.param({"dtype": torch.float64}, "cannot run this call: .*float64", id="fp64"),
+    pytest.param({"D": 257}, "cannot run this call: .*257", id="head_dim"),
+    pytest.param({"span": 12}, "cannot run this call: spans of 3 pages", id="pages"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD)
+def test_bad_arguments_are_named(device, change, message):
+    wanted = {"dtype": FP32, "D": 8, "span": 8} | change
+    queries, keys = (torch.zeros(1, n, h, wanted["D"], dtype=wanted["dtype"], device=device) for n, h in ((2, 4), (40, 2)))
+    lengths = torch.zeros(1, dtype=torch.int64, device=device)
+    with pytest.raises(ValueError, match=message):
+        span_mass(queries, keys, lengths, block=2, span=wanted["span"], page=4, scale=1.0, backend="triton")
+
+
 def test_large_logits(backend, device, margin):
     """Votes for one page alone, and denominators far beyond the range of fp32."""
     arguments, exact, _ = make(Case(lengths=LENGTHS[1]), device)
