@@ -107,7 +107,8 @@ def chunks(backend: str) -> Iterator[Tensor]:
         yield logsumexp
         yield chunk_attention(queries, *caches, indices[:, :, :1], counts[:, :, 1:], lengths, **shared)
         yield chunk_attention(queries, *caches, None, None, lengths, **shared)
-        yield chunk_attention(queries, *caches, None, None, lengths, window=200, **shared)
+        if backend == "triton":
+            yield chunk_attention(queries, *caches, None, None, lengths, window=200, **shared)
 
 
 def appended(backend: str) -> Iterator[Tensor]:
@@ -146,7 +147,7 @@ def coded_keys(backend: str) -> Iterator[Tensor]:
 
 BACKENDS = {
     "triton": (attention_masses, block_masses, span_masses, selections, attentions, chunks, appended),
-    "cuda": (attention_masses, selections, attentions, appended, products, coded_keys),
+    "cuda": (attention_masses, selections, attentions, chunks, appended, products, coded_keys),
 }
 
 if __name__ == "__main__":
