@@ -127,7 +127,8 @@ def prefill_rivals_table(name: str) -> str:
         other = (conditions.get("allocation"), conditions["prefill_block"], _drafts(conditions)) != ("auto", 128, DRAFTS)
         if method != "dense" and row["keep"] in (0.1, 0.2) and not (method == PREFILL_METHODS[0] and other):
             groups.setdefault((f"{row['context']:,}", _kept(row), method), []).append(row)
-    ordered = {key: groups[key] for key in sorted(groups, key=lambda key: (key[:2], PREFILL_METHODS.index(key[2])))}
+    order = sorted(groups, key=lambda key: (groups[key][0]["context"], key[1], PREFILL_METHODS.index(key[2])))
+    ordered = {key: groups[key] for key in order}
     return _prefill_quality(["context", "kept", "method"], ordered)
 
 
@@ -544,6 +545,7 @@ def kernels_table(name: str) -> str:
         return NOT_MEASURED
     names = list(dict.fromkeys(peer for row in found for peer in [*row["peers"], *row["peers_chained"]]))
     columns = [f"{peer}, us" for peer in names] if op else ["best peer", "its us"]
+    products = any(row.get("tflop_s") for row in found)  # what bounds ops over prompts
     rows = []
     for row in found:
         times = {peer: microseconds(row["peers"].get(peer), row["peers_chained"].get(peer)) for peer in names}
@@ -551,8 +553,10 @@ def kernels_table(name: str) -> str:
         shown = list(times.values()) if op else ["", ""] if best is None else [best[0], times[best[0]]]
         ours = [microseconds(row["us"], row["us_chained"]), f"{row['gb']:.3f}", f"{row['gb_s']:.0f}"]
         share, ratio = f"{100 * row['stream_fraction']:.0f}%", "" if row["ratio"] is None else f"{row['ratio']:.2f}x"
-        rows.append([row["id"].removeprefix(f"{op}-"), row["backend"], *ours, share, *shown, ratio])
-    header = ["case", "backend", "us, alone / in a chain", "GB", "GB/s", "of streaming rate", *columns, "best peer / ours"]
+        rate = [f"{row['tflop_s']:.0f}" if row.get("tflop_s") else ""] if products else []
+        rows.append([row["id"].removeprefix(f"{op}-"), row["backend"], *ours, share, *rate, *shown, ratio])
+    rates = ["of streaming rate", *["TFLOP/s"] * products]
+    header = ["case", "backend", "us, alone / in a chain", "GB", "GB/s", *rates, *columns, "best peer / ours"]
     return markdown(header, rows)
 
 
