@@ -268,7 +268,8 @@ BAD = [
     ),
     pytest.param({"indices": torch.full((1, 2, 2, 3), -1).int()}, ValueError, "indices: expected listed pos", id="negative"),
     pytest.param({"lengths": torch.tensor([7])}, ValueError, r"lengths: expected values in 0 \.\. 6", id="too_long"),
-    pytest.param({"backend": "cuda"}, ValueError, "backend: expected one of 'auto', .* got 'cuda'", id="backend"),
+    pytest.param({"backend": "vulkan"}, ValueError, "backend: expected one of 'auto', .* got 'vulkan'", id="backend"),
+    pytest.param({"backend": "cuda"}, ValueError, "backend: 'cuda' cannot run this call: it takes bfloat16", id="kernel"),
     pytest.param(
         {"indices": torch.zeros(1, 2, 2, 10).int()}, ValueError, "indices: expected lists .* N=9 tokens, .* M=10", id="width"
     ),

@@ -93,9 +93,10 @@ def test_sources_are_part_of_the_package():
     folder = Path(ops.__file__).parent
     assert {path.parent.parent.name for path in folder.glob("*/cuda/kernel.cu")} == {
         "attention_mass",
+        "chunk_attention",
         "fused_linear",
         "rotary_append",
         "sparse_attention",
         "token_select",
     }
-    assert (folder / "ptx.cuh").exists()
+    assert all((folder / name).exists() for name in ("host.cuh", "ptx.cuh", "wgmma.cuh"))
