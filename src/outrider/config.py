@@ -8,7 +8,7 @@ from typing import Any
 from outrider.errors import OptionError
 
 VERSION = "0.1.0"  # as pyproject.toml has it
-MODES = ("plain", "dense", "sparse")
+MODES = ("plain", "dense", "sparse", "exact")
 DRAFTING = ("auto", "dense", "sparse")
 PREFILL = ("dense", "sparse")
 PREFILL_METHODS = ("outrider", "token-sparse", "vertical-slash", "spec-prefill")  # the engine has the first
@@ -20,6 +20,7 @@ UNLISTED = ("none", "mean")
 ALLOCATIONS = ("auto", "flat", "fitted")
 BACKENDS = ("auto", "reference", "triton", "cuda")
 DEFAULT_KEEP = 0.1
+MAX_EXACT_EVERY = 64
 
 
 def option(default: Any, text: str) -> Any:
@@ -125,7 +126,11 @@ class SamplingParams:
 class EngineConfig:
     """How rounds are run, for all prompts of an engine."""
 
-    mode: str = option("sparse", "verification: dense (exact) or sparse (approximate); plain: the target alone, no draft")
+    mode: str = option(
+        "sparse",
+        "verification: dense (every round), sparse (from lists, approximate) or exact (from lists, then confirmed densely); "
+        "plain: the target alone, no draft",
+    )
     method: str = option("outrider", "how tokens are selected: outrider, sts, specattn, dustin or a rival (docs/methods.md)")
     budget: Budget = field(default_factory=Budget)
     draft_tokens: int = option(4, "tokens the draft proposes each round (K)")
@@ -138,6 +143,11 @@ class EngineConfig:
         "auto",
         "what scoring reads of the draft's keys: exact (all), 4bit or 2bit (a copy in few bits: less to read each round, more "
         "memory) or auto (4bit where a GPU has a kernel for it, else exact)",
+    )
+    exact_every: int | None = option(
+        None,
+        "mode exact: tokens that sparse rounds bring before a dense forward confirms them, 1 .. 64; default: as it pays, by how "
+        "many were confirmed so far",
     )
     batch_size: int = option(8, "sequences that run at the same time; more prompts wait")
     prefill_chunk: int = option(2048, "prompt tokens per forward of the prefill")
@@ -169,6 +179,8 @@ class EngineConfig:
         check_share("draft-keep", keep)
         check("draft-recent", recent, _is_int(recent) and recent >= 0, "a whole number >= 0")
         check("score-keys", self.score_keys, self.score_keys in SCORE_KEYS, ", ".join(SCORE_KEYS))
+        every, allowed = self.exact_every, f"a whole number in 1 .. {MAX_EXACT_EVERY}, or None"
+        check("exact-every", every, every is None or (_is_int(every) and 1 <= every <= MAX_EXACT_EVERY), allowed)
         check("batch-size", self.batch_size, _is_int(self.batch_size) and self.batch_size >= 1, "a whole number >= 1")
         chunk = self.prefill_chunk
         check("prefill-chunk", chunk, _is_int(chunk) and chunk >= 1, "a whole number >= 1")
@@ -185,9 +197,19 @@ class EngineConfig:
         check("budget", self.budget, isinstance(self.budget, Budget), "a Budget")
 
     @property
+    def verifies_sparsely(self) -> bool:
+        """Rounds of the target read lists."""
+        return self.mode in ("sparse", "exact")
+
+    @property
+    def confirms(self) -> bool:
+        """What rounds bring is tentative until a dense forward has confirmed it."""
+        return self.mode == "exact"
+
+    @property
     def drafts_sparsely(self) -> bool:
         """The draft reads lists of its own."""
-        return self.mode != "plain" and (self.drafting == "sparse" or (self.drafting == "auto" and self.mode == "sparse"))
+        return self.mode != "plain" and (self.drafting == "sparse" or (self.drafting == "auto" and self.verifies_sparsely))
 
     def prefill_budget(self, keep: float) -> Budget:
         """What a block of a prompt may read before itself when it reads `keep` of it."""

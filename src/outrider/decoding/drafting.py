@@ -107,11 +107,23 @@ class DraftLists:
             for own, cached in zip(counts, before, strict=True)
         ]
 
+    def truncate(self, lengths: Tensor) -> None:
+        """Forget what lies at and past `lengths` [B] of rows that are shorter now: their lists end there, and go on from there."""
+        place = torch.arange(self.indices.shape[-1], device=lengths.device)
+        before = (self.indices < lengths[:, None, None]) & (place < self.counts[..., None])  # lists ascend
+        self.counts.copy_(torch.where((lengths < self.lengths)[:, None], before.sum(-1), self.counts))
+        self.lengths.copy_(torch.minimum(self.lengths, lengths))
+        self._list_what_follows()
+
     def replace(self, selection: Selection) -> None:
         """Lists newly chosen; `selection.lengths` is what was cached when their queries began to run."""
         self.indices[..., : selection.indices.shape[-1]] = selection.indices
         self.counts.copy_(selection.counts)
         self.lengths.copy_(selection.lengths)
+        self._list_what_follows()
+
+    def _list_what_follows(self) -> None:
+        """Behind the chosen tokens every position from S0 on."""
         later = torch.arange(self._room, device=self.lengths.device)
         positions = (self.lengths[:, None] + later).clamp(max=self._capacity - 1)  # [B, room]
         places = (self.counts[..., None] + later).clamp(max=self.indices.shape[-1] - 1)  # [L, B, H, room]

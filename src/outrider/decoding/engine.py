@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from outrider.config import EngineConfig, SamplingParams, check
+from outrider.decoding.confirmation import SparseLogits, spare_rows
 from outrider.decoding.drafting import DraftLists
 from outrider.decoding.loop import Event, Loop, Watch
 from outrider.decoding.memory import RowDemand, free_bytes, plan_rows
@@ -12,6 +13,7 @@ from outrider.decoding.pair import make_guidance, rehearse
 from outrider.decoding.prefill import ProgressCallback, ReadChunk, read_chunk
 from outrider.decoding.rounds import Judge, judge
 from outrider.decoding.runner import Runner
+from outrider.decoding.sampling import all_greedy
 from outrider.decoding.scoring import mass_dtype
 from outrider.decoding.sequence import Sequence
 from outrider.decoding.sparse_prefill import SparsePrefill, make_sparse_prefill
@@ -36,15 +38,16 @@ class Engine:
         prefill_alignment: Alignment | None = None,
         read: ReadChunk = read_chunk,
         judge: Judge = judge,
+        confirming: Judge = judge,
     ) -> None:
         """`alignment` guides rounds, `prefill_alignment` sparse prefill. `read` puts a chunk of a prompt into a cache, `judge`
-        accepts drafted tokens: other ones serve measurements.
+        accepts drafted tokens, `confirming` tentative ones: other ones serve measurements.
         """
         self.config = config
         self.target, self.draft = (
             model.with_backend(config.backend).with_kv_dtype(config.kv_dtype) for model in (target, draft)
         )
-        self.read, self.judge = read, judge
+        self.read, self.judge, self.confirming = read, judge, confirming
         self._prefill_alignment = prefill_alignment
         self._prefills: dict[float, SparsePrefill] = {}  # by the share that blocks keep
         self.prefill_for(SamplingParams())  # what is wrong with it shows before any work
@@ -117,10 +120,12 @@ class Engine:
         slots = max(min(self.config.batch_size, len(sequences)), 1)
         k = self.config.draft_tokens
         # the last round, and one begun before its outcome was known, may run past
-        capacity = aligned(max(lengths) + 2 * (k + 1))
+        capacity = aligned(max(lengths) + 2 * (k + 1) + spare_rows(self.config))
+        keeps_logits = self.config.confirms and not all_greedy([s.params for s in sequences])
         runner, self._idle = self._idle, None
         if runner is not None and runner.slots >= slots and runner.capacity >= capacity:
-            return runner
+            if runner.logits is not None or not keeps_logits:
+                return runner
         del runner  # its memory is needed
         drafts, guidance, draft = self.config.mode != "plain", self.guidance, self.draft.spec
         bits, layers = (None, ()) if guidance is None else (guidance.bits, guidance.layers)
@@ -132,6 +137,7 @@ class Engine:
             score_bytes=mass_dtype(draft).itemsize,
             list_entries=0 if guidance is None else guidance.entries(capacity),
             code_bytes=0 if bits is None else coded_bytes((draft.layers[layer] for layer in layers), bits),
+            kept_logits=SparseLogits.width(self.config) if keeps_logits else 0,
         )
         longest, free = lengths.index(max(lengths)), free_bytes(self.target.spec.device)
         reading = max((reader.bytes(draft, capacity, self.config.prefill_chunk) for reader in readers), default=0)
@@ -145,8 +151,10 @@ class Engine:
             guidance,
             lists,
             None if bits is None else QuantizedKeys(self.draft, layers, bits, slots, capacity),
+            SparseLogits(self.target.spec, slots, demand.kept_logits) if keeps_logits else None,
             self.judge,
             draft_tokens=k,
+            greedy_drafts=self.config.confirms,
             slots=slots,
             capacity=capacity,
             capture=self.captures,

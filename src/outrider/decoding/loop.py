@@ -1,4 +1,4 @@
-"""The loop: refill, launch (propose, score, align and select, verify, accept), commit."""
+"""The loop: refill, launch (propose, score, align and select, verify, accept), commit; confirm what is tentative."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from outrider.decoding.pace import Confirmations
 from outrider.decoding.prefill import Prefill, ProgressCallback
 from outrider.decoding.rounds import RoundKind, RowOutcome
 from outrider.decoding.runner import Flight, Runner
@@ -48,6 +49,7 @@ class Loop:
         self.engine, self.runner, self.config = engine, runner, engine.config
         self.progress, self.watch = progress, watch
         self.scheduler = Scheduler(sequences, runner.slots)
+        self.confirmations = Confirmations(sequences, engine.config)
         self.filling: Prefill | None = None
         layers, bits = (engine.guidance.layers, engine.guidance.bits) if engine.guidance is not None else ((), None)
         self.reads = ReadCounter(engine.target.spec, engine.draft.spec, layers, runner.k + 1, bits)
@@ -68,6 +70,8 @@ class Loop:
                     yield from self._refill()
                 if landed is not None:
                     yield from self._commit(landed)
+                if flight is None:
+                    yield from self._confirm()
             except torch.OutOfMemoryError as error:
                 flight = None
                 self.runner.forget()
@@ -129,7 +133,8 @@ class Loop:
             and self.runner.rivals is None  # these look at the text, so they need its tokens
             and running == ahead_of.sequences
             and sparse == self._is_sparse(running, most)
-            and all(len(s.tokens) + most < s.params.max_new_tokens for s in running)
+            and all(len(s.tokens) + len(s.tentative) + most < s.params.max_new_tokens for s in running)
+            and not self.confirmations.may_be_due(running, most)
         )
         return self.runner.launch(running, self._kind(running, sparse)) if known else None
 
@@ -141,13 +146,13 @@ class Loop:
         return RoundKind.of(sequences, self.runner.slots, sparse=sparse and self.engine.guidance is not None)
 
     def _commit(self, flight: Flight) -> Iterator[Event]:
-        """Emit the accepted tokens and the recovered or bonus one; finished sequences leave their slots."""
+        """Emit the accepted tokens and the recovered or bonus one, or hold them; finished sequences leave their slots."""
         outcomes, seconds, now = flight.land(), flight.clock.settle(), time.perf_counter()
         selection = flight.selection
         layers = selection.layers if selection is not None else ()
         events = []
         for row, (sequence, outcome) in enumerate(zip(flight.sequences, outcomes, strict=True)):
-            if sequence.finish_reason is not None:  # it ended while this round was under way
+            if sequence.finish_reason is not None or sequence.closing:  # it ended, or may end, while this round was under way
                 continue
             if not outcome.finite:
                 sequence.end("error", "the target's logits are not finite numbers")
@@ -157,13 +162,48 @@ class Loop:
             self._record(sequence, outcome, layers, flight.touched[row], spent)
             if self.watch is not None:
                 self.watch(sequence, outcome, selection.rows(row, row + 1) if selection is not None else None)
-            events.append(Event(sequence=sequence, tokens=sequence.extend(outcome.tokens)))
-            sequence.statistics.generated_tokens = len(sequence.tokens)
-            sequence.statistics.decode_seconds = now - (sequence.statistics.began or now)
-            if sequence.finish_reason is not None and self.config.audit:
-                self._audit(sequence)
+            if self.confirmations.holds(sequence):
+                held = sequence.hold(outcome.tokens)
+                sequence.statistics.tentative += held
+                self.confirmations.pace(sequence).brought(held)
+            else:
+                events.append(self._emit(sequence, outcome.tokens, now))
         self._release()
         yield from events
+
+    def _confirm(self) -> Iterator[Event]:
+        """Emit what a dense forward makes of the tentative tokens, in rows that have enough of them or might end."""
+        events = []
+        for start, sequences in self.confirmations.due(self.scheduler.running):
+            landed, now = self.runner.confirm(start, sequences, self.engine.confirming), time.perf_counter()
+            for sequence, outcome in zip(sequences, landed.outcomes, strict=True):
+                if not outcome.finite:
+                    sequence.end("error", "the dense target's logits are not finite numbers")
+                    events.append(Event(sequence=sequence, tokens=[]))
+                    continue
+                spent = {name: x / len(sequences) for name, x in landed.seconds.items()}
+                self._record_confirmation(sequence, outcome, spent)
+                events.append(self._emit(sequence, outcome.tokens, now))
+        self._release()
+        yield from events
+
+    def _emit(self, sequence: Sequence, tokens: list[int], now: float) -> Event:
+        event = Event(sequence=sequence, tokens=sequence.extend(tokens))
+        sequence.statistics.generated_tokens = len(sequence.tokens)
+        sequence.statistics.decode_seconds = now - (sequence.statistics.began or now)
+        if sequence.finish_reason is not None and self.config.audit:
+            self._audit(sequence)
+        return event
+
+    def _record_confirmation(self, sequence: Sequence, outcome: RowOutcome, spent: dict[str, float]) -> None:
+        statistics, held, passed = sequence.statistics, len(outcome.drafted), len(outcome.tokens) - 1
+        self.confirmations.pace(sequence).confirmed(passed, held)
+        statistics.confirmations += 1
+        statistics.confirmed += passed
+        statistics.rolled_back += held - passed
+        statistics.bytes_read += self.reads.dense(sequence.cached - held, held + 1)
+        for stage, seconds in spent.items():
+            statistics.seconds[stage] += seconds
 
     def _record(
         self, sequence: Sequence, outcome: RowOutcome, layers: tuple[int, ...], touched: float, spent: dict[str, float]

@@ -225,7 +225,7 @@ class Outrider:
                 )
             statistics = Statistics(
                 mode=self.config.mode,
-                method=self.config.method if self.config.mode == "sparse" else None,
+                method=self.config.method if self.config.verifies_sparsely else None,
                 drafting=None if self.config.mode == "plain" else "sparse" if self.config.drafts_sparsely else "dense",
                 prompt_tokens=len(tokens),
                 accepted_at=[0] * self.config.draft_tokens,
@@ -240,7 +240,7 @@ class Outrider:
 
     def _alignment(self) -> Alignment | None:
         check("method", self.config.method, self.config.method in METHODS, ", ".join(METHODS))
-        if self.config.mode != "sparse" or self.config.method not in SELECTORS or self.alignments is None:
+        if not self.config.verifies_sparsely or self.config.method not in SELECTORS or self.alignments is None:
             return None
         return self.alignments.map(self.map_name or SELECTORS[self.config.method].default_map).alignment
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from outrider.config import Budget, EngineConfig
+from outrider.config import Budget, EngineConfig, check
 from outrider.decoding.scoring import score
 from outrider.errors import AlignmentError, OptionError
 from outrider.guidance import channels, controller
@@ -20,6 +20,7 @@ from outrider.models import LanguageModel, ModelSpec, check_pair, load_model
 from outrider.models.cache import aligned
 from outrider.models.quantized_keys import QuantizedKeys, check_codes, code_bits
 from outrider.ops.backends import BackendError
+from outrider.ops.quantized_keys.layout import BLOCK
 from outrider.types import Alignment, UnlistedFit
 
 METHODS = (*SELECTORS, *RIVALS)
@@ -104,9 +105,9 @@ def make_guidance(
     """
     choosing = drafting = rival = None
     scored = draft.spec.full_layers if config.drafts_sparsely else ()
-    if config.mode == "sparse" and config.method in RIVALS:
+    if config.verifies_sparsely and config.method in RIVALS:
         rival = make_rival(config.method, target, config.budget)
-    elif config.mode == "sparse":
+    elif config.verifies_sparsely:
         if alignment is None:
             raise OptionError("alignment", None, "a file made by `outrider calibrate` for this pair (mode dense needs none)")
         choosing = build_pair_selector(config.method, target, draft, alignment, config.budget, scored)
@@ -117,6 +118,8 @@ def make_guidance(
         drafting = build_pair_selector("outrider", draft, draft, Alignment(sources=own), config.draft_budget, scored)
     bits = code_bits(config.score_keys, draft, config.draft_tokens + 1)
     rehearse(target, draft, choosing, config.draft_tokens + 1, drafting, bits)
+    if bits is not None and config.confirms:  # from round to round a sequence may grow by a bonus token more
+        check("K (draft-tokens)", k := config.draft_tokens, k + 2 <= BLOCK, f"at most {BLOCK - 2} with keys in few bits and mode exact")
     if not (choosing or drafting or rival):
         return None
     return Guidance(target=choosing, draft=drafting, rival=rival, bits=bits if choosing or drafting else None)

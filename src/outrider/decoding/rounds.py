@@ -42,6 +42,7 @@ class Inputs:
     draft_uniforms: Tensor  # [B, K] fp64
     verify_uniforms: Tensor  # [B, K + 1] fp32
     sampling: Sampling
+    drafting: Sampling  # what the draft draws by
 
 
 class InputBuffer:
@@ -52,8 +53,9 @@ class InputBuffer:
 
     PARAMETERS = 4  # active, temperature, top-k, top-p; random numbers behind them
 
-    def __init__(self, slots: int, draft_tokens: int, device: torch.device) -> None:
-        self.k = draft_tokens
+    def __init__(self, slots: int, draft_tokens: int, device: torch.device, *, greedy_drafts: bool = False) -> None:
+        """With `greedy_drafts` the draft proposes its most probable tokens, whatever the rows ask for."""
+        self.k, self.greedy_drafts = draft_tokens, greedy_drafts
         self.pending = torch.zeros(slots, dtype=torch.int64, device=device)
         shape = slots, self.PARAMETERS + 2 * draft_tokens + 1
         # two, in turn: the copy of one round may still wait for the round before when the next one is filled in
@@ -76,18 +78,20 @@ class InputBuffer:
         """The first rows, typed. Part of a round: waits for nothing."""
         active, temperature, top_k, top_p = self._device[: kind.rows, : self.PARAMETERS].unbind(1)
         uniforms = self._device[: kind.rows, self.PARAMETERS :]
+        sampling = Sampling(
+            temperature=temperature.float(),
+            top_k=top_k.long(),
+            top_p=top_p.float(),
+            greedy=kind.greedy,
+            filtered=kind.filtered,
+        )
         return Inputs(
             pending=self.pending[: kind.rows],
             active=active.long(),
             draft_uniforms=uniforms[:, : self.k],
             verify_uniforms=uniforms[:, self.k :].float(),
-            sampling=Sampling(
-                temperature=temperature.float(),
-                top_k=top_k.long(),
-                top_p=top_p.float(),
-                greedy=kind.greedy,
-                filtered=kind.filtered,
-            ),
+            sampling=sampling,
+            drafting=sampling.one_hot() if self.greedy_drafts else sampling,
         )
 
 

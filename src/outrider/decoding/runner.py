@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from outrider.decoding.confirmation import Rows, SparseLogits, confirm
 from outrider.decoding.drafting import DraftLists, propose
 from outrider.decoding.graphs import Stages
 from outrider.decoding.guides import ByRow
@@ -39,6 +40,14 @@ class Flight:
         return [RowOutcome.of(row) for row in self.numbers[: len(self.sequences)].tolist()]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Landed:
+    """What has come of a confirmation."""
+
+    outcomes: list[RowOutcome]  # by row
+    seconds: dict[str, float]  # by stage
+
+
 class Runner:
     """Runs rounds of up to `slots` sequences of up to `capacity` tokens. Knows rows, not what becomes of their tokens.
 
@@ -52,21 +61,24 @@ class Runner:
         guidance: Guidance | None,
         drafting: DraftLists | None,
         quantized: QuantizedKeys | None,  # None: scoring reads the draft's cache
+        logits: SparseLogits | None,  # None: rounds are not confirmed, or all are greedy
         judge: Judge,
         *,
         draft_tokens: int,
+        greedy_drafts: bool,
         slots: int,
         capacity: int,
         capture: bool,
     ) -> None:
         self.target, self.draft = target, draft
-        self.guidance, self.drafting, self.quantized, self.judge = guidance, drafting, quantized, judge
+        self.guidance, self.drafting, self.quantized = guidance, drafting, quantized
+        self.logits, self.judge = logits, judge
         self.k = draft_tokens if draft is not None else 0
         self.slots, self.capacity = slots, capacity
         self.device = target.spec.device
         self.models = [model for model in (target, draft) if model is not None]
         self.caches = [model.new_cache(slots, capacity) for model in self.models]
-        self.inputs = InputBuffer(slots, self.k, self.device)
+        self.inputs = InputBuffer(slots, self.k, self.device, greedy_drafts=greedy_drafts)
         self.stages = Stages(capture=capture)
         rival = guidance.rival if guidance is not None else None
         self.rivals = None if rival is None else ByRow(rival, target, self.caches[0])
@@ -103,6 +115,8 @@ class Runner:
         for cache in self.caches:
             cache.move(source, slot)
         self.inputs.pending[slot] = self.inputs.pending[source]
+        if self.logits is not None:
+            self.logits.move(source, slot)
         self._begun.discard(slot)
         if source in self._begun:
             for followed in (self.drafting, self.quantized, self.rivals):
@@ -142,6 +156,22 @@ class Runner:
             arrived=arrived,
         )
 
+    def confirm(self, start: int, sequences: list[Sequence], judge: Judge) -> Landed:
+        """Confirm the tentative tokens of the sequences in rows start, start + 1, ..; waits for it. No round is under way."""
+        clock, stop = StageClock(self.device), start + len(sequences)
+        rows = Rows(
+            models=self.models,
+            caches=[cache.rows(start, stop) for cache in self.caches],
+            pending=self.inputs.pending[start:stop],
+            lists=self.drafting.rows(start, stop) if self.drafting is not None else None,
+            logits=self.logits.rows(start, stop) if self.logits is not None else None,
+        )
+        with clock.stage("confirm"):
+            outcomes = confirm(rows, sequences, judge)
+        if self.rivals is not None:  # what they keep is of tokens that may be gone, and of keys that were written anew
+            self._begun.difference_update(range(start, stop))
+        return Landed(outcomes=outcomes, seconds=clock.settle())
+
     def _touched(self, kind: RoundKind, running: list[Sequence]) -> list[float]:
         if self.rivals is None or not kind.sparse:
             return [0.0] * len(running)
@@ -168,13 +198,14 @@ class Runner:
         guidance = self.guidance if kind.sparse else None
         lists = self.drafting.rows(0, kind.rows) if self.drafting is not None and kind.sparse else None
         quantized = self.quantized.rows(0, kind.rows) if self.quantized is not None else None
+        kept = self.logits.rows(0, kind.rows) if self.logits is not None and kind.sparse and not kind.greedy else None
         self.stages.begin(kind)
 
         def proposed() -> tuple[Inputs, DraftTrace]:
             inputs = self.inputs.unpack(kind)
             if self.draft is None:
                 return inputs, propose_nothing(inputs, spec.vocabulary)
-            drafting = inputs.pending, inputs.sampling, inputs.draft_uniforms
+            drafting = inputs.pending, inputs.drafting, inputs.draft_uniforms
             return inputs, propose(self.draft, caches[1], *drafting, spec.vocabulary, lists)
 
         def scored(draft: LanguageModel, guidance: Guidance) -> DraftScores:
@@ -188,6 +219,8 @@ class Runner:
 
         def accepted() -> Outcome:
             selection = chosen.made if chosen is not None else None
+            if kept is not None:
+                kept.keep(caches[0].lengths, logits)
             return accept(trace, logits, inputs, selection, spec, caches, self.judge)
 
         chosen: Lists | None = None

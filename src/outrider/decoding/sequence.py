@@ -30,28 +30,41 @@ class Sequence:
         self.prompt = prompt
         self.params = params
         self.tokens: list[int] = []  # generated
+        self.tentative: list[int] = []  # behind these, brought by sparse rounds and to be confirmed by a dense forward
+        self.closing = False  # the last tentative token would finish the sequence
         self.finish_reason: str | None = None  # "length", "eos", "stop", "cancelled" or "error" once finished
         self.error: str | None = None  # what went wrong, if something did
         self.cancelled = False  # to be ended before the next round
         self.text = TextStream(tokenizer, params.stop, before=prompt[-CONTINUED:])
+        self._ahead: TextStream | None = None  # the text with the tentative tokens
         self.statistics = statistics
         self._eos = () if params.ignore_eos else eos
         self._generator = torch.Generator().manual_seed(params.seed)
 
     @property
     def pending(self) -> int:
-        """The last token: emitted (or given), not yet in any cache."""
-        return self.tokens[-1] if self.tokens else self.prompt[-1]
+        """The last token: generated (or given), not yet in any cache."""
+        return (self.tentative or self.tokens or self.prompt)[-1]
 
     @property
     def cached(self) -> int:
         """Tokens in the caches: all but the pending one."""
-        return len(self.prompt) + len(self.tokens) - 1
+        return len(self.prompt) + len(self.tokens) + len(self.tentative) - 1
 
     @property
     def text_cached(self) -> list[int]:
         """The tokens in the caches."""
-        return (self.prompt + self.tokens)[: self.cached]
+        return (self.prompt + self.tokens + self.tentative)[: self.cached]
+
+    @property
+    def unconfirmed(self) -> list[int]:
+        """The last token that stands, and the tentative ones behind it."""
+        return [(self.tokens or self.prompt)[-1], *self.tentative]
+
+    @property
+    def may_end(self) -> bool:
+        """Something in its text can end it, not its length alone."""
+        return bool(self._eos or self.params.stop)
 
     def uniforms(self, count: int) -> Tensor:
         """The next `count` random numbers of this sequence, [count] fp32 in [0, 1)."""
@@ -62,17 +75,33 @@ class Sequence:
         self.finish_reason, self.error = reason, error
 
     def extend(self, tokens: list[int]) -> list[int]:
-        """Emit tokens until one finishes the sequence; returns those that were emitted."""
+        """Emit tokens until one finishes the sequence, in place of the tentative ones; returns those that were emitted."""
+        self.tentative, self.closing, self._ahead = [], False, None
         emitted = []
         for token in tokens:
             self.tokens.append(token)
             emitted.append(token)
-            if token in self._eos:
-                self.finish_reason = "eos"
-            elif self.text.push(token):
-                self.finish_reason = "stop"
-            elif len(self.tokens) >= self.params.max_new_tokens:
-                self.finish_reason = "length"
+            self.finish_reason = self._reason(token, self.text, len(self.tokens))
             if self.finish_reason is not None:
                 break
         return emitted
+
+    def hold(self, tokens: list[int]) -> int:
+        """Keep tokens as tentative ones, up to one that would finish the sequence; returns how many."""
+        before = len(self.tentative)
+        if self._ahead is None:
+            self._ahead = self.text.fork() if self.params.stop else TextStream(None)
+        for token in tokens:
+            if self.closing:
+                break
+            self.tentative.append(token)
+            self.closing = self._reason(token, self._ahead, len(self.tokens) + len(self.tentative)) is not None
+        return len(self.tentative) - before
+
+    def _reason(self, token: int, text: TextStream, length: int) -> str | None:
+        """Why the sequence ends with this token, its `length`-th, which `text` is given; None: it does not."""
+        if token in self._eos:
+            return "eos"
+        if text.push(token):
+            return "stop"
+        return "length" if length >= self.params.max_new_tokens else None

@@ -16,7 +16,7 @@ from outrider.models.quantized_keys import coded_bytes
 from outrider.ops.quantized_keys.layout import BLOCK, EXACT
 from outrider.types import Selection
 
-STAGES = ("prefill", "propose", "score", "select", "verify", "accept")
+STAGES = ("prefill", "propose", "score", "select", "verify", "accept", "confirm")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -39,8 +39,12 @@ class Statistics:
     accepted_at: list[int] = field(default_factory=list)  # [K] how often the drafted token at this position was accepted
     listed: float = 0.0  # tokens the lists held, averaged over list heads and layers with full attention, summed over rounds
     cached: int = 0  # tokens the caches held, summed over rounds
-    bytes_read: int = 0  # of target keys and values in verification, and of draft keys in scoring
+    bytes_read: int = 0  # of target keys and values in verification and confirmation, and of draft keys in scoring
     bytes_dense: int = 0  # of target keys and values that dense verification would have read
+    tentative: int = 0  # tokens of sparse rounds that a dense forward has to confirm
+    confirmed: int = 0  # of these, how many passed; every confirmation emits one recovered or bonus token more
+    rolled_back: int = 0  # of these, how many did not, or came behind one that did not
+    confirmations: int = 0  # dense forwards over tentative tokens
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     decode_seconds: float = 0.0  # wall clock from the first round to the last; of a run: while some sequence decoded
     began: float | None = None  # that clock at the first round's start; tells nothing by itself and is not reported
@@ -100,6 +104,10 @@ def total(parts: list[Statistics]) -> Statistics:
         "rounds",
         "drafted",
         "accepted",
+        "tentative",
+        "confirmed",
+        "rolled_back",
+        "confirmations",
         "listed",
         "cached",
     )
@@ -235,6 +243,10 @@ class ReadCounter:
             bytes_dense=self._bytes(self._dense, length),
         )
 
+    def dense(self, length: int, t: int) -> int:
+        """Bytes that a dense forward of `t` tokens reads behind `length` cached ones."""
+        return self._bytes(self._dense, length, t)
+
     def _scoring(self, length: int) -> int:
         if self._code_bytes is None:
             return (length + self._t) * self._score_bytes
@@ -249,8 +261,7 @@ class ReadCounter:
             found[shape.window] = found.get(shape.window, 0) + size
         return found
 
-    def _bytes(self, row_bytes: dict[int | None, int], length: int) -> int:
+    def _bytes(self, row_bytes: dict[int | None, int], length: int, t: int | None = None) -> int:
         """A window's first query sees itself and the tokens before it, window - 1 at most."""
-        return sum(
-            ((length if window is None else min(length, window - 1)) + self._t) * size for window, size in row_bytes.items()
-        )
+        t = self._t if t is None else t
+        return sum(((length if window is None else min(length, window - 1)) + t) * size for window, size in row_bytes.items())

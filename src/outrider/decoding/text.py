@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 
@@ -25,6 +26,12 @@ class TextStream:
         if tokenizer is not None and self._decode(0, self._read).endswith("\ufffd"):
             self._window = self._read  # the prompt ends inside a character: nothing to continue
         self._shown = 0  # characters of `text` that `take` has handed out
+
+    def fork(self) -> TextStream:
+        """A stream that goes on from here without this one."""
+        other = copy(self)
+        other._tokens = list(self._tokens)
+        return other
 
     def push(self, token: int) -> bool:
         """Add a token; True when a stop string is now complete (the text then ends before it)."""

@@ -141,7 +141,7 @@ class OutriderLM(TemplateLM):
             **{role: f"{spec.name} {spec.digest}" for role, spec in pair.items()},
             "dtype": str(pair["target"].dtype).removeprefix("torch."),
             "mode": config.mode,
-            "method": config.method if config.mode == "sparse" else None,
+            "method": config.method if config.verifies_sparsely else None,
             "draft_tokens": config.draft_tokens,
             "kept_fraction": read and read.kept_fraction,
             "kv_read_fraction": read and read.kv_read_fraction,

@@ -1,0 +1,88 @@
+"""When tentative tokens are confirmed: how many a row gathers before a dense forward."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+from outrider.config import MAX_EXACT_EVERY, EngineConfig
+from outrider.decoding.sequence import Sequence
+
+DENSE_ROUNDS = 2.0  # a dense forward costs as much as so many sparse rounds: what one is worth, not what one takes
+PRIOR = 31.0, 1.0  # tokens that passed and that did not, as if they had been seen
+MEMORY = 0.95  # what was seen before a round or a confirmation counts so much behind it
+
+
+class Pace:
+    """N for one row, from what became of its tentative tokens: how many more of them pass, where all before them did.
+
+    Where a token passes with probability a, and a round brings m tokens, N tentative tokens bring
+
+        1 + a + .. + a^N = (1 - a^(N + 1)) / (1 - a)    tokens that stand, the recovered or bonus one counted in,
+        N / m + c                                       rounds: sparse ones, and a dense forward that costs c = `DENSE_ROUNDS`
+
+    and N is where the quotient is largest. It is flat there, so c need not be known well. All of this is the row's own, so its
+    neighbours do not change its text.
+    """
+
+    def __init__(self, fixed: int | None) -> None:
+        """`fixed` is N where it is given."""
+        self._fixed = fixed
+        self._passed = self._rejected = 0.0
+        self._tokens, self._rounds = 2.0, 1.0  # that sparse rounds brought: m
+
+    @property
+    def agreement(self) -> float:
+        """The share a of tentative tokens that pass, of those behind none that did not; in (0, 1)."""
+        passed, rejected = self._passed + PRIOR[0], self._rejected + PRIOR[1]
+        return passed / (passed + rejected)
+
+    @property
+    def every(self) -> int:
+        """N, in 1 .. MAX_EXACT_EVERY."""
+        if self._fixed is not None:
+            return self._fixed
+        a, m = self.agreement, self._tokens / self._rounds
+        return max(range(1, MAX_EXACT_EVERY + 1), key=lambda n: (1 - a ** (n + 1)) / (1 - a) / (n / m + DENSE_ROUNDS))
+
+    def brought(self, tokens: int) -> None:
+        """A sparse round has brought so many tokens."""
+        self._tokens = MEMORY * self._tokens + tokens
+        self._rounds = MEMORY * self._rounds + 1
+
+    def confirmed(self, passed: int, of: int) -> None:
+        """So many of a block's tentative tokens have passed."""
+        self._passed = MEMORY * self._passed + passed
+        self._rejected = MEMORY * self._rejected + (passed < of)
+
+
+class Confirmations:
+    """Which tokens of a run are tentative, and which rows are to be confirmed. Every row has a pace of its own."""
+
+    def __init__(self, sequences: list[Sequence], config: EngineConfig) -> None:
+        self._paces = {sequence.index: Pace(config.exact_every) for sequence in sequences}
+        # a shorter sequence reads everything in its rounds, whatever its neighbours do
+        self._least = max(config.budget.min_context, 1) if config.confirms else None
+
+    def pace(self, sequence: Sequence) -> Pace:
+        return self._paces[sequence.index]
+
+    def holds(self, sequence: Sequence) -> bool:
+        """What a round brings behind the tokens that this sequence has cached is tentative."""
+        return self._least is not None and sequence.cached >= self._least
+
+    def due(self, running: list[Sequence]) -> list[tuple[int, list[Sequence]]]:
+        """The rows to be confirmed now, by first row: those side by side share a forward."""
+        marked = [(row, sequence, self._is_due(sequence, 0)) for row, sequence in enumerate(running)]
+        spans = [list(span) for due, span in groupby(marked, key=lambda one: one[2]) if due]
+        return [(span[0][0], [sequence for _, sequence, _ in span]) for span in spans]
+
+    def may_be_due(self, running: list[Sequence], more: int) -> bool:
+        """Some row may have to be confirmed once a round under way has brought up to `more` tokens.
+
+        A sampled row that a token may end counts: a round too many would use up random numbers. Greedy rows use none.
+        """
+        held = [sequence for sequence in running if self.holds(sequence)]
+        return any(self._is_due(s, more) or (s.may_end and s.params.temperature > 0) for s in held)
+
+    def _is_due(self, sequence: Sequence, more: int) -> bool:
+        return sequence.closing or (bool(sequence.tentative or more) and len(sequence.tentative) + more >= self.pace(sequence).every)
