@@ -58,12 +58,12 @@ def shared_prefill(monkeypatch):
 
 @pytest.fixture(scope="module")
 def draws(make_engine, random_prompts):
-    """`draws(pair, prompt, params, **options)`: counts [V, V] of the first two tokens over many seeds."""
+    """`draws(pair, prompt, params, count=2, **options)`: counts [V, V] of the last two of so many tokens over many seeds."""
 
-    def run(pair, prompt, params, **options):
-        engine = make_engine(pair, batch_size=1000, draft_tokens=2, **options)
-        results = engine.generate([prompt] * DRAWS, [replace(params, max_new_tokens=2, seed=s) for s in range(DRAWS)])
-        pairs = torch.tensor([result.token_ids for result in results])
+    def run(pair, prompt, params, count=2, draws=DRAWS, **options):
+        engine = make_engine(pair, **({"batch_size": 1000, "draft_tokens": 2} | options))
+        results = engine.generate([prompt] * draws, [replace(params, max_new_tokens=count, seed=s) for s in range(draws)])
+        pairs = torch.tensor([result.token_ids[-2:] for result in results])
         return torch.bincount(pairs[:, 0] * V + pairs[:, 1], minlength=V * V).view(V, V)
 
     return run
@@ -193,3 +193,34 @@ def test_sparse_with_lists_that_follow_the_drafted_token(tiny_pair, make_engine,
     assert float(emitted.sum()) == pytest.approx(1, abs=1e-5)
     assert p_value(counts, emitted) > 0.001
     assert p_value(counts, next_token(target, [prompt], params)[0]) < 1e-6, "dense would be told apart"
+
+
+# lists of 30% that depend on the drafted token: a target that sees so little is far from the dense one
+FEW = {"keep": 0.3, "sinks": 0, "recent": 0, "min_context": 0}
+NOTHING = {"keep": 0.01, "sinks": 1, "recent": 0, "min_context": 0}
+
+
+def third(model, prompt, params):
+    """P(second, third) of the model alone, [V, V], whatever the first."""
+    first = next_token(model, [prompt], params)[0]
+    pairs = [joint(model, [*prompt, token], params) for token in range(V)]
+    return (first[:, None, None] * torch.stack(pairs)).sum(0)
+
+
+@pytest.mark.parametrize(
+    "setting, every, lists",
+    [
+        ("temperature 1", 1, FEW),
+        ("temperature 1", 4, NOTHING),
+        ("temperature 2", None, FEW),
+        ("top-k 5", 3, FEW),
+        ("top-p 0.8", 2, FEW),
+    ],
+)
+def test_exact_follows_the_dense_target(setting, every, lists, tiny_pair, draws, random_prompts):
+    """Where the sparse target does not: what it emits under these lists is told apart at once."""
+    pair, [prompt] = tiny_pair["noisy"], random_prompts([14], vocabulary=V)
+    params = SamplingParams(**SETTINGS[setting])
+    wanted, other = (third(pair[0], prompt, replace(params, temperature=t * params.temperature)) for t in (1, 0.5))
+    check(draws(pair, prompt, params, 3, mode="exact", exact_every=every, **lists), wanted, other)
+    assert p_value(draws(pair, prompt, params, 3, mode="sparse", **lists), wanted) < 1e-6
