@@ -146,8 +146,8 @@ class EngineConfig:
     )
     exact_every: int | None = option(
         None,
-        "mode exact: tokens that sparse rounds bring before a dense forward confirms them, 1 .. 64; default: as it pays, by how "
-        "many were confirmed so far",
+        "mode exact: tokens that sparse rounds bring before a dense forward confirms them, 1 .. 64; default: as many as pay, "
+        "by how often they were confirmed so far",
     )
     batch_size: int = option(8, "sequences that run at the same time; more prompts wait")
     prefill_chunk: int = option(2048, "prompt tokens per forward of the prefill")

@@ -13,7 +13,7 @@ from outrider.bench.floors import Round, against_floor, stage_bytes
 from outrider.bench.options import DecodeOptions, Run
 from outrider.bench.results import Row
 from outrider.bench.workload import Workload
-from outrider.config import SamplingParams, engine_config
+from outrider.config import MAX_EXACT_EVERY, EngineConfig, SamplingParams, engine_config
 from outrider.decoding.engine import Engine
 from outrider.decoding.sequence import Sequence
 from outrider.decoding.statistics import Statistics, total
@@ -45,7 +45,10 @@ class Measured:
 
 def new_tokens(options: DecodeOptions) -> int:
     """So many that no sequence ends in the measured rounds, or so near behind them that the engine sees it coming."""
-    return (WARM_UP + options.rounds + 2) * (options.draft_tokens + 1) + 1
+    if "exact" not in options.mode:
+        return (WARM_UP + options.rounds + 2) * (options.draft_tokens + 1) + 1
+    # measured up to where tokens are confirmed; a bonus token may come with them
+    return (WARM_UP + options.rounds + 2 * MAX_EXACT_EVERY) * (options.draft_tokens + 2) + 1
 
 
 def measure(work: Workload, run: Run, options: DecodeOptions, conditions: Mapping[str, Any], progress: Progress) -> Row:
@@ -59,9 +62,10 @@ def measure(work: Workload, run: Run, options: DecodeOptions, conditions: Mappin
         draft_tokens=options.draft_tokens,
         score_keys=run.scoring or "exact",
         kv_dtype=run.kv_dtype or "auto",
+        exact_every=options.exact_every,
         batch_size=work.batch,
     )
-    alignment = work.alignment if run.mode == "sparse" else None
+    alignment = work.alignment if config.verifies_sparsely else None
     engine = Engine(work.target, work.draft, config, alignment, **work.seams)
     return _row(work, run, engine, time_rounds(engine, _sequences(work, run, options), options.rounds, progress), conditions)
 
@@ -69,29 +73,39 @@ def measure(work: Workload, run: Run, options: DecodeOptions, conditions: Mappin
 def time_rounds(engine: Engine, sequences: list[Sequence], rounds: int, progress: Progress) -> Measured:
     """Run all sequences as one batch: `WARM_UP` rounds, then `rounds` by the clock. None of them may end on the way.
 
-    Raises RuntimeError where one does.
+    Both are a few more where tokens are emitted some rounds later: the clock starts and stops where some are.
+    Raises RuntimeError where a sequence ends.
     """
     events = engine.run(sequences, progress)
 
-    def one_round() -> int:
-        tokens = 0
-        for _ in sequences:
-            event = next(events)
+    def run_to(round_: int) -> None:
+        """Until the sequences, which begin together, have had so many rounds and all events of the last one have come."""
+        last = sequences[-1]
+        if last.statistics.rounds >= round_:
+            return
+        for event in events:
             if event.sequence.finish_reason is not None:
                 raise RuntimeError(event.sequence.error or f"a sequence has ended: {event.sequence.finish_reason}")
-            tokens += len(event.tokens)
-        return tokens
+            if event.sequence is last and last.statistics.rounds >= round_:
+                return
 
     def statistics() -> Statistics:
         return total([sequence.statistics for sequence in sequences])
 
     for done in range(WARM_UP):
         progress("warm up", done, WARM_UP)
-        one_round()
+        run_to(done + 1)
     progress("warm up", WARM_UP, WARM_UP)  # takes the bar away: nothing is drawn while the clock runs
     before, began = statistics(), time.perf_counter()
-    tokens = sum([one_round() for _ in range(rounds)])
-    return Measured(rounds=rounds, tokens=tokens, wall=time.perf_counter() - began, before=before, after=statistics())
+    run_to(before.rounds // len(sequences) + rounds)
+    wall, after = time.perf_counter() - began, statistics()
+    return Measured(
+        rounds=(after.rounds - before.rounds) // len(sequences),
+        tokens=after.generated_tokens - before.generated_tokens,
+        wall=wall,
+        before=before,
+        after=after,
+    )
 
 
 def _sequences(work: Workload, run: Run, options: DecodeOptions) -> list[Sequence]:
@@ -108,7 +122,7 @@ def _row(work: Workload, run: Run, engine: Engine, measured: Measured, condition
     per_row = measured.rounds * work.batch
     kept = measured.gain("listed") / measured.gain("cached")
     stages, round_ms = measured.stages, 1e3 * measured.wall / measured.rounds
-    reads = _reads(engine, work.batch, measured.gain("cached") / per_row, kept)
+    reads = _reads(engine, work.batch, measured.gain("cached") / per_row, kept, measured.gain("confirmations") / per_row)
     counted = stage_bytes(engine.target.spec, engine.draft.spec, work.weights, reads)
     rate = conditions["stream_gb_s"]
     return Row(
@@ -121,7 +135,7 @@ def _row(work: Workload, run: Run, engine: Engine, measured: Measured, condition
         context=work.context,
         batch=work.batch,
         tokens_per_second=measured.tokens / measured.wall,
-        acceptance=_acceptance(work, run, measured, per_row),
+        acceptance=_acceptance(work, run, measured, per_row) | _confirmation(work, engine.config, measured),
         round_ms=round_ms,
         host_ms=round_ms - sum(stages.values()),
         stages=stages,
@@ -138,7 +152,7 @@ def _row(work: Workload, run: Run, engine: Engine, measured: Measured, condition
     )
 
 
-def _reads(engine: Engine, batch: int, cached: float, kept: float) -> Round:
+def _reads(engine: Engine, batch: int, cached: float, kept: float, confirmations: float) -> Round:
     """What a round of this engine reads."""
     config, draft = engine.config, engine.draft.spec
     if config.mode == "plain":
@@ -149,11 +163,12 @@ def _reads(engine: Engine, batch: int, cached: float, kept: float) -> Round:
         batch=batch,
         cached=cached,
         draft_tokens=config.draft_tokens,
-        kept=kept if config.mode == "sparse" else None,
+        kept=kept if config.verifies_sparsely else None,
         draft_listed=max(config.draft_keep * cached, lists.sinks + lists.recent) if config.drafts_sparsely else None,
         scored_layers=engine.guidance.layers if engine.guidance is not None else (),
         score_bits=engine.guidance.bits if engine.guidance is not None else None,
         mass_bytes=2 if half else 4,
+        confirmations=confirmations,
     )
 
 
@@ -164,3 +179,16 @@ def _acceptance(work: Workload, run: Run, measured: Measured, rounds: int) -> di
     seen = [(after - before) / rounds for before, after in gains]
     rates = {"none": [], "real": seen, "scripted": list(work.rates or ())}[kind]
     return {"kind": kind, "rates": rates, "tokens_per_round": measured.tokens / rounds}
+
+
+def _confirmation(work: Workload, config: EngineConfig, measured: Measured) -> dict[str, Any]:
+    """What became of tentative tokens; nothing where there were none."""
+    confirmations = measured.gain("confirmations")
+    if not confirmations:
+        return {}
+    return {
+        "agreement": work.agreement,  # as scripted; None: real
+        "exact_every": config.exact_every,
+        "tentative_per_confirmation": measured.gain("tentative") / confirmations,
+        "confirmed_per_confirmation": measured.gain("confirmed") / confirmations,
+    }

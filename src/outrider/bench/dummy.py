@@ -46,6 +46,22 @@ class ScriptedJudge:
         return Verified(accepted, greedy(logits).gather(1, accepted[:, None])[:, 0])
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ScriptedAgreement:
+    """Confirms tentative tokens at a given rate, in place of the engine's `judge` of these, by numbers as evenly spread."""
+
+    rate: float  # chance that a token passes where all before it do
+    judged: list[int] = field(default_factory=lambda: [0])  # tokens so far
+
+    def __call__(self, trace: DraftTrace, logits: Tensor, inputs: Inputs) -> Verified:
+        """logits [1, n + 1, V] over n tentative tokens -> accepted [1] and the target's own next token [1]."""
+        n, device = trace.tokens.shape[1], logits.device
+        numbers = (self.judged[0] + torch.arange(n, device=device) + 0.5) * GOLDEN % 1
+        self.judged[0] += n
+        accepted = (numbers < self.rate).long().cumprod(0).sum(0, keepdim=True)
+        return Verified(accepted, greedy(logits).gather(1, accepted[:, None])[:, 0])
+
+
 def read_noise(model: LanguageModel, cache: KVCache, tokens: Tensor, stop: int) -> None:
     """Fill the rows of a chunk `tokens` [B, T], which ends at row `stop`, with noise; in place of the engine's `read`."""
     rows = slice(stop - tokens.shape[1], stop)
@@ -80,8 +96,10 @@ def dummy_models(pair: Pair, device: torch.device) -> tuple[LanguageModel, Langu
     return target, draft
 
 
-def dummy_workloads(cases: Sequence[Case], rates: tuple[float, ...], device: torch.device) -> list[Workload]:
-    """The cases of one pair, on the same models."""
+def dummy_workloads(
+    cases: Sequence[Case], rates: tuple[float, ...], device: torch.device, agreement: float = 1.0
+) -> list[Workload]:
+    """The cases of one pair, on the same models. `rates` and `agreement` are those of the two scripts."""
     target, draft = dummy_models(cases[0].pair, device)
     judge = ScriptedJudge(torch.tensor(rates, device=device))
     return [
@@ -93,7 +111,8 @@ def dummy_workloads(cases: Sequence[Case], rates: tuple[float, ...], device: tor
             alignment=random_alignment(target.spec, draft.spec),
             prompts=random_prompts(case.context, case.batch, target.spec.vocabulary),
             rates=rates,
-            seams={"read": read_noise, "judge": judge},
+            agreement=agreement,
+            seams={"read": read_noise, "judge": judge, "confirming": ScriptedAgreement(agreement)},
         )
         for case in cases
     ]

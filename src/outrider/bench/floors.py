@@ -6,6 +6,7 @@
     select    the scores, once, and the lists that are written
     verify    the target's weights, its output layer, and keys and values: the listed ones, or all
     accept    the logits, once
+    confirm   by the round: the target's weights, its output layer and all keys and values, as often as a sequence is confirmed
 
 Embedding tables are not counted (a token reads one row), nor are activations and the round's own keys and values.
 """
@@ -54,11 +55,12 @@ class Round:
     scored_layers: tuple[int, ...] = ()  # of the draft
     score_bits: int | None = None  # of their keys; None: the cache's own
     mass_bytes: int = 2  # of one score
+    confirmations: float = 0.0  # of a sequence, a round
 
 
 def stage_bytes(target: ModelSpec, draft: ModelSpec, weights: tuple[Weights, Weights], round_: Round) -> dict[str, int]:
     """Bytes of each stage of a round; `weights` are those of target and draft. Lists belong to KV heads. Without drafted tokens
-    no stage but the last two reads anything."""
+    verify and accept alone read anything."""
     b, s, k = round_.batch, round_.cached, round_.draft_tokens
     steps = k + 1 if k else 0
     of_target, of_draft = weights
@@ -72,6 +74,7 @@ def stage_bytes(target: ModelSpec, draft: ModelSpec, weights: tuple[Weights, Wei
         "select": scores + b * lists,
         "verify": of_target.body + of_target.output + b * sum(_kv_bytes(target, s, listed)),
         "accept": b * (k + 1) * target.vocabulary * target.dtype.itemsize,
+        "confirm": round_.confirmations * (of_target.body + of_target.output + b * sum(_kv_bytes(target, s, None))),
     }
     return {stage: round(count) for stage, count in counted.items()}
 

@@ -8,20 +8,23 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from outrider.bench.cases import CASES, DEFAULT_CASES, TINY_CASE, Case
-from outrider.config import KV_DTYPES, SCORE_KEYS, Budget, check, option
+from outrider.config import KV_DTYPES, SCORE_KEYS, Budget, EngineConfig, check, option
 from outrider.errors import OptionError
 
 OURS, VLLM, TRANSFORMERS = "outrider", "vllm", "transformers"
-MODES_OF = {OURS: ("plain", "dense", "sparse"), VLLM: ("plain", "dense"), TRANSFORMERS: ("plain",)}
+DEFAULT_MODES = ("plain", "dense", "sparse")
+MODES_OF = {OURS: (*DEFAULT_MODES, "exact"), VLLM: ("plain", "dense"), TRANSFORMERS: ("plain",)}
+LISTED = ("sparse", "exact")  # modes whose rounds read lists
 DRAFTING = ("dense", "sparse")
 DEVICES = ("cuda", "cpu")
 DEFAULT_RATES = (0.9, 0.8, 0.7, 0.6)  # of 4 drafted tokens
+DEFAULT_AGREEMENT = 0.98
 WITH_TARGET = ("draft", "alignment", "prompt_file", "context", "batch")  # options that real models need and cases do not take
 
 
 def is_scored(engine: str, mode: str, drafting: str | None) -> bool:
     """Someone reads lists, so the draft's keys are scored."""
-    return engine == OURS and "sparse" in (mode, drafting)
+    return engine == OURS and (mode in LISTED or drafting == "sparse")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +44,9 @@ class DecodeOptions:
 
     case: tuple[str, ...] = option((), f"{', '.join(CASES)}; default: {DEFAULT_CASES[0].name} to {DEFAULT_CASES[-1].name}")
     engine: tuple[str, ...] = option((OURS,), ", ".join(MODES_OF))
-    mode: tuple[str, ...] = option(MODES_OF[OURS], "plain (the target alone), dense or sparse verification")
+    mode: tuple[str, ...] = option(
+        DEFAULT_MODES, "plain (the target alone), dense or sparse verification, or exact (sparse, then confirmed densely)"
+    )
     drafting: tuple[str, ...] = option(DRAFTING, "what the draft reads: dense (all) or sparse (the kept share)")
     score_keys: tuple[str, ...] = option(
         ("auto",),
@@ -57,6 +62,12 @@ class DecodeOptions:
         "scripted acceptance of dummy weights: for each of the K drafted tokens the share of rounds in which it and all before "
         "it are accepted, by commas; default .9,.8,.7,.6",
     )
+    agreement: float | None = option(
+        None,
+        "scripted agreement of dummy weights in mode exact: the chance that a tentative token is confirmed where all before it "
+        f"are, in [0, 1]; default {DEFAULT_AGREEMENT:g}",
+    )
+    exact_every: int | None = option(None, "mode exact: tokens before a dense forward confirms them, as in generation")
     rounds: int = option(40, "rounds that are measured")
     device: str = option("cuda", "cuda; cpu for the tiny case and for real models")
     target: str | None = option(None, "a real target (folder, hub id or builtin) in place of cases with dummy weights")
@@ -94,6 +105,11 @@ class DecodeOptions:
         return DEFAULT_RATES if self.acceptance is None else tuple(float(part) for part in self.acceptance.split(","))
 
     @property
+    def scripted_agreement(self) -> float:
+        """Of tentative tokens of dummy weights with those of a dense target."""
+        return DEFAULT_AGREEMENT if self.agreement is None else self.agreement
+
+    @property
     def runs(self) -> tuple[Run, ...]:
         """What every case is measured with: peers first, since they need the device's memory to themselves."""
         found: list[Run] = []
@@ -126,6 +142,9 @@ class DecodeOptions:
 
     def _check_numbers(self) -> None:
         Budget(keep=self.keep, allocation=self.allocation, unlisted=self.unlisted)
+        EngineConfig(exact_every=self.exact_every)
+        agreement = self.agreement
+        check("agreement", agreement, agreement is None or 0 <= agreement <= 1, "a number in [0, 1]")
         for name in ("draft_tokens", "rounds", "peer_timeout"):
             value = getattr(self, name)
             check(name.replace("_", "-"), value, value >= 1, "a whole number >= 1")
@@ -146,8 +165,9 @@ class DecodeOptions:
             if self.device == "cpu":
                 check("device", "cpu", self.cases == (TINY_CASE,), "cuda; cpu with --case tiny or --target")
             return
-        for name in ("case", "acceptance"):
-            check(name, getattr(self, name), not getattr(self, name), "nothing with --target: real models bring their own")
+        for name in ("case", "acceptance", "agreement"):
+            given = getattr(self, name)
+            check(name, given, given in (None, ()), "nothing with --target: real models bring their own")
         check("engine", ", ".join(self.engine), self.engine == (OURS,), f"{OURS} with --target: peers run with dummy weights")
         check("prompt-file", self.prompt_file, self.prompt_file is not None, "a file of UTF-8 text with --target")
         check("context", self.context, (self.context or 0) >= 2, "a whole number >= 2 with --target")

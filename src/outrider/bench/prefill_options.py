@@ -12,7 +12,7 @@ from outrider.bench.options import DEVICES, OURS, VLLM, check_vllm
 from outrider.config import KV_DTYPES, PREFILL_METHODS, EngineConfig, check, option
 from outrider.errors import OptionError
 
-MODES_OF = {engine: options.MODES_OF[engine] for engine in (OURS, VLLM)}
+MODES_OF = {OURS: options.DEFAULT_MODES, VLLM: options.MODES_OF[VLLM]}
 MODES = MODES_OF[OURS]
 
 

@@ -29,7 +29,8 @@ class Row:
     context: int  # tokens of a prompt
     batch: int
     tokens_per_second: float | None = None  # of all sequences together
-    # kind: scripted, real or none; rates [K]: share of rounds in which token i and all before it pass; tokens_per_round
+    # kind: scripted, real or none; rates [K]: share of rounds in which token i and all before it pass; tokens_per_round;
+    # of mode exact also agreement, as scripted, exact_every, and tentative and confirmed tokens per confirmation
     acceptance: dict[str, Any] = field(default_factory=dict)
     round_ms: float | None = None  # wall clock
     host_ms: float | None = None  # of it, what no stage of the device accounts for

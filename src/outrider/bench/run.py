@@ -67,7 +67,7 @@ def _dummy_rows(
     cases: list[Case], options: DecodeOptions, device: torch.device, known: dict[str, Any], progress: Progress
 ) -> Iterator[Row]:
     progress("make models", 0, 1)
-    works = dummy_workloads(cases, options.rates, device)
+    works = dummy_workloads(cases, options.rates, device, options.scripted_agreement)
     progress("make models", 1, 1)
     yield from _our_rows(works, options, known, progress)
 

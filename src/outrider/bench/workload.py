@@ -23,6 +23,7 @@ class Workload:
     alignment: Alignment | None
     prompts: list[list[int]]  # of equal length
     rates: tuple[float, ...] | None = None  # of a scripted verifier; None: real acceptance
+    agreement: float | None = None  # of tentative tokens with a scripted dense target; None: real
     seams: dict[str, Any] = field(default_factory=dict)  # what `Engine` takes in place of its own
 
     @property

@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from outrider.guidance.alignment import AlignmentFile
 
 NONE = "-"
+CONFIRM = "confirm"  # the stage of mode exact
 
 
 def run_table(runs: Sequence[Statistics]) -> Table:
     """One column a mode: what was read, what was accepted, where the time went."""
+    confirmed = any(run.confirmations for run in runs)
     rows: list[tuple[str, Callable[[Statistics], str]]] = [
         ("prompt tokens", lambda s: str(s.prompt_tokens)),
         ("generated tokens", lambda s: str(s.generated_tokens)),
@@ -33,10 +35,18 @@ def run_table(runs: Sequence[Statistics]) -> Table:
         ("accepted tokens per round", lambda s: f"{s.accepted_per_round:.2f}"),
         ("kept fraction", lambda s: _percent(s.kept_fraction)),
         ("KV bytes read, of dense", lambda s: _percent(s.kv_read_fraction)),
-        *((f"seconds: {stage}", _seconds_of(stage)) for stage in runs[0].seconds),
+        *((f"seconds: {stage}", _seconds_of(stage)) for stage in runs[0].seconds if stage != CONFIRM or confirmed),
     ]
     if any(run.prefill_before for run in runs):
         rows.insert(1, ("kept by the prompt's blocks", lambda s: _percent(s.prefill_kept_fraction)))
+    if confirmed:
+        at = [name for name, _ in rows].index("kept fraction")
+        rows[at:at] = [
+            ("tentative tokens", _of_tentative(lambda s: s.tentative)),
+            ("of these confirmed", _of_tentative(lambda s: s.confirmed)),
+            ("rolled back", _of_tentative(lambda s: s.rolled_back)),
+            ("dense forwards that confirm", _of_tentative(lambda s: s.confirmations)),
+        ]
     if any(run.audited for run in runs):
         rows.append(("agreement with the dense target", _agreement))
     headers = [run.mode if run.method is None else f"{run.mode} ({run.method})" for run in runs]
@@ -196,6 +206,10 @@ def _ratio(value: float | None, base: float | None) -> str:
 
 def _seconds_of(stage: str) -> Callable[[Statistics], str]:
     return lambda statistics: f"{statistics.seconds[stage]:.2f}"
+
+
+def _of_tentative(count: Callable[[Statistics], int]) -> Callable[[Statistics], str]:
+    return lambda statistics: str(count(statistics)) if statistics.confirmations else NONE
 
 
 def _agreement(statistics: Statistics) -> str:

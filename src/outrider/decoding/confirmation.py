@@ -1,14 +1,14 @@
 """Confirm: one dense forward of the target over the tentative tokens that sparse rounds have brought.
 
-    caches before    [ confirmed 0 .. C )[ C .. C + n )              n tokens: the last confirmed one, then all tentative ones but
-                                          written over lists          the last, which is pending
-    dense forward                        [ last confirmed, x_1 .. x_n ]  in place of them: p_1 .. p_n, and p_n+1 behind them
-    caches after     [ 0 .. C + a + 1 )                              a tentative tokens passed, and one was drawn from what p says
+    caches before   [ confirmed 0 .. C )[ C .. C + n )      written over lists: the last confirmed token and all n tentative
+                                                            ones but the last, which is pending
+    dense forward                       [ last, x_1 .. x_n ]   writes these rows anew; says p_1 .. p_n, and p_n+1 behind them
+    caches after    [ 0 .. C + a + 1 )                      a tentative tokens passed; what follows them is drawn, and pending
 
 Tentative token x_i was drawn from q_i, what the sparse target made of the tokens before it. To the dense target it is what a
-drafted token is to a round, so the same test decides: speculative sampling, with the sparse target in the draft's place. Why the
-outcome follows the dense target's distribution is in docs/exactness.md; one condition on rounds is `drafts greedily`: lists
-depend on the drafted tokens, so these must not be drawn, or x_i would not follow q_i.
+drafted token is to a round, so the same test decides: speculative sampling, with the sparse target in the draft's place. That
+the outcome follows the dense target's distribution is shown in docs/exactness.md. It takes rounds whose lists are settled by
+the tokens before them: so the draft, whose tokens choose the lists, must not draw them, but proposes its most probable ones.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ class DraftLists:
         ]
 
     def truncate(self, lengths: Tensor) -> None:
-        """Forget what lies at and past `lengths` [B] of rows that are shorter now: their lists end there, and go on from there."""
+        """Forget what lies at and past `lengths` [B] of rows that are shorter now: lists end there, and go on from there."""
         place = torch.arange(self.indices.shape[-1], device=lengths.device)
         before = (self.indices < lengths[:, None, None]) & (place < self.counts[..., None])  # lists ascend
         self.counts.copy_(torch.where((lengths < self.lengths)[:, None], before.sum(-1), self.counts))

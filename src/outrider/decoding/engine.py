@@ -123,9 +123,8 @@ class Engine:
         capacity = aligned(max(lengths) + 2 * (k + 1) + spare_rows(self.config))
         keeps_logits = self.config.confirms and not all_greedy([s.params for s in sequences])
         runner, self._idle = self._idle, None
-        if runner is not None and runner.slots >= slots and runner.capacity >= capacity:
-            if runner.logits is not None or not keeps_logits:
-                return runner
+        if runner is not None and runner.fits(slots, capacity, keeps_logits):
+            return runner
         del runner  # its memory is needed
         drafts, guidance, draft = self.config.mode != "plain", self.guidance, self.draft.spec
         bits, layers = (None, ()) if guidance is None else (guidance.bits, guidance.layers)

@@ -85,4 +85,6 @@ class Confirmations:
         return any(self._is_due(s, more) or (s.may_end and s.params.temperature > 0) for s in held)
 
     def _is_due(self, sequence: Sequence, more: int) -> bool:
-        return sequence.closing or (bool(sequence.tentative or more) and len(sequence.tentative) + more >= self.pace(sequence).every)
+        return sequence.closing or (
+            bool(sequence.tentative or more) and len(sequence.tentative) + more >= self.pace(sequence).every
+        )

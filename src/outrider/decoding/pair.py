@@ -119,7 +119,12 @@ def make_guidance(
     bits = code_bits(config.score_keys, draft, config.draft_tokens + 1)
     rehearse(target, draft, choosing, config.draft_tokens + 1, drafting, bits)
     if bits is not None and config.confirms:  # from round to round a sequence may grow by a bonus token more
-        check("K (draft-tokens)", k := config.draft_tokens, k + 2 <= BLOCK, f"at most {BLOCK - 2} with keys in few bits and mode exact")
+        check(
+            "K (draft-tokens)",
+            k := config.draft_tokens,
+            k + 2 <= BLOCK,
+            f"at most {BLOCK - 2} with keys in few bits and mode exact",
+        )
     if not (choosing or drafting or rival):
         return None
     return Guidance(target=choosing, draft=drafting, rival=rival, bits=bits if choosing or drafting else None)

@@ -87,6 +87,10 @@ class Runner:
         shape = slots, self.k + 5
         self._landing = [torch.zeros(shape, dtype=torch.float64, pin_memory=pinned) for _ in range(2)]  # in turn, as inputs
 
+    def fits(self, slots: int, capacity: int, keeps_logits: bool) -> bool:
+        """Another run has room here."""
+        return self.slots >= slots and self.capacity >= capacity and (self.logits is not None or not keeps_logits)
+
     def warm_up(self, kind: RoundKind, progress: Callable[[str, int, int], None]) -> None:
         """Two rounds over nothing: builds, compiles and captures a kind of round before the first prompt is read."""
         if not self.stages.capture or self.stages.knows(kind):
