@@ -31,7 +31,7 @@ class DraftTrace:
     """What the draft leaves behind after proposing."""
 
     tokens: Tensor  # [B, K] int64, the drafted tokens
-    probs: Tensor | None  # [B, K, V] fp32, the distribution each was drawn from; None where all are greedy (one-hot)
+    probs: Tensor | None  # [B, K, V] fp32, the distribution each was drawn from; None where all are greedy, or chosen by noise
     queries: tuple[Tensor, ...]  # per draft layer [B, T, Hq, D]: post-RoPE queries of the pending and all drafted tokens
 
 

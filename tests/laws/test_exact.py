@@ -12,8 +12,11 @@ import pytest
 import torch
 
 from outrider.config import SamplingParams
+from outrider.decoding import runner
+from outrider.decoding.noise import Noise, key_of
 from outrider.decoding.prefill import prefill
-from outrider.decoding.statistics import total
+from outrider.decoding.sampling import Sampling, distributions
+from outrider.decoding.statistics import ReadCounter, total
 from outrider.models import LanguageModel
 
 COUNT = 24
@@ -29,7 +32,7 @@ def check_counts(results):
     for result in results:
         statistics = result.statistics
         assert statistics.tentative == statistics.confirmed + statistics.rolled_back
-        assert 1 <= statistics.confirmations <= statistics.rounds
+        assert statistics.confirmations <= min(statistics.rounds, statistics.tentative)
         assert statistics.generated_tokens == len(result.token_ids)
     return total([result.statistics for result in results])
 
@@ -56,7 +59,7 @@ def test_law_3_equals_generate_of_the_target_alone(family, draft, make_pair, gen
     assert check_counts(results).rolled_back > 0
 
 
-@pytest.mark.parametrize("every", [1, 2, 5, 16, 64, None])
+@pytest.mark.parametrize("every", [1, 2, 5, 64, None])
 def test_law_3_however_many_tokens_are_confirmed_at_a_time(every, make_pair, generate, alone, random_prompts):
     """By a draft of noise."""
     pair, prompts = make_pair("llama", "other"), random_prompts([21, 1, 34], seed=2)
@@ -73,14 +76,13 @@ def test_law_3_whoever_makes_the_lists(method, make_pair, generate, alone, rando
     check_counts(results)
 
 
-@pytest.mark.parametrize("options", [{"unlisted": "mean"}, {"drafting": "dense"}, {"kv_dtype": "fp8"}, {"draft_tokens": 20}],
+@pytest.mark.parametrize("options", [{"unlisted": "mean"}, {"drafting": "dense"}, {"kv_dtype": "fp8"}, {"draft_tokens": 17}],
                          ids=lambda options: next(iter(options)))  # fmt: skip
-@pytest.mark.parametrize("every", [2, 16])
-def test_law_3_whatever_the_options(options, every, make_pair, generate, random_prompts):
+def test_law_3_whatever_the_options(options, make_pair, generate, random_prompts):
     pair, prompts = make_pair("qwen3"), random_prompts([40])
     params, shared = SamplingParams(max_new_tokens=COUNT), {"kv_dtype": options.get("kv_dtype", "auto")}
     dense = generate(pair, prompts, params, mode="dense", **shared)
-    assert tokens(generate(pair, prompts, params, exact_every=every, **(STARVED | options))) == tokens(dense)
+    assert tokens(generate(pair, prompts, params, exact_every=3, **(STARVED | options))) == tokens(dense)
 
 
 def test_law_3_builtin_pair(builtin_pair, make_engine, alone, book):
@@ -125,6 +127,39 @@ def test_what_is_cached_is_what_the_dense_target_would_have_written(every, make_
     assert checked >= 3 and sequences[0].statistics.rolled_back > 0
 
 
+@pytest.fixture(scope="module")
+def drawn(independent):
+    """`drawn(target, prompt, params)`: the text that transformers' own model draws by the noise of that seed."""
+
+    @torch.inference_mode()
+    def run(target, prompt, params):
+        text, key = list(prompt), torch.tensor([key_of(params.seed)])
+        for position in range(len(prompt), len(prompt) + params.max_new_tokens):
+            logits = independent(target)(input_ids=torch.tensor([text])).logits[:, -1:]
+            noise = Noise(keys=key, first=torch.tensor([position]))
+            text.append(int(noise.choose(distributions(logits, Sampling.of([params])))))
+        return text[len(prompt) :]
+
+    return run
+
+
+SETTINGS = [{"temperature": 0.8}, {"temperature": 1.1, "top_p": 0.7, "top_k": 12}, {"temperature": 5.0}]
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=["sampled", "filtered", "flat"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_law_4_the_text_is_what_the_target_alone_draws(family, setting, make_pair, generate, drawn, random_prompts):
+    """Whatever is kept, drafted, and confirmed at a time: the same noise, the same text."""
+    pair, prompts = make_pair(family), random_prompts([21, 1, 34], seed=3)
+    params = [SamplingParams(max_new_tokens=COUNT, seed=seed, **setting) for seed in range(3)]
+    wanted = [drawn(pair[0], prompt, own) for prompt, own in zip(prompts, params, strict=True)]
+    assert len({token for text in wanted for token in text}) > COUNT
+    for options in ({"exact_every": 1}, {"exact_every": 5, "keep": 0.3, "draft_tokens": 1}, {"min_context": 30}):
+        results = generate(pair, prompts, params, batch_size=2, **(STARVED | options))
+        assert tokens(results) == wanted
+        assert check_counts(results).rolled_back > 0
+
+
 LENGTHS = [23, 1, 40, 2, 31, 11, 27]  # more than slots; some below the shortest context of a sparse round (8)
 
 
@@ -139,37 +174,72 @@ def check_rows(engine, prompts, params):
     return together
 
 
-def params_for(lengths, **setting):
-    return [SamplingParams(max_new_tokens=3 + 7 * i % 31, seed=100 + i, **setting) for i in range(len(lengths))]
+def params_for(lengths):
+    """Greedy, sampled and filtered rows side by side."""
+    settings = [{}, *SETTINGS]
+    return [SamplingParams(max_new_tokens=3 + 7 * i % 31, seed=100 + i, **settings[i % 3]) for i in range(len(lengths))]
 
 
-@pytest.mark.parametrize("setting", [{}, {"temperature": 0.8}, {"temperature": 1.1, "top_p": 0.7, "top_k": 12}],
-                         ids=["greedy", "sampled", "filtered"])  # fmt: skip
-@pytest.mark.parametrize("every", [1, 5, None])
-def test_law_7_a_row_of_a_batch_equals_the_row_alone(every, setting, make_pair, make_engine, random_prompts):
-    engine = make_engine(make_pair("qwen2"), mode="exact", exact_every=every, batch_size=3, prefill_chunk=9)
-    together = check_rows(engine, random_prompts(LENGTHS), params_for(LENGTHS, **setting))
+@pytest.mark.parametrize("every, batch_size", [(1, 3), (5, 2), (None, 8)])
+def test_law_7_a_row_of_a_batch_equals_the_row_alone(every, batch_size, make_pair, make_engine, random_prompts):
+    engine = make_engine(make_pair("qwen2"), mode="exact", exact_every=every, batch_size=batch_size, prefill_chunk=9)
+    together = check_rows(engine, random_prompts(LENGTHS), params_for(LENGTHS))
     assert sum(result.statistics.rolled_back for result in together) > 0
-
-
-def test_law_7_greedy_and_sampled_rows_side_by_side(make_pair, make_engine, random_prompts):
-    """Greedy rows have tentative tokens whose logits nobody kept when a sampled one joins them."""
-    params = [replace(own, temperature=i % 2 * 0.9) for i, own in enumerate(params_for(LENGTHS))]
-    check_rows(make_engine(make_pair("llama"), mode="exact", exact_every=6, batch_size=2), random_prompts(LENGTHS), params)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_law_7_rows_that_end_for_different_reasons(temperature, make_pair, make_engine, random_prompts, byte_tokenizer):
+    """Tentative tokens that would end a row do so where they are confirmed; nothing behind them is emitted."""
     target, draft = make_pair("qwen3", vocab_size=257, tokenizer=byte_tokenizer)
-    prompts = random_prompts(LENGTHS[:5], vocabulary=256)
+    prompts = random_prompts([23, 31, 40, 11], vocabulary=256)
     options = {"mode": "exact", "exact_every": 6}
-    sampled = [SamplingParams(max_new_tokens=20, temperature=temperature, seed=i) for i in range(5)]
+    sampled = [SamplingParams(max_new_tokens=16, temperature=temperature, seed=i) for i in range(4)]
     plain = make_engine((target, draft), **options).generate(prompts, sampled)
     ending = LanguageModel(target.module, byte_tokenizer, replace(target.spec, eos_tokens=(plain[0].token_ids[9],)))
-    stops = [(), (), (plain[2].text[4:6],), (), (plain[4].text[7],)]
-    params = [replace(own, max_new_tokens=20 - i, stop=stops[i], ignore_eos=i == 3) for i, own in enumerate(sampled)]
+    stops = [(), (plain[1].text[4:6],), (), (plain[3].text[7],)]
+    params = [replace(own, max_new_tokens=16 - i, stop=stops[i], ignore_eos=i == 2) for i, own in enumerate(sampled)]
     together = check_rows(make_engine((ending, draft), batch_size=3, **options), prompts, params)
-    if temperature == 0:  # a sampled text may be another one where its end is confirmed earlier
-        for result, whole in zip(together, plain, strict=True):
-            assert result.token_ids == whole.token_ids[: len(result.token_ids)]
-    assert {result.finish_reason for result in together} >= {"eos", "stop", "length"}
+    for result, whole in zip(together, plain, strict=True):
+        assert result.token_ids == whole.token_ids[: len(result.token_ids)]
+    assert {result.finish_reason for result in together} == {"eos", "stop", "length"}
+
+
+def test_law_8_what_a_confirmation_replaces_is_not_read(make_pair, make_engine, random_prompts, monkeypatch):
+    """NaN in all that sparse rounds have written of the target's keys and values: the dense forward writes it anew."""
+    engine = make_engine(make_pair("llama"), exact_every=6, **STARVED)
+    prompts, params = random_prompts([40, 23]), SamplingParams(max_new_tokens=COUNT)
+    wanted = engine.generate(prompts, params)
+    confirm, poisoned = runner.confirm, []
+
+    def poison(rows, sequences, judge):
+        cache = rows.caches[0]
+        for row, sequence in enumerate(sequences):
+            behind = slice(sequence.cached - len(sequence.tentative), None)
+            for layer in range(len(cache.layers)):
+                cache.keys(layer)[row, behind] = cache.values(layer)[row, behind] = torch.nan
+            poisoned.append(len(sequence.tentative))
+        return confirm(rows, sequences, judge)
+
+    monkeypatch.setattr(runner, "confirm", poison)
+    assert tokens(engine.generate(prompts, params)) == tokens(wanted)
+    assert sum(poisoned) > 2 * COUNT
+
+
+def test_law_8_a_run_reports_what_it_has_read(make_pair, make_engine, random_prompts, monkeypatch):
+    """Rounds as in mode sparse, and every row of the cache once for each confirmation."""
+    engine = make_engine(make_pair("llama"), exact_every=6, **STARVED)
+    read, confirm = [], runner.confirm
+
+    def spy(rows, sequences, judge):
+        read.append(sum(sequence.cached + 1 for sequence in sequences))  # C cached ones and n + 1 of its own
+        return confirm(rows, sequences, judge)
+
+    monkeypatch.setattr(runner, "confirm", spy)
+    [result] = engine.generate(random_prompts([40]), SamplingParams(max_new_tokens=COUNT))
+    statistics, target = result.statistics, engine.target.spec
+    row = sum(2 * layer.kv_heads * layer.head_dim * 4 for layer in target.layers)
+    monkeypatch.setattr(ReadCounter, "dense", lambda *given: 0)
+    [rounds] = engine.generate(random_prompts([40]), SamplingParams(max_new_tokens=COUNT))
+    read = read[: statistics.confirmations]
+    assert statistics.bytes_read - rounds.statistics.bytes_read == sum(read) * row
+    assert statistics.bytes_dense == rounds.statistics.bytes_dense

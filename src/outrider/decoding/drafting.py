@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from outrider.config import Budget
+from outrider.decoding.noise import Noise
 from outrider.decoding.sampling import Sampling, distributions, draw, greedy
 from outrider.guidance.selectors.base import longest_list
 from outrider.models import KVCache, LanguageModel, ModelSpec
@@ -21,13 +22,15 @@ def propose(
     uniforms: Tensor,
     vocabulary: int,
     lists: DraftLists | None = None,
+    noise: Noise | None = None,
 ) -> DraftTrace:
     """Draft K tokens behind the pending ones.
 
     `pending` [B] int64 and `uniforms` [B, K], random numbers, lie on the draft's device. A draft whose logits are wider or
     narrower (padded embeddings) than the target's `vocabulary` is cut or padded to it. The draft takes K + 1 steps: the last
     one proposes nothing, but leaves the key of the last drafted token in the cache and its query in the trace. Advances `cache`
-    by K + 1. With `lists` of the same rows the draft attends to these, without to its whole cache.
+    by K + 1. With `lists` of the same rows the draft attends to these, without to its whole cache. With `noise` it chooses by
+    that, and no distributions are kept.
     """
     k, own = uniforms.shape[1], draft.spec.vocabulary
     token, tokens, probs, queries = pending, [], [], []
@@ -44,6 +47,8 @@ def propose(
                 logits = pad(logits, (0, vocabulary - own), value=float("-inf"))
             if sampling.greedy:
                 token = greedy(logits)[:, 0]
+            elif noise is not None:
+                token = noise.choose(distributions(logits, sampling), step)[:, 0]
             else:
                 probs.append(distributions(logits, sampling)[:, 0])
                 token = draw(probs[-1], uniforms[:, step])

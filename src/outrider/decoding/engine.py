@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from outrider.config import EngineConfig, SamplingParams, check
-from outrider.decoding.confirmation import SparseLogits, spare_rows
+from outrider.decoding.confirmation import spare_rows
 from outrider.decoding.drafting import DraftLists
 from outrider.decoding.loop import Event, Loop, Watch
 from outrider.decoding.memory import RowDemand, free_bytes, plan_rows
@@ -13,7 +13,6 @@ from outrider.decoding.pair import make_guidance, rehearse
 from outrider.decoding.prefill import ProgressCallback, ReadChunk, read_chunk
 from outrider.decoding.rounds import Judge, judge
 from outrider.decoding.runner import Runner
-from outrider.decoding.sampling import all_greedy
 from outrider.decoding.scoring import mass_dtype
 from outrider.decoding.sequence import Sequence
 from outrider.decoding.sparse_prefill import SparsePrefill, make_sparse_prefill
@@ -121,9 +120,8 @@ class Engine:
         k = self.config.draft_tokens
         # the last round, and one begun before its outcome was known, may run past
         capacity = aligned(max(lengths) + 2 * (k + 1) + spare_rows(self.config))
-        keeps_logits = self.config.confirms and not all_greedy([s.params for s in sequences])
         runner, self._idle = self._idle, None
-        if runner is not None and runner.fits(slots, capacity, keeps_logits):
+        if runner is not None and runner.slots >= slots and runner.capacity >= capacity:
             return runner
         del runner  # its memory is needed
         drafts, guidance, draft = self.config.mode != "plain", self.guidance, self.draft.spec
@@ -136,7 +134,6 @@ class Engine:
             score_bytes=mass_dtype(draft).itemsize,
             list_entries=0 if guidance is None else guidance.entries(capacity),
             code_bytes=0 if bits is None else coded_bytes((draft.layers[layer] for layer in layers), bits),
-            kept_logits=SparseLogits.width(self.config) if keeps_logits else 0,
         )
         longest, free = lengths.index(max(lengths)), free_bytes(self.target.spec.device)
         reading = max((reader.bytes(draft, capacity, self.config.prefill_chunk) for reader in readers), default=0)
@@ -150,10 +147,9 @@ class Engine:
             guidance,
             lists,
             None if bits is None else QuantizedKeys(self.draft, layers, bits, slots, capacity),
-            SparseLogits(self.target.spec, slots, demand.kept_logits) if keeps_logits else None,
             self.judge,
             draft_tokens=k,
-            greedy_drafts=self.config.confirms,
+            common_noise=self.config.confirms,
             slots=slots,
             capacity=capacity,
             capture=self.captures,

@@ -4,7 +4,6 @@
         + masses of the draft's attention, twice: a round first runs as it is, then as a graph, in memory of its own
         + token lists
         + the draft's keys in few bits, where scoring reads these
-        + the target's logits of tokens that are to be confirmed
 
 Weights are loaded by then. What else comes and goes (activations, a prefill's masks, graphs) has a reserve.
 """
@@ -38,7 +37,6 @@ class RowDemand:
     score_bytes: int = 0  # of one mass: 2 in bf16, 4 in fp32
     list_entries: int = 0  # Lt x Hs x M
     code_bytes: int = 0  # of one token's keys in few bits, in all scored layers
-    kept_logits: int = 0  # W: tokens whose logits are kept until they are confirmed
 
     @property
     def target_bytes(self) -> int:
@@ -61,18 +59,8 @@ class RowDemand:
         return self.capacity * self.code_bytes
 
     @property
-    def logit_bytes(self) -> int:
-        """Bytes of the target's logits that are kept."""
-        return self.kept_logits * self.target.vocabulary * self.target.dtype.itemsize
-
-    @property
-    def fixed_bytes(self) -> int:
-        """Bytes that do not grow with the capacity, as far as lists are as long as the demand's."""
-        return self.list_entries * INDEX_BYTES + self.logit_bytes
-
-    @property
     def bytes(self) -> int:
-        return self.target_bytes + self.draft_bytes + self.guidance_bytes + self.coded_bytes + self.logit_bytes
+        return self.target_bytes + self.draft_bytes + self.guidance_bytes + self.coded_bytes
 
 
 def token_bytes(model: ModelSpec) -> int:
@@ -87,8 +75,9 @@ def rows_that_fit(demand: RowDemand, free: int) -> int:
 
 def tokens_that_fit(demand: RowDemand, free: int) -> int:
     """The largest capacity of a single row in `free` bytes, the reserve left alone, with lists as long as the demand's."""
-    per_token = (demand.bytes - demand.fixed_bytes) // demand.capacity
-    return max(0, (_usable(free) - demand.fixed_bytes) // per_token)
+    lists = demand.list_entries * INDEX_BYTES
+    per_token = (demand.bytes - lists) // demand.capacity
+    return max(0, (_usable(free) - lists) // per_token)
 
 
 def plan_rows(demand: RowDemand, wanted: int, free: int | None, *, prompt: int, tokens: int, reading: int = 0) -> int:
@@ -104,12 +93,11 @@ def plan_rows(demand: RowDemand, wanted: int, free: int | None, *, prompt: int, 
     rows = rows_that_fit(demand, free)
     if rows >= wanted:
         return wanted
-    held = demand.target_bytes, demand.draft_bytes, demand.guidance_bytes, demand.coded_bytes, demand.logit_bytes
-    target, draft, guidance, coded, logits = (n / GB for n in held)
+    held = demand.target_bytes, demand.draft_bytes, demand.guidance_bytes, demand.coded_bytes
+    target, draft, guidance, coded = (n / GB for n in held)
     if rows == 0:
         most = max(0, tokens_that_fit(demand, free) - (demand.capacity - tokens))
         codes = f", {coded:.1f} GB of keys in few bits" if coded else ""
-        codes += f", {logits:.1f} GB of logits" if logits else ""
         raise PromptError(
             f"prompt {prompt}: {tokens:,} tokens need {target + draft:.1f} GB of keys and values (target {target:.1f}, draft "
             f"{draft:.1f}){codes} and {guidance:.1f} GB of scores and lists; allowed: at most {most:,} tokens in the "

@@ -8,7 +8,7 @@ from outrider.config import MAX_EXACT_EVERY, EngineConfig
 from outrider.decoding.sequence import Sequence
 
 DENSE_ROUNDS = 2.0  # a dense forward costs as much as so many sparse rounds: what one is worth, not what one takes
-PRIOR = 31.0, 1.0  # tokens that passed and that did not, as if they had been seen
+PRIOR = 15.0, 0.5  # tokens that passed and that did not, as if they had been seen
 MEMORY = 0.95  # what was seen before a round or a confirmation counts so much behind it
 
 
@@ -79,10 +79,9 @@ class Confirmations:
     def may_be_due(self, running: list[Sequence], more: int) -> bool:
         """Some row may have to be confirmed once a round under way has brought up to `more` tokens.
 
-        A sampled row that a token may end counts: a round too many would use up random numbers. Greedy rows use none.
+        Not counted is a token that would end its text: a round too many changes nothing.
         """
-        held = [sequence for sequence in running if self.holds(sequence)]
-        return any(self._is_due(s, more) or (s.may_end and s.params.temperature > 0) for s in held)
+        return any(self.holds(sequence) and self._is_due(sequence, more) for sequence in running)
 
     def _is_due(self, sequence: Sequence, more: int) -> bool:
         return sequence.closing or (

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from outrider.decoding.noise import Noise
 from outrider.decoding.sampling import Sampling, all_greedy, any_filtered, distributions, greedy, in_parts
 from outrider.decoding.sequence import Sequence
 from outrider.decoding.statistics import Listed
@@ -42,7 +43,7 @@ class Inputs:
     draft_uniforms: Tensor  # [B, K] fp64
     verify_uniforms: Tensor  # [B, K + 1] fp32
     sampling: Sampling
-    drafting: Sampling  # what the draft draws by
+    noise: Noise | None = None  # by which draft and target choose; None: they draw by the uniforms
 
 
 class InputBuffer:
@@ -51,11 +52,11 @@ class InputBuffer:
     The pending tokens never leave the device: a round puts them where the next one finds them.
     """
 
-    PARAMETERS = 4  # active, temperature, top-k, top-p; random numbers behind them
+    PARAMETERS = 5  # active, temperature, top-k, top-p, key of the noise; random numbers behind them
 
-    def __init__(self, slots: int, draft_tokens: int, device: torch.device, *, greedy_drafts: bool = False) -> None:
-        """With `greedy_drafts` the draft proposes its most probable tokens, whatever the rows ask for."""
-        self.k, self.greedy_drafts = draft_tokens, greedy_drafts
+    def __init__(self, slots: int, draft_tokens: int, device: torch.device, *, common_noise: bool = False) -> None:
+        """With `common_noise` draft and target choose by the same noise."""
+        self.k, self.common_noise = draft_tokens, common_noise
         self.pending = torch.zeros(slots, dtype=torch.int64, device=device)
         shape = slots, self.PARAMETERS + 2 * draft_tokens + 1
         # two, in turn: the copy of one round may still wait for the round before when the next one is filled in
@@ -69,29 +70,28 @@ class InputBuffer:
         host.zero_()
         for row, sequence in enumerate(running):
             params = sequence.params
-            numbers = (1.0, params.temperature, params.top_k, params.top_p)
+            numbers = (1.0, params.temperature, params.top_k, params.top_p, sequence.key)
             host[row, : self.PARAMETERS] = torch.tensor(numbers, dtype=torch.float64)
             host[row, self.PARAMETERS :] = sequence.uniforms(2 * self.k + 1)
         self._device[:rows].copy_(host[:rows], non_blocking=True)
 
-    def unpack(self, kind: RoundKind) -> Inputs:
-        """The first rows, typed. Part of a round: waits for nothing."""
-        active, temperature, top_k, top_p = self._device[: kind.rows, : self.PARAMETERS].unbind(1)
+    def unpack(self, kind: RoundKind, lengths: Tensor) -> Inputs:
+        """The first rows, typed; `lengths` [B] are cached. Part of a round: waits for nothing."""
+        active, temperature, top_k, top_p, keys = self._device[: kind.rows, : self.PARAMETERS].unbind(1)
         uniforms = self._device[: kind.rows, self.PARAMETERS :]
-        sampling = Sampling(
-            temperature=temperature.float(),
-            top_k=top_k.long(),
-            top_p=top_p.float(),
-            greedy=kind.greedy,
-            filtered=kind.filtered,
-        )
         return Inputs(
             pending=self.pending[: kind.rows],
             active=active.long(),
             draft_uniforms=uniforms[:, : self.k],
             verify_uniforms=uniforms[:, self.k :].float(),
-            sampling=sampling,
-            drafting=sampling.one_hot() if self.greedy_drafts else sampling,
+            sampling=Sampling(
+                temperature=temperature.float(),
+                top_k=top_k.long(),
+                top_p=top_p.float(),
+                greedy=kind.greedy,
+                filtered=kind.filtered,
+            ),
+            noise=Noise(keys=keys.long(), first=lengths + 1) if self.common_noise else None,
         )
 
 
@@ -100,11 +100,18 @@ Judge = Callable[[DraftTrace, Tensor, Inputs], Verified]  # of the drafted token
 
 def judge(trace: DraftTrace, logits: Tensor, inputs: Inputs) -> Verified:
     """Speculative sampling: how many drafted tokens pass, and the recovered or bonus token."""
-    if trace.probs is None:  # one-hot distributions: a drafted token passes where the target has the same
-        choices = greedy(logits)
+    if trace.probs is None:  # nothing was drawn but by the target's own noise: a token passes where the target has the same
+        choices = choose(logits, inputs)
         accepted = (trace.tokens == choices[:, :-1]).long().cumprod(-1).sum(-1)
         return Verified(accepted, choices.gather(1, accepted[:, None])[:, 0])
     return token_verify(trace.tokens, trace.probs, distributions(logits, inputs.sampling), inputs.verify_uniforms)
+
+
+def choose(logits: Tensor, inputs: Inputs) -> Tensor:
+    """What the target chooses, logits [B, T, V] -> [B, T]: the most probable tokens, or those that the noise makes of them."""
+    if inputs.sampling.greedy or inputs.noise is None:
+        return greedy(logits)
+    return inputs.noise.choose(distributions(logits, inputs.sampling))
 
 
 def propose_nothing(inputs: Inputs, vocabulary: int) -> DraftTrace:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from outrider.decoding.confirmation import Rows, SparseLogits, confirm
+from outrider.decoding.confirmation import Rows, confirm
 from outrider.decoding.drafting import DraftLists, propose
 from outrider.decoding.graphs import Stages
 from outrider.decoding.guides import ByRow
@@ -61,24 +61,22 @@ class Runner:
         guidance: Guidance | None,
         drafting: DraftLists | None,
         quantized: QuantizedKeys | None,  # None: scoring reads the draft's cache
-        logits: SparseLogits | None,  # None: rounds are not confirmed, or all are greedy
         judge: Judge,
         *,
         draft_tokens: int,
-        greedy_drafts: bool,
+        common_noise: bool,
         slots: int,
         capacity: int,
         capture: bool,
     ) -> None:
         self.target, self.draft = target, draft
-        self.guidance, self.drafting, self.quantized = guidance, drafting, quantized
-        self.logits, self.judge = logits, judge
+        self.guidance, self.drafting, self.quantized, self.judge = guidance, drafting, quantized, judge
         self.k = draft_tokens if draft is not None else 0
         self.slots, self.capacity = slots, capacity
         self.device = target.spec.device
         self.models = [model for model in (target, draft) if model is not None]
         self.caches = [model.new_cache(slots, capacity) for model in self.models]
-        self.inputs = InputBuffer(slots, self.k, self.device, greedy_drafts=greedy_drafts)
+        self.inputs = InputBuffer(slots, self.k, self.device, common_noise=common_noise)
         self.stages = Stages(capture=capture)
         rival = guidance.rival if guidance is not None else None
         self.rivals = None if rival is None else ByRow(rival, target, self.caches[0])
@@ -86,10 +84,6 @@ class Runner:
         pinned = self.device.type == "cuda"
         shape = slots, self.k + 5
         self._landing = [torch.zeros(shape, dtype=torch.float64, pin_memory=pinned) for _ in range(2)]  # in turn, as inputs
-
-    def fits(self, slots: int, capacity: int, keeps_logits: bool) -> bool:
-        """Another run has room here."""
-        return self.slots >= slots and self.capacity >= capacity and (self.logits is not None or not keeps_logits)
 
     def warm_up(self, kind: RoundKind, progress: Callable[[str, int, int], None]) -> None:
         """Two rounds over nothing: builds, compiles and captures a kind of round before the first prompt is read."""
@@ -119,8 +113,6 @@ class Runner:
         for cache in self.caches:
             cache.move(source, slot)
         self.inputs.pending[slot] = self.inputs.pending[source]
-        if self.logits is not None:
-            self.logits.move(source, slot)
         self._begun.discard(slot)
         if source in self._begun:
             for followed in (self.drafting, self.quantized, self.rivals):
@@ -168,7 +160,6 @@ class Runner:
             caches=[cache.rows(start, stop) for cache in self.caches],
             pending=self.inputs.pending[start:stop],
             lists=self.drafting.rows(start, stop) if self.drafting is not None else None,
-            logits=self.logits.rows(start, stop) if self.logits is not None else None,
         )
         with clock.stage("confirm"):
             outcomes = confirm(rows, sequences, judge)
@@ -202,15 +193,14 @@ class Runner:
         guidance = self.guidance if kind.sparse else None
         lists = self.drafting.rows(0, kind.rows) if self.drafting is not None and kind.sparse else None
         quantized = self.quantized.rows(0, kind.rows) if self.quantized is not None else None
-        kept = self.logits.rows(0, kind.rows) if self.logits is not None and kind.sparse and not kind.greedy else None
         self.stages.begin(kind)
 
         def proposed() -> tuple[Inputs, DraftTrace]:
-            inputs = self.inputs.unpack(kind)
+            inputs = self.inputs.unpack(kind, caches[0].lengths)
             if self.draft is None:
                 return inputs, propose_nothing(inputs, spec.vocabulary)
-            drafting = inputs.pending, inputs.drafting, inputs.draft_uniforms
-            return inputs, propose(self.draft, caches[1], *drafting, spec.vocabulary, lists)
+            drafting = inputs.pending, inputs.sampling, inputs.draft_uniforms
+            return inputs, propose(self.draft, caches[1], *drafting, spec.vocabulary, lists, inputs.noise)
 
         def scored(draft: LanguageModel, guidance: Guidance) -> DraftScores:
             given = draft, caches[1], trace.queries, caches[0].lengths, guidance.layers
@@ -223,8 +213,6 @@ class Runner:
 
         def accepted() -> Outcome:
             selection = chosen.made if chosen is not None else None
-            if kept is not None:
-                kept.keep(caches[0].lengths, logits)
             return accept(trace, logits, inputs, selection, spec, caches, self.judge)
 
         chosen: Lists | None = None

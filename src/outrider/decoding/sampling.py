@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,10 +30,6 @@ class Sampling:
             greedy=all_greedy(params),
             filtered=any_filtered(params),
         )
-
-    def one_hot(self) -> Sampling:
-        """The most probable token of every row; distributions are given as before, unless all rows are greedy anyway."""
-        return replace(self, temperature=torch.zeros_like(self.temperature), filtered=False)
 
 
 def all_greedy(params: Rows[SamplingParams]) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from outrider.config import SamplingParams
+from outrider.decoding.noise import key_of
 from outrider.decoding.statistics import Statistics
 from outrider.decoding.text import TextStream
 
@@ -39,6 +40,7 @@ class Sequence:
         self._ahead: TextStream | None = None  # the text with the tentative tokens
         self.statistics = statistics
         self._eos = () if params.ignore_eos else eos
+        self.key = key_of(params.seed)  # of its noise, where tokens are chosen by that
         self._generator = torch.Generator().manual_seed(params.seed)
 
     @property
@@ -60,11 +62,6 @@ class Sequence:
     def unconfirmed(self) -> list[int]:
         """The last token that stands, and the tentative ones behind it."""
         return [(self.tokens or self.prompt)[-1], *self.tentative]
-
-    @property
-    def may_end(self) -> bool:
-        """Something in its text can end it, not its length alone."""
-        return bool(self._eos or self.params.stop)
 
     def uniforms(self, count: int) -> Tensor:
         """The next `count` random numbers of this sequence, [count] fp32 in [0, 1)."""
