@@ -53,6 +53,27 @@ def test_acceptance_is_that_of_the_script(options):
     assert row.acceptance == {"kind": "scripted", "rates": [1.0, 1.0, 0.0, 0.0], "tokens_per_round": 3.0}
 
 
+def test_exact_is_measured_from_confirmation_to_confirmation(options):
+    given = options(rounds=12, acceptance="1,1,1,1", mode=("exact",), drafting=("sparse",), agreement=1.0, exact_every=15)
+    [row] = measure_all(given, "", "", quiet)
+    assert row.error is None and row.stages["confirm"] > 0 and row.floors["confirm"]["bytes"] > 0
+    found = row.acceptance
+    assert (found["agreement"], found["exact_every"]) == (1.0, 15)
+    # three rounds of 5 tokens each, then a bonus token
+    assert found["tentative_per_confirmation"] == found["confirmed_per_confirmation"] == 15
+    assert found["tokens_per_round"] == pytest.approx(16 / 3)
+    assert row.kept == pytest.approx(0.1, abs=0.001)
+
+
+def test_scripted_disagreement_is_rolled_back(options):
+    given = options(rounds=12, acceptance="1,1,1,1", mode=("exact",), drafting=("sparse",), agreement=0.9, exact_every=10)
+    [row] = measure_all(given, "", "", quiet)
+    assert 0 < row.acceptance["confirmed_per_confirmation"] < row.acceptance["tentative_per_confirmation"] == 10
+    [one, other] = measure_all(options(rounds=3, mode=("dense", "exact"), drafting=("dense",)), "", "", quiet)
+    assert "confirm" not in one.stages and "agreement" not in one.acceptance
+    decode_table([one, other])
+
+
 def test_what_fails_is_a_row_and_stops_nothing(options, monkeypatch):
     def broken(work, run, *given):
         if run.mode == "dense":

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from outrider.bench.cases import TINY
-from outrider.bench.dummy import ScriptedJudge, random_alignment, read_noise
+from outrider.bench.dummy import ScriptedAgreement, ScriptedJudge, random_alignment, read_noise
 from outrider.bench.prompts import random_prompts
 from outrider.models.dummy import dummy_module
 from outrider.types import DraftTrace
@@ -42,6 +42,19 @@ def test_without_drafted_tokens_nothing_is_accepted():
     verdict, logits = judged(ScriptedJudge(torch.tensor(RATES)), 3, k=0)
     assert verdict.accepted.tolist() == [0, 0, 0]
     assert verdict.next_token.tolist() == logits[:, 0].argmax(-1).tolist()
+
+
+def test_agreement_is_that_of_the_script():
+    """By the token: of blocks of 20 tokens, where each passes at a rate of 0.9 if all before it do."""
+    agreement, passed, tested = ScriptedAgreement(0.9), 0, 0
+    for _ in range(300):
+        verdict, logits = judged(agreement, 1, k=20)
+        [accepted] = verdict.accepted.tolist()
+        passed, tested = passed + accepted, tested + min(accepted + 1, 20)
+        assert verdict.next_token.tolist() == [int(logits[0, accepted].argmax())]
+    assert passed / tested == pytest.approx(0.9, abs=0.02)
+    for rate, wanted in ((0.0, 0), (1.0, 20)):
+        assert judged(ScriptedAgreement(rate), 1, k=20)[0].accepted.tolist() == [wanted]
 
 
 def test_noise_fills_the_rows_of_a_chunk_and_no_others(work):

@@ -103,7 +103,9 @@ REAL = {"case": (), "target": "builtin", "prompt_file": "book.txt", "context": 5
     [
         ({"case": ("llama",)}, "case: got 'llama'; allowed: llama-128k-b1, "),
         ({"engine": ("sglang",)}, "engine: got 'sglang'; allowed: outrider, vllm, transformers"),
-        ({"mode": ("exact",)}, "mode: got 'exact'; allowed: plain, dense, sparse"),
+        ({"mode": ("none",)}, "mode: got 'none'; allowed: plain, dense, sparse, exact"),
+        ({"agreement": 1.5}, "agreement: got 1.5; allowed: a number in [0, 1]"),
+        ({"exact_every": 65}, "exact-every: got 65; allowed: a whole number in 1 .. 64, or None"),
         ({"drafting": ("none",)}, "drafting: got 'none'; allowed: dense, sparse"),
         ({"score_keys": ("8bit",)}, "score-keys: got '8bit'; allowed: auto, exact, 4bit, 2bit"),
         ({"kv_dtype": ("int8",)}, "kv-dtype: got 'int8'; allowed: auto, fp8"),
@@ -127,6 +129,7 @@ REAL = {"case": (), "target": "builtin", "prompt_file": "book.txt", "context": 5
         ({"engine": ("vllm",)}, "device: got 'cpu'; allowed: cuda with --engine vllm"),
         (REAL | {"case": ("tiny",)}, "case: got ('tiny',); allowed: nothing with --target"),
         (REAL | {"acceptance": "1,1,1,1"}, "acceptance: got '1,1,1,1'; allowed: nothing with --target"),
+        (REAL | {"agreement": 0.0}, "agreement: got 0.0; allowed: nothing with --target"),
         (REAL | {"engine": ("transformers",)}, "engine: got 'transformers'; allowed: outrider with --target"),
         (REAL | {"prompt_file": None}, "prompt-file: got None; allowed: a file of UTF-8 text with --target"),
         (REAL | {"context": None}, "context: got None; allowed: a whole number >= 2 with --target"),

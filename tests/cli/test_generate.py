@@ -56,9 +56,24 @@ def test_modes_run_in_turn_on_the_same_models(outrider, pair, prompt, alignment,
     for run in (dense, sparse):
         assert run.keys() >= STATS
         assert (run["prompt_tokens"], run["generated_tokens"], run["audited"]) == (200, 12, 12)
-        assert set(run["seconds"]) == {"prefill", "propose", "score", "select", "verify", "accept"}
+        assert set(run["seconds"]) == {"prefill", "propose", "score", "select", "verify", "accept", "confirm"}
     assert dense["kept_fraction"] == 1 and dense["agreement"] == 1
     assert 0.2 < sparse["kept_fraction"] < 0.5
+
+
+def test_exact_writes_the_text_of_dense(outrider, fails, pair, prompt, alignment, tmp_path):
+    stats = tmp_path / "stats.json"
+    flags = ["--mode", "dense", "--mode", "exact", "--keep", "0.1", "--exact-every", "4", "--stats-json", stats]
+    outcome = outrider("generate", *pair, *prompt, *SHORT, "--alignment", alignment, *flags)
+    assert outcome.code == 0 and "dense forwards that confirm" in outcome.err
+    dense, exact = json.loads(stats.read_text())
+    assert (exact["mode"], exact["method"], exact["generated_tokens"]) == ("exact", "outrider", 12)
+    assert exact["tentative"] == exact["confirmed"] + exact["rolled_back"] > 0 == dense["tentative"]
+    assert exact["confirmations"] >= 1 and exact["seconds"]["confirm"] > 0
+    first, second = outcome.out.splitlines()[:1], outcome.out.splitlines()[-1:]
+    assert first == second, "the same text twice"
+    message = fails("generate", *pair, *prompt, "--mode", "exact", "--exact-every", "65")
+    assert "exact-every: got 65; allowed: a whole number in 1 .. 64, or None" in message
 
 
 def test_prompts_are_read_from_lists_where_asked(outrider, fails, pair, prompt, alignment, tmp_path):

@@ -96,7 +96,19 @@ def test_run_table_has_a_column_per_mode(streams):
     lines = {line.strip().partition("  ")[0]: line.split()[-1] for line in out.getvalue().splitlines() if line.strip()}
     assert "sparse (sts)" in out.getvalue() and "6 of 8 (75.0%)" in out.getvalue() and "4.0" in out.getvalue()
     assert lines["kept fraction"] == "10.0%" and lines["accepted tokens per round"] == "1.50"
-    assert {f"seconds: {stage}" for stage in STAGES} <= lines.keys()
+    assert {f"seconds: {stage}" for stage in STAGES if stage != "confirm"} <= lines.keys()
+    assert "seconds: confirm" not in lines and "tentative tokens" not in lines, "nothing was confirmed"
+
+
+def test_run_table_says_what_became_of_tentative_tokens(streams):
+    dense = Statistics(mode="dense", method=None, generated_tokens=8, decode_seconds=2.0)
+    exact = Statistics(mode="exact", method="sts", tentative=30, confirmed=24, rolled_back=6, confirmations=3)
+    screen, out, _ = streams(stdout=False, stderr=False)
+    screen.show(run_table([dense, exact]))
+    lines = {line.strip().partition("  ")[0]: line.split()[-2:] for line in out.getvalue().splitlines() if line.strip()}
+    assert lines["tentative tokens"] == ["-", "30"] and lines["dense forwards that confirm"] == ["-", "3"]
+    assert lines["of these confirmed"] == ["-", "24"] and lines["rolled back"] == ["-", "6"]
+    assert "seconds: confirm" in lines
 
 
 def test_names_of_users_are_no_markup(streams):

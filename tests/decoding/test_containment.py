@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from outrider.config import SamplingParams
+from outrider.decoding import runner
 from outrider.decoding.prefill import Prefill
 from outrider.errors import EngineError, PromptError
 
@@ -110,10 +111,39 @@ def test_logits_that_are_no_numbers_fail_their_row(make_pair, make_engine, rando
     assert results[1].token_ids == alone[1][: len(results[1].token_ids)]
 
 
-@pytest.mark.parametrize("mode", ["dense", "sparse"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("none left"), None], ids=["memory", "numbers"])
+def test_a_confirmation_that_fails_leaves_what_is_confirmed(error, make_pair, make_engine, random_prompts, monkeypatch, alone):
+    pair, prompts = make_pair("llama"), random_prompts(PROMPTS[:4])
+    confirm, calls = runner.confirm, []
+
+    def third(rows, sequences, judge):
+        calls.append([sequence.index for sequence in sequences])
+        if len(calls) == 3 and error is not None:
+            raise error
+        outcomes = confirm(rows, sequences, judge)
+        return [replace(outcome, finite=len(calls) != 3) for outcome in outcomes]
+
+    monkeypatch.setattr(runner, "confirm", third)
+    results = make_engine(pair, mode="exact", exact_every=4, batch_size=2).generate(prompts, TOKENS)
+    failed = [i for i, result in enumerate(results) if result.error is not None]
+    assert failed == ([0, 1] if error is not None else calls[2])
+    for index, (result, whole) in enumerate(zip(results, alone, strict=False)):
+        assert result.token_ids == whole[: len(result.token_ids)], "no tentative token is emitted"
+        if index in failed:
+            assert result.error == (str(error) if error is not None else "the dense target's logits are not finite numbers")
+            assert 0 < len(result.token_ids) < 20
+        else:
+            assert result.token_ids == whole
+
+
+@pytest.mark.parametrize("mode", ["dense", "sparse", "exact"])
 def test_cancel(mode, make_pair, make_engine, random_prompts):
     """A running prompt, and one that waits; the others do not notice."""
-    prompts, options = random_prompts(PROMPTS), {"mode": mode, "batch_size": 2, "drafting": mode, "draft_recent": 4}
+    prompts, options = (
+        random_prompts(PROMPTS),
+        {"mode": mode, "batch_size": 2, "drafting": "dense" if mode == "dense" else "sparse", "draft_recent": 4},
+    )
+    options["exact_every"] = 4
     engine = make_engine(make_pair("llama"), **options)
     whole = tokens(engine.generate(prompts, TOKENS))
     stream, results = engine.stream(prompts, TOKENS), {}

@@ -67,6 +67,19 @@ def test_lists_grow_by_what_comes_after(lengths, more, data):
     assert lists.steps(torch.tensor(now), 1)[0].of(1) == (None, None), "a window layer has no lists"
 
 
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=3), st.integers(0, 12), st.data())
+def test_lists_of_a_row_that_is_rolled_back_end_there_and_go_on(lengths, recent, data):
+    lists = DraftLists(DRAFT, Budget(sinks=2, recent=recent), len(lengths), 48, K)
+    lists.begin(torch.tensor(lengths))
+    before = [entries(lists, lengths, 2, row, 1) for row in range(len(lengths))]
+    now = [data.draw(st.integers(0, n + 1)) for n in lengths]  # a token more is no roll-back
+    lists.truncate(torch.tensor(now))
+    for more in (0, K + 1):
+        for row, (n, old) in enumerate(zip(now, lengths, strict=True)):
+            followed = list(range(min(n, old), n + more))
+            assert entries(lists, [at + more for at in now], 2, row, 1) == [x for x in before[row] if x < n] + followed
+
+
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=3), st.integers(0, 3), st.integers(0, 12))
 def test_lists_begin_with_sinks_and_recent_tokens(lengths, sinks, recent):
     lists = DraftLists(DRAFT, Budget(sinks=sinks, recent=recent), len(lengths), 48, K)

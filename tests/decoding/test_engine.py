@@ -66,7 +66,7 @@ def test_end_of_text_wins_over_length(plain, text_pair, generate):
     assert (len(result.token_ids), result.finish_reason) == (last + 1, "eos")
 
 
-@pytest.mark.parametrize("mode", ["dense", "sparse"])
+@pytest.mark.parametrize("mode", ["dense", "sparse", "exact"])
 def test_seeds_reproduce_and_differ(mode, make_pair, generate, random_prompts):
     pair, [prompt] = make_pair("llama"), random_prompts([20])
     params = [SamplingParams(max_new_tokens=12, temperature=1.0, seed=seed) for seed in (1, 2, 1, 3)]
@@ -150,6 +150,24 @@ def test_audit_of_a_sparse_run_counts_the_tokens_the_dense_target_would_choose(
     assert 0 < sum(r.statistics.agreed for r in results) < 36
 
 
+def test_exact_audits_prefills_and_watches_like_any_mode(make_pair, make_engine, random_prompts):
+    """The audit agrees throughout; a watch is told of every round of tentative tokens, a stream of confirmed ones alone."""
+    engine = make_engine(make_pair("llama"), mode="exact", exact_every=5, keep=0.1, audit=True, batch_size=2)
+    prompts, seen = random_prompts([40, 25, 31]), []
+    [*chunks] = engine.stream(prompts, TOKENS, watch=lambda sequence, outcome, lists: seen.append((sequence.index, lists)))
+    results = {chunk.index: chunk.result for chunk in chunks if chunk.result is not None}
+    for index, result in results.items():
+        counts = result.statistics
+        assert (counts.audited, counts.agreement) == (12, 1.0)
+        assert sum(lists is not None for at, lists in seen if at == index) == counts.rounds
+        parts = [chunk.token_ids for chunk in chunks if chunk.index == index]
+        assert [token for part in parts for token in part] == result.token_ids and len(parts) == counts.confirmations
+        assert counts.seconds["confirm"] > 0
+    whole = total([result.statistics for result in results.values()])
+    assert whole.tentative == whole.confirmed + whole.rolled_back > 0
+    assert whole.confirmations == len(chunks)
+
+
 def test_counts_of_a_run(make_pair, make_engine, random_prompts):
     engine = make_engine(make_pair("llama"), mode="sparse", draft_tokens=3, batch_size=2)
     prompts = random_prompts([20, 8, 30])
@@ -162,7 +180,7 @@ def test_counts_of_a_run(make_pair, make_engine, random_prompts):
         assert sorted(counts.accepted_at, reverse=True) == counts.accepted_at, "a position is reached through those before it"
         assert 11 <= counts.accepted + counts.rounds <= 11 + 3
         assert set(counts.seconds) == set(STAGES)
-        assert all(counts.seconds[stage] > 0 for stage in STAGES)
+        assert all((counts.seconds[stage] > 0) == (stage != "confirm") for stage in STAGES)
         assert counts.decode_seconds > 0
     whole = total([result.statistics for result in results])
     each = [result.statistics.decode_seconds for result in results]

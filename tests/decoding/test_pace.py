@@ -20,7 +20,9 @@ def seen(passed, of, times=40, tokens=4):
 
 
 def sequence(prompt=20, tentative=0, index=0, **params):
-    made = Sequence(index, [1] * prompt, SamplingParams(max_new_tokens=50, **params), None, (7,), Statistics(mode="", method=None))
+    made = Sequence(
+        index, [1] * prompt, SamplingParams(max_new_tokens=50, **params), None, (7,), Statistics(mode="", method=None)
+    )
     made.hold([2] * tentative)
     return made
 

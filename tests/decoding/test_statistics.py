@@ -93,6 +93,10 @@ def test_total_adds_up():
             accepted_at=[n, n, n, 0],
             listed=0.5 * n,
             cached=10 * n,
+            tentative=9 * n,
+            confirmed=7 * n,
+            rolled_back=2 * n,
+            confirmations=n,
             bytes_read=n,
             bytes_dense=4 * n,
             seconds=dict.fromkeys(STAGES, 0.25),
@@ -107,6 +111,7 @@ def test_total_adds_up():
     assert (whole.mode, whole.method, whole.accepted_at) == ("sparse", "sts", [8, 8, 8, 0])
     assert (whole.prompt_tokens, whole.generated_tokens, whole.rounds, whole.drafted, whole.accepted) == (8, 16, 8, 32, 24)
     assert (whole.accepted_per_round, whole.kept_fraction, whole.kv_read_fraction) == (3.0, 0.05, 0.25)
+    assert (whole.tentative, whole.confirmed, whole.rolled_back, whole.confirmations) == (72, 56, 16, 8)
     assert (whole.agreement, whole.tokens_per_second) == (0.5, 4.0)
     assert whole.seconds == dict.fromkeys(STAGES, 0.5)
 

@@ -24,6 +24,7 @@ MODES = {
     "top_k": {"mode": "sparse", "keep": 0.2},
     "top_p": {"mode": "sparse", "top_p": 0.7},
     "mean": {"mode": "sparse", "keep": 0.2, "unlisted": "mean"},
+    "exact": {"mode": "exact", "keep": 0.2, "exact_every": 6},
     "plain": {"mode": "plain"},
     "sparse draft": {"drafting": "sparse", "draft_keep": 0.2, "draft_recent": 4},
     "both sparse": {"mode": "sparse", "keep": 0.2, "drafting": "sparse", "draft_keep": 0.2, "draft_recent": 4},

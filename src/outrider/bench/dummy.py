@@ -51,15 +51,19 @@ class ScriptedAgreement:
     """Confirms tentative tokens at a given rate, in place of the engine's `judge` of these, by numbers as evenly spread."""
 
     rate: float  # chance that a token passes where all before it do
-    judged: list[int] = field(default_factory=lambda: [0])  # tokens so far
+    judged: list[int] = field(default_factory=lambda: [0])  # tokens so far, those behind a rejected one left out
 
     def __call__(self, trace: DraftTrace, logits: Tensor, inputs: Inputs) -> Verified:
         """logits [1, n + 1, V] over n tentative tokens -> accepted [1] and the target's own next token [1]."""
-        n, device = trace.tokens.shape[1], logits.device
-        numbers = (self.judged[0] + torch.arange(n, device=device) + 0.5) * GOLDEN % 1
-        self.judged[0] += n
-        accepted = (numbers < self.rate).long().cumprod(0).sum(0, keepdim=True)
-        return Verified(accepted, greedy(logits).gather(1, accepted[:, None])[:, 0])
+        n, passed = trace.tokens.shape[1], 0
+        while passed < n and self._passes():
+            passed += 1
+        return Verified(torch.full((1,), passed, device=logits.device), greedy(logits)[:, passed])
+
+    def _passes(self) -> bool:
+        number = (self.judged[0] + 0.5) * GOLDEN % 1
+        self.judged[0] += 1
+        return number < self.rate
 
 
 def read_noise(model: LanguageModel, cache: KVCache, tokens: Tensor, stop: int) -> None:

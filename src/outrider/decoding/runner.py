@@ -156,7 +156,7 @@ class Runner:
         """Confirm the tentative tokens of the sequences in rows start, start + 1, ..; waits for it. No round is under way."""
         clock, stop = StageClock(self.device), start + len(sequences)
         rows = Rows(
-            models=self.models,
+            models=[model.uncompiled() for model in self.models],  # any number of rows and tokens
             caches=[cache.rows(start, stop) for cache in self.caches],
             pending=self.inputs.pending[start:stop],
             lists=self.drafting.rows(start, stop) if self.drafting is not None else None,

@@ -139,6 +139,14 @@ class LanguageModel:
         made.fused_layers = find_fused_layers(self.module, caches, self.spec.context, backend)
         return made
 
+    def uncompiled(self) -> LanguageModel:
+        """The same weights, layers as they are where they are not fused: for shapes that are not worth a compilation. This one
+        goes on as it is.
+        """
+        made = copy(self)
+        made.compiled = False
+        return made
+
     def unfused(self) -> LanguageModel:
         """The same weights, all layers as transformers runs them. This one goes on as it is."""
         made = copy(self)
