@@ -49,9 +49,8 @@ def test_law_2_all_kept_all_drafted_tokens_are_confirmed(family, k, make_pair, g
     assert counted.rolled_back == 0
 
 
-@pytest.mark.parametrize("draft", ["noisy", "other"])
-def test_law_3_equals_generate_of_the_target_alone(family, draft, make_pair, generate, alone, random_prompts):
-    pair, prompts = make_pair(family, draft), random_prompts([21, 1, 34], seed=1)
+def test_law_3_equals_generate_of_the_target_alone(family, make_pair, generate, alone, random_prompts):
+    pair, prompts = make_pair(family), random_prompts([21, 1, 34], seed=1)
     if not pair[0].spec.full_layers:
         pytest.skip("no layer with full attention, so no lists")
     results = generate(pair, prompts, SamplingParams(max_new_tokens=COUNT), exact_every=4, batch_size=2, **STARVED)
@@ -59,7 +58,7 @@ def test_law_3_equals_generate_of_the_target_alone(family, draft, make_pair, gen
     assert check_counts(results).rolled_back > 0
 
 
-@pytest.mark.parametrize("every", [1, 2, 5, 64, None])
+@pytest.mark.parametrize("every", [1, 5, 64, None])
 def test_law_3_however_many_tokens_are_confirmed_at_a_time(every, make_pair, generate, alone, random_prompts):
     """By a draft of noise."""
     pair, prompts = make_pair("llama", "other"), random_prompts([21, 1, 34], seed=2)
@@ -68,11 +67,11 @@ def test_law_3_however_many_tokens_are_confirmed_at_a_time(every, make_pair, gen
     assert check_counts(results).rolled_back > COUNT
 
 
-@pytest.mark.parametrize("method", ["sts", "specattn", "dustin", "streaming", "h2o", "quest", "tidal", "snapkv"])
+@pytest.mark.parametrize("method", ["sts", "specattn", "dustin", "h2o", "quest", "snapkv"])
 def test_law_3_whoever_makes_the_lists(method, make_pair, generate, alone, random_prompts):
     pair, prompts = make_pair("llama"), random_prompts([40, 25])
-    results = generate(pair, prompts, SamplingParams(max_new_tokens=COUNT), method=method, exact_every=5, **STARVED)
-    assert tokens(results) == [alone(pair[0], prompt, COUNT) for prompt in prompts]
+    results = generate(pair, prompts, SamplingParams(max_new_tokens=16), method=method, exact_every=5, **STARVED)
+    assert tokens(results) == [alone(pair[0], prompt, 16) for prompt in prompts]
     check_counts(results)
 
 
@@ -90,8 +89,8 @@ def test_law_3_builtin_pair(builtin_pair, make_engine, alone, book):
     text = target.tokenizer(book, verbose=False)["input_ids"]
     prompts = [text[1000:1300], text[5000:5201], text[9000:9450]]
     engine = make_engine(builtin_pair, mode="exact", keep=0.1, recent=16, min_context=64, batch_size=2, draft_tokens=4)
-    results = engine.generate(prompts, SamplingParams(max_new_tokens=60))
-    assert tokens(results) == [alone(target, prompt, 60) for prompt in prompts]
+    results = engine.generate(prompts, SamplingParams(max_new_tokens=40))
+    assert tokens(results) == [alone(target, prompt, 40) for prompt in prompts]
     counted = check_counts(results)
     assert counted.rolled_back > 0 and counted.confirmed > 2 * counted.confirmations
 
@@ -146,8 +145,7 @@ def drawn(independent):
 SETTINGS = [{"temperature": 0.8}, {"temperature": 1.1, "top_p": 0.7, "top_k": 12}, {"temperature": 5.0}]
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=["sampled", "filtered", "flat"])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family, setting", [*(("llama", setting) for setting in SETTINGS), ("gemma3", SETTINGS[1])], ids=str)
 def test_law_4_the_text_is_what_the_target_alone_draws(family, setting, make_pair, generate, drawn, random_prompts):
     """Whatever is kept, drafted, and confirmed at a time: the same noise, the same text."""
     pair, prompts = make_pair(family), random_prompts([21, 1, 34], seed=3)
@@ -160,7 +158,7 @@ def test_law_4_the_text_is_what_the_target_alone_draws(family, setting, make_pai
         assert check_counts(results).rolled_back > 0
 
 
-LENGTHS = [23, 1, 40, 2, 31, 11, 27]  # more than slots; some below the shortest context of a sparse round (8)
+LENGTHS = [23, 1, 40, 2, 31, 11]  # more than slots; some below the shortest context of a sparse round (8)
 
 
 def check_rows(engine, prompts, params):
@@ -177,7 +175,7 @@ def check_rows(engine, prompts, params):
 def params_for(lengths):
     """Greedy, sampled and filtered rows side by side."""
     settings = [{}, *SETTINGS]
-    return [SamplingParams(max_new_tokens=3 + 7 * i % 31, seed=100 + i, **settings[i % 3]) for i in range(len(lengths))]
+    return [SamplingParams(max_new_tokens=3 + 7 * i % 26, seed=100 + i, **settings[i % 3]) for i in range(len(lengths))]
 
 
 @pytest.mark.parametrize("every, batch_size", [(1, 3), (5, 2), (None, 8)])
@@ -206,7 +204,7 @@ def test_law_7_rows_that_end_for_different_reasons(temperature, make_pair, make_
 
 def test_law_8_what_a_confirmation_replaces_is_not_read(make_pair, make_engine, random_prompts, monkeypatch):
     """NaN in all that sparse rounds have written of the target's keys and values: the dense forward writes it anew."""
-    engine = make_engine(make_pair("llama"), exact_every=6, **STARVED)
+    engine = make_engine(make_pair("llama"), exact_every=4, **STARVED)
     prompts, params = random_prompts([40, 23]), SamplingParams(max_new_tokens=COUNT)
     wanted = engine.generate(prompts, params)
     confirm, poisoned = runner.confirm, []
@@ -227,7 +225,7 @@ def test_law_8_what_a_confirmation_replaces_is_not_read(make_pair, make_engine, 
 
 def test_law_8_a_run_reports_what_it_has_read(make_pair, make_engine, random_prompts, monkeypatch):
     """Rounds as in mode sparse, and every row of the cache once for each confirmation."""
-    engine = make_engine(make_pair("llama"), exact_every=6, **STARVED)
+    engine = make_engine(make_pair("llama"), mode="exact", exact_every=6)
     read, confirm = [], runner.confirm
 
     def spy(rows, sequences, judge):

@@ -27,6 +27,7 @@ class Pace:
     def __init__(self, fixed: int | None) -> None:
         """`fixed` is N where it is given."""
         self._fixed = fixed
+        self._every: int | None = None  # N until the next confirmation, once asked for
         self._passed = self._rejected = 0.0
         self._tokens, self._rounds = 2.0, 1.0  # that sparse rounds brought: m
 
@@ -38,11 +39,14 @@ class Pace:
 
     @property
     def every(self) -> int:
-        """N, in 1 .. MAX_EXACT_EVERY."""
+        """N, in 1 .. MAX_EXACT_EVERY; stays as it is until the next confirmation."""
         if self._fixed is not None:
             return self._fixed
-        a, m = self.agreement, self._tokens / self._rounds
-        return max(range(1, MAX_EXACT_EVERY + 1), key=lambda n: (1 - a ** (n + 1)) / (1 - a) / (n / m + DENSE_ROUNDS))
+        if self._every is None:
+            a, m = self.agreement, self._tokens / self._rounds
+            worth = [(1 - a ** (n + 1)) / (1 - a) / (n / m + DENSE_ROUNDS) for n in range(1, MAX_EXACT_EVERY + 1)]
+            self._every = 1 + worth.index(max(worth))
+        return self._every
 
     def brought(self, tokens: int) -> None:
         """A sparse round has brought so many tokens."""
@@ -53,13 +57,14 @@ class Pace:
         """So many of a block's tentative tokens have passed."""
         self._passed = MEMORY * self._passed + passed
         self._rejected = MEMORY * self._rejected + (passed < of)
+        self._every = None
 
 
 class Confirmations:
     """Which tokens of a run are tentative, and which rows are to be confirmed. Every row has a pace of its own."""
 
     def __init__(self, sequences: list[Sequence], config: EngineConfig) -> None:
-        self._paces = {sequence.index: Pace(config.exact_every) for sequence in sequences}
+        self._paces = {sequence.index: Pace(config.exact_every) for sequence in sequences if config.confirms}
         # a shorter sequence reads everything in its rounds, whatever its neighbours do
         self._least = max(config.budget.min_context, 1) if config.confirms else None
 
@@ -72,7 +77,7 @@ class Confirmations:
 
     def due(self, running: list[Sequence]) -> list[tuple[int, list[Sequence]]]:
         """The rows to be confirmed now, by first row: those side by side share a forward."""
-        marked = [(row, sequence, self._is_due(sequence, 0)) for row, sequence in enumerate(running)]
+        marked = [(row, one, bool(one.tentative) and self._is_due(one, 0)) for row, one in enumerate(running)]
         spans = [list(span) for due, span in groupby(marked, key=lambda one: one[2]) if due]
         return [(span[0][0], [sequence for _, sequence, _ in span]) for span in spans]
 
@@ -84,6 +89,4 @@ class Confirmations:
         return any(self.holds(sequence) and self._is_due(sequence, more) for sequence in running)
 
     def _is_due(self, sequence: Sequence, more: int) -> bool:
-        return sequence.closing or (
-            bool(sequence.tentative or more) and len(sequence.tentative) + more >= self.pace(sequence).every
-        )
+        return sequence.closing or len(sequence.tentative) + more >= self.pace(sequence).every
