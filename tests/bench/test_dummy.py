@@ -46,7 +46,7 @@ def test_without_drafted_tokens_nothing_is_accepted():
 
 def test_agreement_is_that_of_the_script():
     """By the token: of blocks of 20 tokens, where each passes at a rate of 0.9 if all before it do."""
-    agreement, passed, tested = ScriptedAgreement(0.9), 0, 0
+    agreement, passed, tested = ScriptedAgreement.at(0.9, 4, torch.device("cpu")), 0, 0
     for _ in range(300):
         verdict, logits = judged(agreement, 1, k=20)
         [accepted] = verdict.accepted.tolist()
@@ -54,7 +54,7 @@ def test_agreement_is_that_of_the_script():
         assert verdict.next_token.tolist() == [int(logits[0, accepted].argmax())]
     assert passed / tested == pytest.approx(0.9, abs=0.02)
     for rate, wanted in ((0.0, 0), (1.0, 20)):
-        assert judged(ScriptedAgreement(rate), 1, k=20)[0].accepted.tolist() == [wanted]
+        assert judged(ScriptedAgreement.at(rate, 4, torch.device("cpu")), 1, k=20)[0].accepted.tolist() == [wanted]
 
 
 def test_noise_fills_the_rows_of_a_chunk_and_no_others(work):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from outrider.config import SamplingParams
-from outrider.decoding import runner
 from outrider.decoding.prefill import Prefill
+from outrider.decoding.runner import Runner
 from outrider.errors import EngineError, PromptError
 
 TOKENS = SamplingParams(max_new_tokens=20)
@@ -114,16 +114,16 @@ def test_logits_that_are_no_numbers_fail_their_row(make_pair, make_engine, rando
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("none left"), None], ids=["memory", "numbers"])
 def test_a_confirmation_that_fails_leaves_what_is_confirmed(error, make_pair, make_engine, random_prompts, monkeypatch, alone):
     pair, prompts = make_pair("llama"), random_prompts(PROMPTS[:4])
-    confirm, calls = runner.confirm, []
+    confirm, calls = Runner.confirm, []
 
-    def third(rows, sequences, judge):
-        calls.append([sequence.index for sequence in sequences])
+    def third(self, running, kind):
+        calls.append([sequence.index for sequence in running])
         if len(calls) == 3 and error is not None:
             raise error
-        outcomes = confirm(rows, sequences, judge)
-        return [replace(outcome, finite=len(calls) != 3) for outcome in outcomes]
+        landed = confirm(self, running, kind)
+        return replace(landed, outcomes=[replace(outcome, finite=len(calls) != 3) for outcome in landed.outcomes])
 
-    monkeypatch.setattr(runner, "confirm", third)
+    monkeypatch.setattr(Runner, "confirm", third)
     results = make_engine(pair, mode="exact", exact_every=4, batch_size=2).generate(prompts, TOKENS)
     failed = [i for i, result in enumerate(results) if result.error is not None]
     assert failed == ([0, 1] if error is not None else calls[2])

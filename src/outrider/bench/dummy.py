@@ -21,6 +21,7 @@ from outrider.ops.token_verify import Verified
 from outrider.types import Alignment, DraftTrace, ListCosts, UnlistedFit
 
 GOLDEN = (5**0.5 - 1) / 2
+MOST_ROWS = 1024  # of a batch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,19 +52,21 @@ class ScriptedAgreement:
     """Confirms tentative tokens at a given rate, in place of the engine's `judge` of these, by numbers as evenly spread."""
 
     rate: float  # chance that a token passes where all before it do
-    judged: list[int] = field(default_factory=lambda: [0])  # tokens so far, those behind a rejected one left out
+    judged: Tensor  # [rows] fp64: tokens of each row so far, those behind a rejected one left out
+
+    @classmethod
+    def at(cls, rate: float, rows: int, device: torch.device) -> ScriptedAgreement:
+        """For batches of up to `rows`, each of which begins with a number of its own."""
+        return cls(rate, 1000 * torch.arange(rows, dtype=torch.float64, device=device))
 
     def __call__(self, trace: DraftTrace, logits: Tensor, inputs: Inputs) -> Verified:
-        """logits [1, n + 1, V] over n tentative tokens -> accepted [1] and the target's own next token [1]."""
-        n, passed = trace.tokens.shape[1], 0
-        while passed < n and self._passes():
-            passed += 1
-        return Verified(torch.full((1,), passed, device=logits.device), greedy(logits)[:, passed])
-
-    def _passes(self) -> bool:
-        number = (self.judged[0] + 0.5) * GOLDEN % 1
-        self.judged[0] += 1
-        return number < self.rate
+        """logits [B, W, V] over W - 1 tentative tokens and filler -> accepted [B] and the target's own next token [B]."""
+        tokens, judged = trace.tokens, self.judged[: len(logits)]
+        numbers = (judged[:, None] + torch.arange(tokens.shape[1], device=logits.device) + 0.5) * GOLDEN % 1
+        real = tokens >= 0
+        accepted = ((numbers < self.rate) & real).long().cumprod(-1).sum(-1)
+        judged += torch.minimum(accepted + 1, real.sum(-1))
+        return Verified(accepted, greedy(logits).gather(1, accepted[:, None])[:, 0])
 
 
 def read_noise(model: LanguageModel, cache: KVCache, tokens: Tensor, stop: int) -> None:
@@ -116,7 +119,7 @@ def dummy_workloads(
             prompts=random_prompts(case.context, case.batch, target.spec.vocabulary),
             rates=rates,
             agreement=agreement,
-            seams={"read": read_noise, "judge": judge, "confirming": ScriptedAgreement(agreement)},
+            seams={"read": read_noise, "judge": judge, "confirming": ScriptedAgreement.at(agreement, MOST_ROWS, device)},
         )
         for case in cases
     ]

@@ -8,6 +8,8 @@
 Tentative token x_i is what the sparse target chose by the noise of its position (see `noise`). What the dense target chooses by
 the same noise stands, so x_i passes where that is x_i: the text is the one that the dense target alone would have drawn,
 whatever the sparse rounds proposed. The test is that of a round, with the sparse target as the draft. See docs/exactness.md.
+
+All rows of a batch take part as soon as one is due. One that has no tentative token gets its next one from the dense target.
 """
 
 from __future__ import annotations
@@ -19,14 +21,13 @@ from torch import Tensor
 
 from outrider.config import MAX_EXACT_EVERY, EngineConfig
 from outrider.decoding.drafting import DraftLists
-from outrider.decoding.noise import Noise
-from outrider.decoding.rounds import Inputs, Judge, RowOutcome, accept
-from outrider.decoding.sampling import Sampling
+from outrider.decoding.rounds import Inputs, Judge, Outcome, RoundKind, accept
 from outrider.decoding.sequence import Sequence
 from outrider.models import KVCache, LanguageModel
 from outrider.types import DraftTrace
 
-WIDTH = 32  # on a GPU the tokens of a forward are filled up to a multiple: kernels meet few widths, all of a prompt's kind
+WIDTH = 32  # on a GPU the tokens of a forward are filled up to a multiple: few shapes to capture, and kernels are as fast
+FILLER = -1  # equal to no token, so it never passes
 
 
 def most_tentative(config: EngineConfig) -> int:
@@ -40,72 +41,91 @@ def spare_rows(config: EngineConfig) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rows:
-    """Rows of a runner that lie side by side, with what a confirmation changes there. All share storage with the runner's."""
+class Block:
+    """What is to be confirmed, on the device."""
 
-    models: list[LanguageModel]  # target and draft
-    caches: list[KVCache]
-    pending: Tensor  # [B] int64
-    lists: DraftLists | None  # None: the draft reads densely
-
-    def row(self, number: int) -> tuple[list[KVCache], Tensor]:
-        """Caches and pending token of one of them."""
-        one = number, number + 1
-        return [cache.rows(*one) for cache in self.caches], self.pending[slice(*one)]
+    confirmed: Tensor  # [B] int64: C, cached tokens that stand
+    counts: Tensor  # [B] int64: n, tentative tokens
+    tokens: Tensor  # [B, W] int64: last confirmed token, tentative ones, FILLER
 
 
-def confirm(rows: Rows, sequences: list[Sequence], judge: Judge) -> list[RowOutcome]:
-    """Judge the tentative tokens of `sequences`, those of the rows, by the dense target; bring both caches to what passed.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfirmationKind:
+    """What decides the shapes of a confirmation."""
 
-    Every sequence has some. A row's outcome has its tentative tokens as `drafted`; `tokens` are those that stand now, the last
-    of them pending. Waits for the device.
+    round: RoundKind
+    width: int  # W
+    listed: bool  # the draft reads lists
+
+
+class BlockBuffer:
+    """The tentative tokens of up to `slots` sequences, on host and device."""
+
+    def __init__(self, slots: int, most: int, device: torch.device) -> None:
+        """Of up to `most` tokens a sequence."""
+        self._step = WIDTH if device.type == "cuda" else 1
+        shape = slots, 2 + self._padded(most + 1)
+        self._host = torch.zeros(shape, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._device = torch.zeros(shape, dtype=torch.int64, device=device)
+
+    def load(self, running: list[Sequence], rows: int) -> int:
+        """Put what the sequences hold into the first rows; returns W."""
+        width = self._padded(1 + max([len(sequence.tentative) for sequence in running], default=0))
+        self._host[:rows] = FILLER
+        self._host[:rows, :3] = 0  # idle rows read one token behind none
+        for row, sequence in enumerate(running):
+            count, tokens = len(sequence.tentative), sequence.unconfirmed
+            self._host[row, : 3 + count] = torch.tensor([sequence.cached - count, count, *tokens])
+        self._device[:rows].copy_(self._host[:rows], non_blocking=True)
+        return width
+
+    def _padded(self, tokens: int) -> int:
+        return -(-tokens // self._step) * self._step
+
+    def unpack(self, rows: int, width: int) -> Block:
+        """The first rows; waits for nothing."""
+        held = self._device[:rows, : 2 + width]
+        return Block(confirmed=held[:, 0], counts=held[:, 1], tokens=held[:, 2:])
+
+
+def confirm(
+    models: list[LanguageModel],
+    caches: list[KVCache],
+    block: Block,
+    inputs: Inputs,
+    lists: DraftLists | None,
+    stop: int,
+    judge: Judge,
+    *,
+    listed: bool,
+) -> Outcome:
+    """Judge the tentative tokens of all rows by the dense target; bring both caches to what passed. Waits for nothing.
+
+    No row has more than `stop` tokens with all W behind what is confirmed. The draft reads `lists` where it is `listed`.
+    `models` and `caches` are the target's, then the draft's. The noise of `inputs` begins behind the confirmed tokens. In the
+    outcome all W - 1 tokens behind the first count as drafted, of which none that is filler is accepted.
     """
-    (target, draft), (cache, draft_cache) = rows.models, rows.caches
-    device, counts = cache.device, [len(sequence.tentative) for sequence in sequences]
-    confirmed = [sequence.cached - count for sequence, count in zip(sequences, counts, strict=True)]  # C
-    lengths, held = (torch.tensor(numbers, device=device) for numbers in (confirmed, counts))
-    tokens = _tokens(sequences, max(counts) + 1, device)
+    (target, draft), (cache, draft_cache) = models, caches
+    tokens = block.tokens.clamp(min=0)
+    cache.truncate(block.confirmed)
+    logits = target.forward(tokens, cache, stop=stop).logits
+    _complete(draft, draft_cache, block, lists, listed=listed)
+    trace = DraftTrace(tokens=block.tokens[:, 1:], probs=None, queries=())
+    outcome = accept(trace, logits, inputs, None, target.spec, caches, judge)
+    if lists is not None:
+        lists.truncate(cache.lengths)
+    return outcome
+
+
+def _complete(draft: LanguageModel, cache: KVCache, block: Block, lists: DraftLists | None, *, listed: bool) -> None:
+    """The draft reads the last tentative token of each row: its cache has them all, should they all pass."""
+    lengths = block.confirmed + block.counts
     cache.truncate(lengths)
-    logits = target.forward(tokens, cache, stop=max(confirmed) + tokens.shape[1]).logits
-    _complete(rows, draft, draft_cache, lengths + held, tokens.gather(1, held[:, None]))
-    outcomes = []
-    for number, (sequence, count) in enumerate(zip(sequences, counts, strict=True)):
-        one = slice(number, number + 1)
-        caches, pending = rows.row(number)
-        inputs = _inputs(sequence, pending, lengths[one] + 1)
-        trace = DraftTrace(tokens=tokens[one, 1 : count + 1], probs=None, queries=())
-        outcomes.append(accept(trace, logits[one, : count + 1], inputs, None, target.spec, caches, judge))
-    if rows.lists is not None:
-        rows.lists.truncate(cache.lengths)
-    return [RowOutcome.of(outcome.numbers[0].tolist()) for outcome in outcomes]
-
-
-def _tokens(sequences: list[Sequence], width: int, device: torch.device) -> Tensor:
-    """The last confirmed token and the tentative ones of every sequence, filled up: [B, width], or more on a GPU."""
-    width = -(-width // WIDTH) * WIDTH if device.type == "cuda" else width
-    rows = [sequence.unconfirmed for sequence in sequences]
-    return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-
-
-def _complete(rows: Rows, draft: LanguageModel, cache: KVCache, lengths: Tensor, last: Tensor) -> None:
-    """The draft reads the last tentative tokens [B, 1], behind `lengths` [B]: its cache has them all, should they all pass."""
-    cache.truncate(lengths)
-    lists = None
-    if rows.lists is not None:
-        rows.lists.truncate(lengths)
-        [lists] = rows.lists.steps(lengths, 1)
-    draft.forward(last.clamp(max=draft.spec.vocabulary - 1), cache, selection=lists, logits=False)
+    selection = None
+    if lists is not None:
+        lists.truncate(lengths)
+        if listed:
+            [selection] = lists.steps(lengths, 1)
+    last = block.tokens.gather(1, block.counts[:, None])
+    draft.forward(last.clamp(max=draft.spec.vocabulary - 1), cache, selection=selection, logits=False)
     cache.advance(1)
-
-
-def _inputs(sequence: Sequence, pending: Tensor, first: Tensor) -> Inputs:
-    """Of one row, whose first tentative token has position `first` [1] in its text."""
-    device = pending.device
-    return Inputs(
-        pending=pending,
-        active=torch.ones(1, dtype=torch.int64, device=device),
-        draft_uniforms=torch.empty(1, 0, device=device),
-        verify_uniforms=torch.empty(1, 0, device=device),
-        sampling=Sampling.of([sequence.params], device),
-        noise=Noise(keys=torch.tensor([sequence.key], device=device), first=first),
-    )

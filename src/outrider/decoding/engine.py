@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from outrider.config import EngineConfig, SamplingParams, check
-from outrider.decoding.confirmation import spare_rows
+from outrider.decoding.confirmation import most_tentative, spare_rows
 from outrider.decoding.drafting import DraftLists
 from outrider.decoding.loop import Event, Loop, Watch
 from outrider.decoding.memory import RowDemand, free_bytes, plan_rows
@@ -148,8 +148,9 @@ class Engine:
             lists,
             None if bits is None else QuantizedKeys(self.draft, layers, bits, slots, capacity),
             self.judge,
+            self.confirming,
             draft_tokens=k,
-            common_noise=self.config.confirms,
+            most_tentative=most_tentative(self.config) if self.config.confirms else 0,
             slots=slots,
             capacity=capacity,
             capture=self.captures,

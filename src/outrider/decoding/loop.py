@@ -172,18 +172,21 @@ class Loop:
         yield from events
 
     def _confirm(self) -> Iterator[Event]:
-        """Emit what a dense forward makes of the tentative tokens, in rows that have enough of them or might end."""
+        """Emit what a dense forward makes of the tentative tokens, once a row has enough of them or might end."""
+        running = list(self.scheduler.running)
+        if not self.confirmations.are_due(running):
+            return
+        kind = self._kind(running, self._is_sparse(running, 0))
+        landed, now = self.runner.confirm(running, kind), time.perf_counter()
         events = []
-        for start, sequences in self.confirmations.due(self.scheduler.running):
-            landed, now = self.runner.confirm(start, sequences, self.engine.confirming), time.perf_counter()
-            for sequence, outcome in zip(sequences, landed.outcomes, strict=True):
-                if not outcome.finite:
-                    sequence.end("error", "the dense target's logits are not finite numbers")
-                    events.append(Event(sequence=sequence, tokens=[]))
-                    continue
-                spent = {name: x / len(sequences) for name, x in landed.seconds.items()}
-                self._record_confirmation(sequence, outcome, spent)
-                events.append(self._emit(sequence, outcome.tokens, now))
+        for sequence, outcome in zip(running, landed.outcomes, strict=True):
+            if not outcome.finite:
+                sequence.end("error", "the dense target's logits are not finite numbers")
+                events.append(Event(sequence=sequence, tokens=[]))
+                continue
+            spent = {name: x / len(running) for name, x in landed.seconds.items()}
+            self._record_confirmation(sequence, outcome, spent)
+            events.append(self._emit(sequence, outcome.tokens, now))
         self._release()
         yield from events
 
@@ -196,7 +199,7 @@ class Loop:
         return event
 
     def _record_confirmation(self, sequence: Sequence, outcome: RowOutcome, spent: dict[str, float]) -> None:
-        statistics, held, passed = sequence.statistics, len(outcome.drafted), len(outcome.tokens) - 1
+        statistics, held, passed = sequence.statistics, len(sequence.tentative), len(outcome.tokens) - 1
         self.confirmations.pace(sequence).confirmed(passed, held)
         statistics.confirmations += 1
         statistics.confirmed += passed

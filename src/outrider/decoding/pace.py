@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import groupby
-
 from outrider.config import MAX_EXACT_EVERY, EngineConfig
 from outrider.decoding.sequence import Sequence
 
@@ -20,8 +18,7 @@ class Pace:
         1 + a + .. + a^N = (1 - a^(N + 1)) / (1 - a)    tokens that stand, the recovered or bonus one counted in,
         N / m + c                                       rounds: sparse ones, and a dense forward that costs c = `DENSE_ROUNDS`
 
-    and N is where the quotient is largest. It is flat there, so c need not be known well. All of this is the row's own, so its
-    neighbours do not change its text.
+    and N is where the quotient is largest. It is flat there, so c need not be known well. All of this is the row's own.
     """
 
     def __init__(self, fixed: int | None) -> None:
@@ -61,7 +58,7 @@ class Pace:
 
 
 class Confirmations:
-    """Which tokens of a run are tentative, and which rows are to be confirmed. Every row has a pace of its own."""
+    """Which tokens of a run are tentative, and when rows are to be confirmed. Every row has a pace of its own."""
 
     def __init__(self, sequences: list[Sequence], config: EngineConfig) -> None:
         self._paces = {sequence.index: Pace(config.exact_every) for sequence in sequences if config.confirms}
@@ -75,11 +72,9 @@ class Confirmations:
         """What a round brings behind the tokens that this sequence has cached is tentative."""
         return self._least is not None and sequence.cached >= self._least
 
-    def due(self, running: list[Sequence]) -> list[tuple[int, list[Sequence]]]:
-        """The rows to be confirmed now, by first row: those side by side share a forward."""
-        marked = [(row, one, bool(one.tentative) and self._is_due(one, 0)) for row, one in enumerate(running)]
-        spans = [list(span) for due, span in groupby(marked, key=lambda one: one[2]) if due]
-        return [(span[0][0], [sequence for _, sequence, _ in span]) for span in spans]
+    def are_due(self, running: list[Sequence]) -> bool:
+        """Some row is to be confirmed now. All then are: they share the target's weights, and stay in step."""
+        return any(sequence.tentative and self._is_due(sequence, 0) for sequence in running)
 
     def may_be_due(self, running: list[Sequence], more: int) -> bool:
         """Some row may have to be confirmed once a round under way has brought up to `more` tokens.

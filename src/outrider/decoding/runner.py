@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from outrider.decoding.confirmation import Rows, confirm
+from outrider.decoding.confirmation import BlockBuffer, ConfirmationKind, confirm
 from outrider.decoding.drafting import DraftLists, propose
 from outrider.decoding.graphs import Stages
 from outrider.decoding.guides import ByRow
@@ -62,21 +62,25 @@ class Runner:
         drafting: DraftLists | None,
         quantized: QuantizedKeys | None,  # None: scoring reads the draft's cache
         judge: Judge,
+        confirming: Judge,  # of tentative tokens
         *,
         draft_tokens: int,
-        common_noise: bool,
+        most_tentative: int,  # tokens of a row that are confirmed at a time; 0: none are tentative
         slots: int,
         capacity: int,
         capture: bool,
     ) -> None:
         self.target, self.draft = target, draft
-        self.guidance, self.drafting, self.quantized, self.judge = guidance, drafting, quantized, judge
+        self.guidance, self.drafting, self.quantized = guidance, drafting, quantized
+        self.judge, self.confirming = judge, confirming
         self.k = draft_tokens if draft is not None else 0
         self.slots, self.capacity = slots, capacity
         self.device = target.spec.device
         self.models = [model for model in (target, draft) if model is not None]
         self.caches = [model.new_cache(slots, capacity) for model in self.models]
-        self.inputs = InputBuffer(slots, self.k, self.device, common_noise=common_noise)
+        self.inputs = InputBuffer(slots, self.k, self.device, common_noise=most_tentative > 0)
+        self.tentative = BlockBuffer(slots, most_tentative, self.device)
+        self.confirms = most_tentative > 0
         self.stages = Stages(capture=capture)
         rival = guidance.rival if guidance is not None else None
         self.rivals = None if rival is None else ByRow(rival, target, self.caches[0])
@@ -94,6 +98,9 @@ class Runner:
             for cache in self.caches:
                 cache.lengths.fill_(1)
             self._run_stages(kind, StageClock(self.device))
+            if self.confirms:
+                width = self.tentative.load([], kind.rows)
+                self._confirm(ConfirmationKind(round=kind, width=width, listed=kind.sparse), width, StageClock(self.device))
         self.clear(slice(None))
         progress("compile rounds", 2, 2)
 
@@ -152,20 +159,34 @@ class Runner:
             arrived=arrived,
         )
 
-    def confirm(self, start: int, sequences: list[Sequence], judge: Judge) -> Landed:
-        """Confirm the tentative tokens of the sequences in rows start, start + 1, ..; waits for it. No round is under way."""
-        clock, stop = StageClock(self.device), start + len(sequences)
-        rows = Rows(
-            models=[model.uncompiled() for model in self.models],  # any number of rows and tokens
-            caches=[cache.rows(start, stop) for cache in self.caches],
-            pending=self.inputs.pending[start:stop],
-            lists=self.drafting.rows(start, stop) if self.drafting is not None else None,
-        )
-        with clock.stage("confirm"):
-            outcomes = confirm(rows, sequences, judge)
+    def confirm(self, running: list[Sequence], kind: RoundKind) -> Landed:
+        """Confirm what the sequences in rows 0 .. n - 1 hold; waits for it. No round is under way."""
+        clock = StageClock(self.device)
+        self.inputs.load(running, kind.rows)
+        listed = kind.sparse and self._begun.issuperset(range(len(running)))
+        width = self.tentative.load(running, kind.rows)
+        stop = max(sequence.cached - len(sequence.tentative) for sequence in running) + width
+        outcome = self._confirm(ConfirmationKind(round=kind, width=width, listed=listed), stop, clock)
         if self.rivals is not None:  # what they keep is of tokens that may be gone, and of keys that were written anew
-            self._begun.difference_update(range(start, stop))
+            self._begun.clear()
+        outcomes = [RowOutcome.of(row) for row in outcome.numbers[: len(running)].tolist()]
         return Landed(outcomes=outcomes, seconds=clock.settle())
+
+    def _confirm(self, kind: ConfirmationKind, stop: int, clock: StageClock) -> Outcome:
+        rows = kind.round.rows
+        models = [model.uncompiled() for model in self.models]  # of widths that are not worth a compilation
+        caches = [cache.rows(0, rows) for cache in self.caches]
+        lists = self.drafting.rows(0, rows) if self.drafting is not None else None
+
+        def confirmed() -> Outcome:
+            block = self.tentative.unpack(rows, kind.width)
+            inputs = self.inputs.unpack(kind.round, block.confirmed)
+            room = caches[0].capacity if self.stages.capture else stop  # a graph is replayed with other lengths
+            return confirm(models, caches, block, inputs, lists, room, self.confirming, listed=kind.listed)
+
+        self.stages.begin(kind)
+        with clock.stage("confirm"):
+            return self.stages.run("confirm", confirmed)
 
     def _touched(self, kind: RoundKind, running: list[Sequence]) -> list[float]:
         if self.rivals is None or not kind.sparse:
