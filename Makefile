@@ -24,7 +24,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "setting up $(VENV), once: downloads can take minutes"
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools \
-		pytest pytest-xdist hypothesis ruff mypy numpy matplotlib transformers safetensors tokenizers typer rich pyyaml
+		pytest pytest-xdist hypothesis ruff mypy numpy matplotlib prometheus-client transformers safetensors tokenizers typer rich pyyaml
 	$(BIN)/python -c 'import sys, importlib.util as u; sys.exit(sys.platform == "linux" and u.find_spec("triton") is None)' \
 		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check $(TRITON)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .

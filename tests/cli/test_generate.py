@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -59,6 +60,23 @@ def test_modes_run_in_turn_on_the_same_models(outrider, pair, prompt, alignment,
         assert set(run["seconds"]) == {"prefill", "propose", "score", "select", "verify", "accept", "confirm"}
     assert dense["kept_fraction"] == 1 and dense["agreement"] == 1
     assert 0.2 < sparse["kept_fraction"] < 0.5
+
+
+def test_requests_and_metrics(outrider, fails, pair, prompt, tmp_path):
+    stats, metrics = tmp_path / "stats.json", tmp_path / "outrider.prom"
+    outcome = outrider(
+        "generate", *pair, *prompt, *prompt, *SHORT, "--mode", "dense", "--stats-json", stats, "--metrics", metrics
+    )
+    assert outcome.code == 0
+    run = json.loads(stats.read_text())
+    assert [(one["finish_reason"], one["generated_tokens"]) for one in run["requests"]] == [("length", 12)] * 2
+    assert sum(one["accepted"] for one in run["requests"]) == run["accepted"]
+    text = metrics.read_text()
+    [accepted] = re.findall(r'outrider:spec_decode_num_accepted_tokens_total\{mode="dense",.*\} (.*)', text)
+    assert float(accepted) == run["accepted"]
+    assert 'finished_reason="length"' in text
+    missing = tmp_path / "none" / "outrider.prom"
+    assert f"metrics: got '{missing}'; allowed: a file in a folder" in fails("generate", *pair, *prompt, "--metrics", missing)
 
 
 def test_exact_writes_the_text_of_dense(outrider, fails, pair, prompt, alignment, tmp_path):

@@ -19,9 +19,10 @@ from outrider.config import Budget, EngineConfig, SamplingParams, check, engine_
 from outrider.errors import PromptError
 
 if TYPE_CHECKING:
-    from outrider.decoding.outrider import Chunk, Outrider, Prompt
+    from outrider.decoding.outrider import Chunk, Outrider, Prompt, Result
     from outrider.decoding.statistics import Statistics
     from outrider.eval.trace import Recorder
+    from outrider.integrations.prometheus import Metrics
 
 MODELS = Flags(source=ModelOptions, panel="Models")
 ENGINE = Flags(source=EngineConfig, panel="Engine", skip=("budget",), repeat=("mode",), short={"draft_tokens": "-K"})
@@ -41,6 +42,9 @@ def generate(
     prompt_file: Annotated[list[Path] | None, typer.Option(help="file of UTF-8 text to continue (repeatable)")] = None,
     prompt_tokens: Annotated[int | None, typer.Option(help="use only the first tokens of each prompt, this many")] = None,
     stats_json: Annotated[Path | None, typer.Option(help="write the figures of the run to this file")] = None,
+    metrics: Annotated[
+        Path | None, typer.Option(help="write the figures as Prometheus metrics to this file; needs outrider[metrics]")
+    ] = None,
     trace: Annotated[
         Path | None,
         typer.Option(
@@ -62,6 +66,7 @@ def generate(
     check("prompt-tokens", prompt_tokens, prompt_tokens is None or prompt_tokens >= 1, "a whole number >= 1")
     texts = _prompts(prompt or [], prompt_file or [])
     stats = writable_file("stats-json", stats_json) if stats_json else None
+    measured = _metrics(metrics, values["target"]) if metrics else None
     if trace is not None:
         trace = _check_trace(trace, trace_rounds, modes, options["eager"] or values["device"] == "cpu")
 
@@ -69,24 +74,33 @@ def generate(
     with screen.waiting("loading models"):
         engines = _load(modes, MODELS.pick(values), options)
         tokens: list[Prompt] = [_tokens(engines[0], name, text, prompt_tokens) for name, text in texts.items()]
-    runs, interrupted, failures = [], False, 0
+    runs, requests, interrupted, failures = [], [], False, 0
     for engine in engines:
         if len(engines) > 1:
             screen.heading(engine.config.mode)
         recorder = _recorder(trace_rounds) if trace and engine.config.mode == "sparse" else None
-        run, interrupted, failed = _run(engine, tokens, params, screen, recorder)
+        run, results, interrupted = _run(engine, tokens, params, screen, recorder)
         if trace and recorder and not interrupted:
             files = [path.stem for path in prompt_file or []]
             names = [f"prompt {number}" for number, _ in enumerate(prompt or [], start=1)] + files
             _write_trace(trace, recorder, engine, names)
-        failures += failed
+        failures += sum(result.error is not None for result in results)
         engine.release()  # the next mode's caches need the memory
         runs += [run] if run is not None else []
+        requests.append([{"finish_reason": one.finish_reason} | one.statistics.as_dict() for one in results])
+        if measured is not None:
+            for result in results:
+                measured.observe(result)
         if interrupted:
             break
     if stats and not interrupted:
-        figures = [run.as_dict() | {"conditions": _conditions(engine)} for run, engine in zip(runs, engines, strict=True)]
+        figures = [
+            run.as_dict() | {"requests": own, "conditions": _conditions(engine)}
+            for run, own, engine in zip(runs, requests, engines, strict=True)
+        ]
         write_json("stats-json", stats, figures if len(figures) > 1 else figures[0])
+    if metrics and measured and not interrupted:
+        write_file("metrics", metrics, measured.text().encode())
     if runs:
         screen.note(run_table(runs))
     if interrupted or failures:
@@ -153,10 +167,18 @@ def _conditions(engine: Outrider) -> dict[str, str | int]:
     return made | engine.execution | {"command": shlex.join(["outrider", *sys.argv[1:]])}
 
 
+def _metrics(path: Path, model: str) -> Metrics:
+    """What counts the requests, once it is certain that it can be written."""
+    from outrider.integrations.prometheus import Metrics
+
+    writable_file("metrics", path)
+    return Metrics(model)
+
+
 def _run(
     engine: Outrider, prompts: list[Prompt], params: SamplingParams, screen: Screen, recorder: Recorder | None
-) -> tuple[Statistics | None, bool, int]:
-    """Generate in one mode. Returns the figures, of what there is when it was interrupted, if it was, and how many failed."""
+) -> tuple[Statistics | None, list[Result], bool]:
+    """Generate in one mode. Returns the figures, of what there is when it was interrupted, the results, and if it was."""
     transcript = _Transcript(screen, len(prompts))
     chunks = engine.stream(prompts, params, progress=screen.progress, watch=recorder)
     interrupted = False
@@ -169,9 +191,10 @@ def _run(
         except KeyboardInterrupt:
             interrupted = True
     transcript.close()
-    for index, error in transcript.errors.items():
-        print(f"outrider: error: prompt {index + 1}: {error}", file=sys.stderr)
-    return transcript.summary(), interrupted, len(transcript.errors)
+    for index, result in transcript.finished.items():
+        if result.error is not None:
+            print(f"outrider: error: prompt {index + 1}: {result.error}", file=sys.stderr)
+    return transcript.summary(), transcript.results, interrupted
 
 
 class _Transcript:
@@ -180,7 +203,7 @@ class _Transcript:
     def __init__(self, screen: Screen, prompts: int) -> None:
         self.streams = prompts == 1
         self.tokens = 0
-        self.errors: dict[int, str] = {}  # of prompts that failed
+        self.finished: dict[int, Result] = {}  # by prompt
         self._screen = screen
         self._waiting: dict[int, str] = {}  # text not shown yet, by prompt
         self._statistics: dict[int, Statistics] = {}
@@ -188,8 +211,8 @@ class _Transcript:
     def add(self, chunk: Chunk) -> None:
         self.tokens += len(chunk.token_ids)
         self._statistics[chunk.index] = chunk.statistics
-        if chunk.result is not None and chunk.result.error is not None:
-            self.errors[chunk.index] = chunk.result.error
+        if chunk.result is not None:
+            self.finished[chunk.index] = chunk.result
         if self.streams:
             self._screen.write(chunk.text)
             return
@@ -203,6 +226,11 @@ class _Transcript:
             self._screen.write("\n")
         for index in sorted(self._waiting):
             self._show(index, "interrupted")
+
+    @property
+    def results(self) -> list[Result]:
+        """Of the prompts that have finished, in their order."""
+        return [result for _, result in sorted(self.finished.items())]
 
     def summary(self) -> Statistics | None:
         """The figures of all prompts; None when nothing was generated."""
