@@ -149,6 +149,16 @@ class EngineConfig:
         "mode exact: tokens that sparse rounds bring before a dense forward confirms them, 1 .. 64; default: as many as pay, "
         "by how often they were confirmed so far",
     )
+    guard_every: int | None = option(
+        None,
+        "mode sparse: rounds of a sequence from one audit by its quality guard to the next: there the dense target reads the "
+        "round's tokens, too; default: no guard",
+    )
+    guard_tolerance: float = option(
+        0.25,
+        "guard: share of its tokens that a sequence may choose otherwise than the dense target would, in (0, 1]; beyond it, it "
+        "reads more; 1: only watch",
+    )
     batch_size: int = option(8, "sequences that run at the same time; more prompts wait")
     prefill_chunk: int = option(2048, "prompt tokens per forward of the prefill")
     prefill: str = option("dense", "how prompts are read: dense, or sparse (the draft chooses what each block reads)")
@@ -181,6 +191,9 @@ class EngineConfig:
         check("score-keys", self.score_keys, self.score_keys in SCORE_KEYS, ", ".join(SCORE_KEYS))
         every, allowed = self.exact_every, f"a whole number in 1 .. {MAX_EXACT_EVERY}, or None"
         check("exact-every", every, every is None or (_is_int(every) and 1 <= every <= MAX_EXACT_EVERY), allowed)
+        every, allowed = self.guard_every, "a whole number >= 1, or None"
+        check("guard-every", every, every is None or (_is_int(every) and every >= 1), allowed)
+        check_share("guard-tolerance", self.guard_tolerance)
         check("batch-size", self.batch_size, _is_int(self.batch_size) and self.batch_size >= 1, "a whole number >= 1")
         chunk = self.prefill_chunk
         check("prefill-chunk", chunk, _is_int(chunk) and chunk >= 1, "a whole number >= 1")
@@ -205,6 +218,11 @@ class EngineConfig:
     def confirms(self) -> bool:
         """What rounds bring is tentative until a dense forward has confirmed it."""
         return self.mode == "exact"
+
+    @property
+    def guards(self) -> bool:
+        """Rounds of mode sparse are audited now and then."""
+        return self.mode == "sparse" and self.guard_every is not None
 
     @property
     def drafts_sparsely(self) -> bool:

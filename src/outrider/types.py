@@ -45,6 +45,14 @@ class DraftScores:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Shares:
+    """What the lists of each sequence keep, where it is not the same for all: of the tokens (top-k) or of the mass (top-p)."""
+
+    kept: Tensor  # [B] fp64 in 0 .. 1; 1: everything
+    most: float  # on the host: none is larger
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UnlistedFit:
     """What stands for the tokens that the lists of one method leave out, as calibrated."""
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from outrider.guidance.alignment import AlignmentFile
 
 NONE = "-"
-CONFIRM = "confirm"  # the stage of mode exact
+SOMETIMES = "confirm", "audit"  # stages that are shown where they took time
 
 
 def run_table(runs: Sequence[Statistics]) -> Table:
@@ -35,7 +35,7 @@ def run_table(runs: Sequence[Statistics]) -> Table:
         ("accepted tokens per round", lambda s: f"{s.accepted_per_round:.2f}"),
         ("kept fraction", lambda s: _percent(s.kept_fraction)),
         ("KV bytes read, of dense", lambda s: _percent(s.kv_read_fraction)),
-        *((f"seconds: {stage}", _seconds_of(stage)) for stage in runs[0].seconds if stage != CONFIRM or confirmed),
+        *((f"seconds: {stage}", _seconds_of(stage)) for stage in _stages(runs)),
     ]
     if any(run.prefill_before for run in runs):
         rows.insert(1, ("kept by the prompt's blocks", lambda s: _percent(s.prefill_kept_fraction)))
@@ -46,6 +46,14 @@ def run_table(runs: Sequence[Statistics]) -> Table:
             ("of these confirmed", _of_tentative(lambda s: s.confirmed)),
             ("rolled back", _of_tentative(lambda s: s.rolled_back)),
             ("dense forwards that confirm", _of_tentative(lambda s: s.confirmations)),
+        ]
+    if any(run.audits for run in runs):
+        rows += [
+            ("audits by the guard", _of_audits(lambda s: str(s.audits))),
+            ("disagreement with the dense target", _of_audits(lambda s: _number(s.disagreement, ".1%"))),
+            ("of its attention on the lists", _of_audits(lambda s: _number(s.recalled_mass, ".1%"))),
+            ("budget raised, lowered again", _of_audits(lambda s: f"{s.budget_raised}, {s.budget_lowered}")),
+            ("prompts that read everything", _of_audits(lambda s: str(s.fallbacks))),
         ]
     if any(run.audited for run in runs):
         rows.append(("agreement with the dense target", _agreement))
@@ -204,12 +212,20 @@ def _ratio(value: float | None, base: float | None) -> str:
     return NONE if value is None or not base else f"{value / base:.2f}x"
 
 
+def _stages(runs: Sequence[Statistics]) -> list[str]:
+    return [stage for stage in runs[0].seconds if stage not in SOMETIMES or any(run.seconds[stage] for run in runs)]
+
+
 def _seconds_of(stage: str) -> Callable[[Statistics], str]:
     return lambda statistics: f"{statistics.seconds[stage]:.2f}"
 
 
 def _of_tentative(count: Callable[[Statistics], int]) -> Callable[[Statistics], str]:
     return lambda statistics: str(count(statistics)) if statistics.confirmations else NONE
+
+
+def _of_audits(cell: Callable[[Statistics], str]) -> Callable[[Statistics], str]:
+    return lambda statistics: cell(statistics) if statistics.audits else NONE
 
 
 def _agreement(statistics: Statistics) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from outrider.config import EngineConfig, SamplingParams, check
 from outrider.decoding.confirmation import most_tentative, spare_rows
 from outrider.decoding.drafting import DraftLists
+from outrider.decoding.guard import levels
 from outrider.decoding.loop import Event, Loop, Watch
 from outrider.decoding.memory import RowDemand, free_bytes, plan_rows
 from outrider.decoding.pair import make_guidance, rehearse
@@ -132,7 +133,7 @@ class Engine:
             capacity=capacity,
             score_rows=0 if guidance is None else guidance.score_rows(draft, k + 1),
             score_bytes=mass_dtype(draft).itemsize,
-            list_entries=0 if guidance is None else guidance.entries(capacity),
+            list_entries=0 if guidance is None else guidance.entries(capacity, 1.0 if self.config.guards else None),
             code_bytes=0 if bits is None else coded_bytes((draft.layers[layer] for layer in layers), bits),
         )
         longest, free = lengths.index(max(lengths)), free_bytes(self.target.spec.device)
@@ -151,6 +152,8 @@ class Engine:
             self.confirming,
             draft_tokens=k,
             most_tentative=most_tentative(self.config) if self.config.confirms else 0,
+            share=levels(self.config.budget)[0],
+            audits_from=self.config.budget.min_context if self.config.guards else None,
             slots=slots,
             capacity=capacity,
             capture=self.captures,

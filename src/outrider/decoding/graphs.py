@@ -20,15 +20,16 @@ Result = TypeVar("Result")
 class _Variant:
     """The stages of one kind of round."""
 
-    rounds: int = 0  # begun
+    warm: set[str] = field(default_factory=set)  # that have run as they are
     stages: dict[str, tuple[torch.cuda.CUDAGraph, Any]] = field(default_factory=dict)
 
 
 class Stages:
     """Runs the stages of rounds, as graphs or, with `capture` off, as they are.
 
-    A round is of one *kind*: what decides shapes and branches on the host. The first round of a kind runs as it is, which lets
-    kernels be built and libraries be set up; the second is captured. Other lengths, tokens and lists need no new capture.
+    A round is of one *kind*: what decides shapes and branches on the host. A stage of a kind first runs as it is, which lets
+    kernels be built and libraries be set up; the second time it is captured. Other lengths, tokens and lists need no new
+    capture.
     """
 
     def __init__(self, *, capture: bool) -> None:
@@ -40,7 +41,6 @@ class Stages:
     def begin(self, kind: Hashable) -> None:
         """A round of this kind starts."""
         self._current = self._variants.setdefault(kind, _Variant())
-        self._current.rounds += 1
 
     def knows(self, kind: Hashable) -> bool:
         """Rounds of this kind are captured already."""
@@ -48,7 +48,10 @@ class Stages:
 
     def run(self, name: str, function: Callable[[], Result]) -> Result:
         """The stage's result. `function` must not wait for the device."""
-        if not self.capture or self._current.rounds < 2:
+        if not self.capture:
+            return function()
+        if name not in self._current.warm:
+            self._current.warm.add(name)
             return function()
         if name not in self._current.stages:
             self._current.stages[name] = self._record(function)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from outrider.decoding.guard import WINDOW, Audit, Guards
 from outrider.decoding.pace import Confirmations
 from outrider.decoding.prefill import Prefill, ProgressCallback
 from outrider.decoding.rounds import RoundKind, RowOutcome
@@ -50,6 +51,7 @@ class Loop:
         self.progress, self.watch = progress, watch
         self.scheduler = Scheduler(sequences, runner.slots)
         self.confirmations = Confirmations(sequences, engine.config)
+        self.guards = Guards(sequences, engine.config)
         self.filling: Prefill | None = None
         layers, bits = (engine.guidance.layers, engine.guidance.bits) if engine.guidance is not None else ((), None)
         self.reads = ReadCounter(engine.target.spec, engine.draft.spec, layers, runner.k + 1, bits)
@@ -125,7 +127,7 @@ class Loop:
         for sequence in running:
             sequence.statistics.began = sequence.statistics.began or now
         if ahead_of is None:
-            return self.runner.launch(running, self._kind(running, self._is_sparse(running, 0)))
+            return self.runner.launch(running, self._kind(running, self._is_sparse(running, 0)), self.guards.due(running, 0))
         most = self.runner.k + 1  # tokens that the round under way may emit
         sparse = self._is_sparse(running, 1)
         known = (
@@ -135,8 +137,9 @@ class Loop:
             and sparse == self._is_sparse(running, most)
             and all(len(s.tokens) + len(s.tentative) + most < s.params.max_new_tokens for s in running)
             and not self.confirmations.may_be_due(running, most)
+            and ahead_of.audits is None  # which may change what its rows read
         )
-        return self.runner.launch(running, self._kind(running, sparse)) if known else None
+        return self.runner.launch(running, self._kind(running, sparse), self.guards.due(running, 1)) if known else None
 
     def _is_sparse(self, sequences: list[Sequence], more: int) -> bool:
         """Whether a round reads lists once each sequence has so many more tokens."""
@@ -147,7 +150,7 @@ class Loop:
 
     def _commit(self, flight: Flight) -> Iterator[Event]:
         """Emit the accepted tokens and the recovered or bonus one, or hold them; finished sequences leave their slots."""
-        outcomes, seconds, now = flight.land(), flight.clock.settle(), time.perf_counter()
+        (outcomes, audits), seconds, now = flight.land(), flight.clock.settle(), time.perf_counter()
         selection = flight.selection
         layers = selection.layers if selection is not None else ()
         events = []
@@ -167,9 +170,22 @@ class Loop:
                 sequence.statistics.tentative += held
                 self.confirmations.pace(sequence).brought(held)
             else:
+                cached = sequence.cached
                 events.append(self._emit(sequence, outcome.tokens, now))
+                if (audit := audits[row]) is not None:
+                    self._heed(row, sequence, audit, cached)
         self._release()
         yield from events
+
+    def _heed(self, row: int, sequence: Sequence, audit: Audit, cached: int) -> None:
+        """Record an audit of a round behind `cached` tokens, and do what the sequence's guard makes of it."""
+        statistics = sequence.statistics
+        statistics.bytes_read += self.reads.audit(cached, 1 / WINDOW)
+        if self.guards.heed(sequence, audit) and sequence.finish_reason is None:
+            seconds = self.runner.reread(row, sequence, self.config.prefill_chunk, self.engine.read)
+            statistics.bytes_read += self.reads.dense(len(sequence.prompt) - 1, len(sequence.tokens))
+            for stage, spent in seconds.items():
+                statistics.seconds[stage] += spent
 
     def _confirm(self) -> Iterator[Event]:
         """Emit what a dense forward makes of the tentative tokens, once a row has enough of them or might end."""

@@ -86,9 +86,10 @@ class Guidance:
         """Rows of masses that scoring `t` queries of one sequence makes."""
         return len(self.layers) * draft.full_shape.query_heads * (t if self.per_query else 1)
 
-    def entries(self, size: int) -> int:
-        """A bound on the list entries of one sequence of `size` tokens."""
-        return sum(selector.entries(size) for selector in (self.target, self.draft) if selector is not None)
+    def entries(self, size: int, share: float | None = None) -> int:
+        """A bound on the list entries of one sequence of `size` tokens; `share`: of these, the target's lists may keep."""
+        target = 0 if self.target is None else self.target.entries(size, share)
+        return target + (0 if self.draft is None else self.draft.entries(size))
 
     @property
     def waits(self) -> bool:
@@ -106,6 +107,8 @@ def make_guidance(
     choosing = drafting = rival = None
     scored = draft.spec.full_layers if config.drafts_sparsely else ()
     if config.verifies_sparsely and config.method in RIVALS:
+        allowed = f"None with method {config.method}: audits are for lists that the draft chooses"
+        check("guard-every", config.guard_every, not config.guards, allowed)
         rival = make_rival(config.method, target, config.budget)
     elif config.verifies_sparsely:
         if alignment is None:

@@ -26,12 +26,22 @@ class RoundKind:
     sparse: bool  # reads lists, as far as the engine is asked to
     greedy: bool  # every row is: distributions are one-hot
     filtered: bool  # some row has a sampling top-k or top-p
+    widest: float | None = None  # the largest share of a row's lists; None: all keep what the budget says
+    reads_all: bool = False  # every row's lists would hold everything
 
     @classmethod
     def of(cls, running: list[Sequence], slots: int, *, sparse: bool) -> RoundKind:
         params = [sequence.params for sequence in running]
         rows = min(slots, 1 << (len(running) - 1).bit_length())
-        return cls(rows=rows, sparse=sparse, greedy=all_greedy(params), filtered=any_filtered(params))
+        shares = [sequence.share for sequence in running if sequence.share is not None] if sparse else []
+        return cls(
+            rows=rows,
+            sparse=sparse,
+            greedy=all_greedy(params),
+            filtered=any_filtered(params),
+            widest=max(shares, default=None),
+            reads_all=len(shares) == len(running) and min(shares) == 1,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +53,8 @@ class Inputs:
     draft_uniforms: Tensor  # [B, K] fp64
     verify_uniforms: Tensor  # [B, K + 1] fp32
     sampling: Sampling
+    shares: Tensor | None = None  # [B] fp64: what lists keep of each row; None: as the budget says
+    audited: Tensor | None = None  # [B] fp64: 1 in rows that are to be audited
     noise: Noise | None = None  # by which draft and target choose; None: they draw by the uniforms
 
 
@@ -52,32 +64,35 @@ class InputBuffer:
     The pending tokens never leave the device: a round puts them where the next one finds them.
     """
 
-    PARAMETERS = 5  # active, temperature, top-k, top-p, key of the noise; random numbers behind them
+    PARAMETERS = 7  # active, temperature, top-k, top-p, key of the noise, share, audited; random numbers behind them
 
-    def __init__(self, slots: int, draft_tokens: int, device: torch.device, *, common_noise: bool = False) -> None:
-        """With `common_noise` draft and target choose by the same noise."""
-        self.k, self.common_noise = draft_tokens, common_noise
+    def __init__(
+        self, slots: int, draft_tokens: int, device: torch.device, *, common_noise: bool = False, share: float = 1.0
+    ) -> None:
+        """With `common_noise` draft and target choose by the same noise. `share` is what the budget lets lists keep."""
+        self.k, self.common_noise, self._share = draft_tokens, common_noise, share
         self.pending = torch.zeros(slots, dtype=torch.int64, device=device)
         shape = slots, self.PARAMETERS + 2 * draft_tokens + 1
         # two, in turn: the copy of one round may still wait for the round before when the next one is filled in
         self._hosts = [torch.zeros(shape, dtype=torch.float64, pin_memory=device.type == "cuda") for _ in range(2)]
         self._device = torch.zeros(shape, dtype=torch.float64, device=device)
 
-    def load(self, running: list[Sequence], rows: int) -> None:
-        """Put the next round of the sequences into the first rows; draws their random numbers."""
+    def load(self, running: list[Sequence], rows: int, audited: list[bool]) -> None:
+        """Put the next round of the sequences into the first rows, some to be `audited`; draws their random numbers."""
         host = self._hosts[0]
         self._hosts.reverse()
         host.zero_()
         for row, sequence in enumerate(running):
             params = sequence.params
-            numbers = (1.0, params.temperature, params.top_k, params.top_p, sequence.key)
+            share = self._share if sequence.share is None else sequence.share
+            numbers = (1.0, params.temperature, params.top_k, params.top_p, sequence.key, share, float(audited[row]))
             host[row, : self.PARAMETERS] = torch.tensor(numbers, dtype=torch.float64)
             host[row, self.PARAMETERS :] = sequence.uniforms(2 * self.k + 1)
         self._device[:rows].copy_(host[:rows], non_blocking=True)
 
     def unpack(self, kind: RoundKind, lengths: Tensor) -> Inputs:
         """The first rows, typed; `lengths` [B] are cached. Part of a round: waits for nothing."""
-        active, temperature, top_k, top_p, keys = self._device[: kind.rows, : self.PARAMETERS].unbind(1)
+        active, temperature, top_k, top_p, keys, shares, audited = self._device[: kind.rows, : self.PARAMETERS].unbind(1)
         uniforms = self._device[: kind.rows, self.PARAMETERS :]
         return Inputs(
             pending=self.pending[: kind.rows],
@@ -91,6 +106,8 @@ class InputBuffer:
                 greedy=kind.greedy,
                 filtered=kind.filtered,
             ),
+            shares=None if kind.widest is None else shares,
+            audited=audited,
             noise=Noise(keys=keys.long(), first=lengths + 1) if self.common_noise else None,
         )
 

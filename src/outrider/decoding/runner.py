@@ -8,18 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from outrider.decoding.audits import Audits, landed
 from outrider.decoding.confirmation import BlockBuffer, ConfirmationKind, confirm
 from outrider.decoding.drafting import DraftLists, propose
 from outrider.decoding.graphs import Stages
+from outrider.decoding.guard import Audit
 from outrider.decoding.guides import ByRow
 from outrider.decoding.pair import Guidance
+from outrider.decoding.prefill import ReadChunk
 from outrider.decoding.rounds import InputBuffer, Inputs, Judge, Outcome, RoundKind, RowOutcome, accept, propose_nothing, verify
 from outrider.decoding.scoring import score
 from outrider.decoding.sequence import Sequence
 from outrider.decoding.statistics import StageClock
 from outrider.models import KVCache, LanguageModel
 from outrider.models.quantized_keys import QuantizedKeys
-from outrider.types import DraftScores, DraftTrace, Lists, Selection
+from outrider.types import DraftScores, DraftTrace, Lists, Selection, Shares
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,13 +34,16 @@ class Flight:
     touched: list[float]  # bytes that a rival has read in order to choose, by row
     clock: StageClock
     numbers: Tensor  # on the host, once `arrived`
+    audits: Tensor | None  # its figures, on the host once `arrived`; None: nobody was to be audited
     arrived: torch.cuda.Event | None
 
-    def land(self) -> list[RowOutcome]:
-        """The outcome by row; waits for the round."""
+    def land(self) -> tuple[list[RowOutcome], list[Audit | None]]:
+        """The outcome by row, and what audits have found; waits for the round."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        return [RowOutcome.of(row) for row in self.numbers[: len(self.sequences)].tolist()]
+        rows = len(self.sequences)
+        audits = landed(rows, self.audits)
+        return [RowOutcome.of(row) for row in self.numbers[:rows].tolist()], audits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +72,8 @@ class Runner:
         *,
         draft_tokens: int,
         most_tentative: int,  # tokens of a row that are confirmed at a time; 0: none are tentative
+        share: float,  # what the budget lets lists keep
+        audits_from: int | None,  # cached tokens from which on rows may be audited; None: no round ever is
         slots: int,
         capacity: int,
         capture: bool,
@@ -78,9 +86,10 @@ class Runner:
         self.device = target.spec.device
         self.models = [model for model in (target, draft) if model is not None]
         self.caches = [model.new_cache(slots, capacity) for model in self.models]
-        self.inputs = InputBuffer(slots, self.k, self.device, common_noise=most_tentative > 0)
+        self.inputs = InputBuffer(slots, self.k, self.device, common_noise=most_tentative > 0, share=share)
         self.tentative = BlockBuffer(slots, most_tentative, self.device)
         self.confirms = most_tentative > 0
+        self.audits = None if audits_from is None else Audits(target, slots, capacity, audits_from)
         self.stages = Stages(capture=capture)
         rival = guidance.rival if guidance is not None else None
         self.rivals = None if rival is None else ByRow(rival, target, self.caches[0])
@@ -88,6 +97,8 @@ class Runner:
         pinned = self.device.type == "cuda"
         shape = slots, self.k + 5
         self._landing = [torch.zeros(shape, dtype=torch.float64, pin_memory=pinned) for _ in range(2)]  # in turn, as inputs
+        # one will do: behind an audited round nothing is launched before its figures are read
+        self._audit_landing = torch.zeros(slots, self.k + 4, dtype=torch.float64, pin_memory=pinned)
 
     def warm_up(self, kind: RoundKind, progress: Callable[[str, int, int], None]) -> None:
         """Two rounds over nothing: builds, compiles and captures a kind of round before the first prompt is read."""
@@ -97,7 +108,7 @@ class Runner:
             progress("compile rounds", done, 2)
             for cache in self.caches:
                 cache.lengths.fill_(1)
-            self._run_stages(kind, StageClock(self.device))
+            self._run_stages(kind, StageClock(self.device), audit=self.audits is not None and kind.sparse)
             if self.confirms:
                 width = self.tentative.load([], kind.rows)
                 self._confirm(ConfirmationKind(round=kind, width=width, listed=kind.sparse), width, StageClock(self.device))
@@ -136,17 +147,19 @@ class Runner:
         """What was captured counts no more."""
         self.stages = Stages(capture=self.stages.capture)
 
-    def launch(self, running: list[Sequence], kind: RoundKind) -> Flight:
-        """Start a round of the sequences in rows 0 .. n - 1, without waiting for it."""
+    def launch(self, running: list[Sequence], kind: RoundKind, audited: list[bool]) -> Flight:
+        """Start a round of the sequences in rows 0 .. n - 1, of which some are to be audited, without waiting for it."""
         clock = StageClock(self.device)
         self._follow(kind, running)
-        self.inputs.load(running, kind.rows)
+        self.inputs.load(running, kind.rows, audited)
         before = self._touched(kind, running)
-        outcome = self._run_stages(kind, clock)
+        outcome, figures = self._run_stages(kind, clock, audit=kind.sparse and any(audited))
         touched = [after - x for x, after in zip(before, self._touched(kind, running), strict=True)]
         host, arrived = self._landing[0], None
         self._landing.reverse()
         host[: kind.rows].copy_(outcome.numbers, non_blocking=True)
+        if figures is not None:
+            self._audit_landing[: kind.rows].copy_(figures, non_blocking=True)
         if self.device.type == "cuda":
             arrived = torch.cuda.Event()
             arrived.record()
@@ -156,13 +169,14 @@ class Runner:
             touched=touched,
             clock=clock,
             numbers=host,
+            audits=None if figures is None else self._audit_landing,
             arrived=arrived,
         )
 
     def confirm(self, running: list[Sequence], kind: RoundKind) -> Landed:
         """Confirm what the sequences in rows 0 .. n - 1 hold; waits for it. No round is under way."""
         clock = StageClock(self.device)
-        self.inputs.load(running, kind.rows)
+        self.inputs.load(running, kind.rows, audited=[False] * len(running))
         listed = kind.sparse and self._begun.issuperset(range(len(running)))
         width = self.tentative.load(running, kind.rows)
         stop = max(sequence.cached - len(sequence.tentative) for sequence in running) + width
@@ -188,6 +202,20 @@ class Runner:
         with clock.stage("confirm"):
             return self.stages.run("confirm", confirmed)
 
+    def reread(self, slot: int, sequence: Sequence, chunk: int, read: ReadChunk) -> dict[str, float]:
+        """Write what the target's cache holds of the generated tokens anew, densely, `chunk` tokens at a time; seconds by
+        stage. No round is under way.
+        """
+        clock, start = StageClock(self.device), len(sequence.prompt) - 1
+        cache = self.caches[0].rows(slot, slot + 1)
+        tokens = torch.tensor([sequence.text_cached[start:]], dtype=torch.int64)
+        with clock.stage("audit"):
+            cache.truncate(start)
+            for part in tokens.split(chunk, dim=1):
+                start += part.shape[1]
+                read(self.target, cache, part, start)
+        return clock.settle()
+
     def _touched(self, kind: RoundKind, running: list[Sequence]) -> list[float]:
         if self.rivals is None or not kind.sparse:
             return [0.0] * len(running)
@@ -207,8 +235,9 @@ class Runner:
                 self.rivals.begin(row, running[row].text_cached)
         self._begun.update(range(len(running)))
 
-    def _run_stages(self, kind: RoundKind, clock: StageClock) -> Outcome:
-        """Propose, score, select, verify and accept over the first `kind.rows` rows, without waiting for the device."""
+    def _run_stages(self, kind: RoundKind, clock: StageClock, *, audit: bool) -> tuple[Outcome, Tensor | None]:
+        """Propose, score, select, verify and accept over the first `kind.rows` rows, without waiting for the device. With
+        `audit` the dense target reads the round, too: the second result are its figures."""
         run, spec = self.stages.run, self.target.spec
         caches = [cache.rows(0, kind.rows) for cache in self.caches]
         guidance = self.guidance if kind.sparse else None
@@ -230,13 +259,19 @@ class Runner:
         def selected(guidance: Guidance) -> Selection | None:
             if guidance.draft is not None and lists is not None:
                 lists.replace(guidance.draft.select(scores))
-            return guidance.target.select(scores) if guidance.target is not None else None
+            if guidance.target is None or kind.reads_all:
+                return None
+            shares = None
+            if kind.widest is not None and inputs.shares is not None:
+                shares = Shares(kept=inputs.shares, most=kind.widest)
+            return guidance.target.select(scores, shares)
 
         def accepted() -> Outcome:
             selection = chosen.made if chosen is not None else None
             return accept(trace, logits, inputs, selection, spec, caches, self.judge)
 
         chosen: Lists | None = None
+        dense = figures = None
         with clock.stage("propose"):
             inputs, trace = run("propose", proposed)
         if guidance is not None and guidance.scores and (draft := self.draft) is not None:
@@ -246,7 +281,14 @@ class Runner:
                 chosen = run("select", lambda: selected(guidance))
         if self.rivals is not None and kind.sparse:
             chosen = self.rivals.lists(torch.cat([inputs.pending[:, None], trace.tokens], dim=1), len(self._begun))
+        audits = self.audits if audit else None
+        if audits is not None:
+            with clock.stage("audit"):
+                dense = run("audit", lambda: audits.read(caches[0], trace.tokens, inputs))
         with clock.stage("verify"):
             logits = run("verify", lambda: verify(self.target, caches[0], inputs.pending, trace.tokens, chosen))
+        if audits is not None and dense is not None and chosen is not None and chosen.made is not None:
+            with clock.stage("audit"):
+                figures = audits.compare(dense, logits, inputs, chosen.made, caches[0])
         with clock.stage("accept"):
-            return run("accept", accepted)
+            return run("accept", accepted), figures

@@ -32,6 +32,7 @@ class Sequence:
         self.params = params
         self.tokens: list[int] = []  # generated
         self.tentative: list[int] = []  # behind these, brought by sparse rounds and to be confirmed by a dense forward
+        self.share: float | None = None  # what its lists keep, where its guard has a say; None: as the budget says
         self.closing = False  # the last tentative token would finish the sequence
         self.finish_reason: str | None = None  # "length", "eos", "stop", "cancelled" or "error" once finished
         self.error: str | None = None  # what went wrong, if something did

@@ -11,7 +11,7 @@ from torch import Tensor
 from outrider.config import Budget
 from outrider.errors import OptionError, PairError
 from outrider.ops import TokenLists, unlisted_mass
-from outrider.types import Alignment, DraftScores, Selection, Unlisted, UnlistedFit
+from outrider.types import Alignment, DraftScores, Selection, Shares, Unlisted, UnlistedFit
 
 
 class Selector(Protocol):
@@ -31,11 +31,11 @@ class Selector(Protocol):
     def per_query(self) -> bool:
         """True: scores are kept apart per query of the round (DraftScores.mass with Q = T); False: averaged (Q = 1)."""
 
-    def entries(self, size: int) -> int:
-        """A bound on the list entries of one sequence of `size` tokens, in all layers."""
+    def entries(self, size: int, share: float | None = None) -> int:
+        """A bound on the list entries of one sequence of `size` tokens, in all layers; `share`: see `Shares`."""
 
-    def select(self, scores: DraftScores) -> Selection:
-        """The lists of the round; `scores.layers` must equal `draft_layers`."""
+    def select(self, scores: DraftScores, shares: Shares | None = None) -> Selection:
+        """The lists of the round; `scores.layers` must equal `draft_layers`. `shares` stand in place of the budget's."""
 
 
 def layer_sources(alignment: Alignment, target_layers: tuple[int, ...], draft_heads: int) -> Tensor:
@@ -106,44 +106,51 @@ def stand_in(fit: UnlistedFit | None, scores: DraftScores, rows: Tensor, lists: 
     return Unlisted(values=fit.values, shares=(weights * mass[..., None]).clamp(max=1).flatten(2))
 
 
-def top_k(budget: Budget, lengths: Tensor) -> Tensor | None:
+def top_k(budget: Budget, lengths: Tensor, shares: Shares | None = None) -> Tensor | None:
     """Tokens each list may keep: ceil(keep * length), all of a sequence shorter than min_context. lengths [B] -> [B] int64.
 
-    None when the budget is a share of the mass (top-p).
+    None when the budget is a share of the mass (top-p). `shares` stand in place of the budget's.
     """
     if budget.keep is None:
         return None
-    kept = (lengths.double() * budget.keep - 1e-9).ceil().long()  # 1e-9: 0.1 * 30 must not become 4 by rounding
+    keep = budget.keep if shares is None else shares.kept
+    kept = (lengths.double() * keep - 1e-9).ceil().long()  # 1e-9: 0.1 * 30 must not become 4 by rounding
     return torch.where(lengths < budget.min_context, lengths, kept)
 
 
-def top_p(budget: Budget, lengths: Tensor) -> Tensor | None:
+def top_p(budget: Budget, lengths: Tensor, shares: Shares | None = None) -> Tensor | None:
     """Share of the mass each list must hold; 1, which keeps everything, below min_context. lengths [B] -> [B] fp32.
 
-    None when the budget is a share of the tokens (top-k).
+    None when the budget is a share of the tokens (top-k). `shares` stand in place of the budget's.
     """
     if budget.top_p is None:
         return None
     share = torch.full(lengths.shape, budget.top_p, dtype=torch.float32, device=lengths.device)
+    if shares is not None:
+        share = shares.kept.float()
     return share.masked_fill(lengths < budget.min_context, 1.0)
 
 
-def list_width(budget: Budget, size: int, forced: int, device: torch.device, factor: float = 1.0) -> int | None:
+def list_width(
+    budget: Budget, size: int, forced: int, device: torch.device, factor: float = 1.0, shares: Shares | None = None
+) -> int | None:
     """Padded length M of lists over `size` tokens, known on the host, so that selecting need not wait.
 
     `forced`, `factor`: see `longest_list`. None, the longest list, on the CPU, where nothing waits.
     """
-    return None if device.type == "cpu" else longest_list(budget, size, forced, factor)
+    if device.type == "cpu":
+        return None
+    return longest_list(budget, size, forced, factor, None if shares is None else shares.most)
 
 
-def longest_list(budget: Budget, size: int, forced: int, factor: float = 1.0) -> int:
+def longest_list(budget: Budget, size: int, forced: int, factor: float = 1.0, share: float | None = None) -> int:
     """A bound on the length of lists over `size` tokens; `forced`: sinks + recent of the method.
 
-    `factor`: what the longest list has beside these, in terms of an equal part.
+    `factor`: what the longest list has beside these, in terms of an equal part. `share` stands in place of the budget's.
     """
     if budget.keep is None:
         return size  # a share of the mass has no smaller bound
-    kept = math.ceil(size * budget.keep)
+    kept = math.ceil(size * (budget.keep if share is None else share))
     if factor > 1:
         kept += math.ceil((factor - 1) * max(kept - forced, 0)) + 1
     return max(1, min(size, max(kept, budget.min_context - 1, forced)))

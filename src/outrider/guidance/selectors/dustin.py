@@ -20,7 +20,7 @@ from outrider.guidance.selectors.base import (
     top_p,
 )
 from outrider.ops import token_select
-from outrider.types import Alignment, DraftScores, Selection, UnlistedFit
+from outrider.types import Alignment, DraftScores, Selection, Shares, UnlistedFit
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,21 +62,21 @@ class Dustin:
         object.__setattr__(self, "draft_layers", draft_layers)
         object.__setattr__(self, "rows", rows.unique().view(1, 1, -1))
 
-    def entries(self, size: int) -> int:
-        return longest_list(self.budget, size, self.budget.sinks + self.budget.recent)
+    def entries(self, size: int, share: float | None = None) -> int:
+        return longest_list(self.budget, size, self.budget.sinks + self.budget.recent, share=share)
 
-    def select(self, scores: DraftScores) -> Selection:
+    def select(self, scores: DraftScores, shares: Shares | None = None) -> Selection:
         check_layers(scores, self.draft_layers)
         budget = self.budget
         lists = token_select(
             query_mean(scores),
             scores.lengths,
             self.rows,
-            top_k=top_k(budget, scores.lengths),
-            top_p=top_p(budget, scores.lengths),
+            top_k=top_k(budget, scores.lengths, shares),
+            top_p=top_p(budget, scores.lengths, shares),
             sinks=budget.sinks,
             recent=budget.recent,
-            width=list_width(budget, scores.mass.shape[-1], budget.sinks + budget.recent, scores.lengths.device),
+            width=list_width(budget, scores.mass.shape[-1], budget.sinks + budget.recent, scores.lengths.device, shares=shares),
             backend=self.backend,
         )
         count = len(self.target_layers)

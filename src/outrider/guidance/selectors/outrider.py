@@ -23,7 +23,7 @@ from outrider.guidance.selectors.base import (
     top_p,
 )
 from outrider.ops import token_select
-from outrider.types import Alignment, DraftScores, Selection, UnlistedFit
+from outrider.types import Alignment, DraftScores, Selection, Shares, UnlistedFit
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -74,27 +74,31 @@ class Outrider:
             raise PairError(f"alignment: has costs of {costs.values.shape[1]} lists a layer, but {self.rows.shape[1]} lists")
         return list_factors(costs, self.target_layers, keep)
 
-    def entries(self, size: int) -> int:
+    def entries(self, size: int, share: float | None = None) -> int:
         lists, forced = len(self.target_layers) * self.rows.shape[1], self.budget.sinks + self.budget.recent
-        return lists * longest_list(self.budget, size, forced, self.longest)
+        return lists * longest_list(self.budget, size, forced, self.longest, share)
 
-    def select(self, scores: DraftScores) -> Selection:
+    def select(self, scores: DraftScores, shares: Shares | None = None) -> Selection:
         check_layers(scores, self.draft_layers)
         budget, forced = self.budget, self.budget.sinks + self.budget.recent
-        kept = top_k(budget, scores.lengths)
+        kept = top_k(budget, scores.lengths, shares)
         if budget.keep is not None and self.bounds is not None:
-            whole = (scores.lengths < budget.min_context)[:, None]
-            kept = divide(scores.lengths.double() * budget.keep, self.bounds, forced).masked_fill(whole, scores.mass.shape[-1])
+            keep = budget.keep if shares is None else shares.kept
+            whole = scores.lengths < budget.min_context
+            if shares is not None:
+                whole |= shares.kept >= 1
+            kept = divide(scores.lengths.double() * keep, self.bounds, forced)
+            kept = kept.masked_fill(whole[:, None], scores.mass.shape[-1])
         lists = token_select(
             query_mean(scores),
             scores.lengths,
             self.rows,
             top_k=kept,
-            top_p=top_p(budget, scores.lengths),
+            top_p=top_p(budget, scores.lengths, shares),
             sinks=budget.sinks,
             recent=budget.recent,
             merge="mean",
-            width=list_width(budget, scores.mass.shape[-1], forced, scores.lengths.device, self.longest),
+            width=list_width(budget, scores.mass.shape[-1], forced, scores.lengths.device, self.longest, shares),
             backend=self.backend,
         )
         return Selection(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -21,7 +21,7 @@ from outrider.guidance.selectors.base import (
     top_p,
 )
 from outrider.ops import token_select, union_lists
-from outrider.types import Alignment, DraftScores, Selection, UnlistedFit
+from outrider.types import Alignment, DraftScores, Selection, Shares, UnlistedFit
 
 DENSE_LAYERS = 2
 
@@ -84,10 +84,10 @@ class SpecAttn:
             )
             object.__setattr__(self, "unlisted", UnlistedFit(values=values, weights=weights))
 
-    def entries(self, size: int) -> int:
-        return len(self.layers) * longest_list(self.budget, size, 0)
+    def entries(self, size: int, share: float | None = None) -> int:
+        return len(self.layers) * longest_list(self.budget, size, 0, share=share)
 
-    def select(self, scores: DraftScores) -> Selection:
+    def select(self, scores: DraftScores, shares: Shares | None = None) -> Selection:
         check_layers(scores, self.draft_layers)
         steps = torch.stack([scores.mass.index_select(2, group).mean(2) for group in self.groups], dim=2)  # [B, Q, U, S]
         if self.budget.top_p is None:
@@ -95,17 +95,18 @@ class SpecAttn:
                 steps.amax(1),
                 scores.lengths,
                 self.sources,
-                top_k=top_k(self.budget, scores.lengths),
+                top_k=top_k(self.budget, scores.lengths, shares),
                 top_p=None,
-                width=list_width(self.budget, scores.mass.shape[-1], 0, scores.lengths.device),
+                width=list_width(self.budget, scores.mass.shape[-1], 0, scores.lengths.device, shares=shares),
                 backend=self.backend,
             )
         else:
             queries = steps.shape[1]
             lengths = scores.lengths.repeat_interleave(queries)
-            each = token_select(
-                steps.flatten(0, 1), lengths, self.sources, top_k=None, top_p=top_p(self.budget, lengths), backend=self.backend
-            )
+            if shares is not None:
+                shares = replace(shares, kept=shares.kept.repeat_interleave(queries))
+            least = top_p(self.budget, lengths, shares)
+            each = token_select(steps.flatten(0, 1), lengths, self.sources, top_k=None, top_p=least, backend=self.backend)
             lists = union_lists(
                 each.indices.unflatten(1, (-1, queries)), each.counts.unflatten(1, (-1, queries)), steps.shape[-1]
             )

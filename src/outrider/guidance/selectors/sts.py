@@ -20,7 +20,7 @@ from outrider.guidance.selectors.base import (
     top_p,
 )
 from outrider.ops import token_select
-from outrider.types import Alignment, DraftScores, Selection, UnlistedFit
+from outrider.types import Alignment, DraftScores, Selection, Shares, UnlistedFit
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,18 +57,18 @@ class Sts:
         object.__setattr__(self, "draft_layers", draft_layers)
         object.__setattr__(self, "rows", rows)
 
-    def entries(self, size: int) -> int:
-        return len(self.target_layers) * self.rows.shape[1] * longest_list(self.budget, size, 0)
+    def entries(self, size: int, share: float | None = None) -> int:
+        return len(self.target_layers) * self.rows.shape[1] * longest_list(self.budget, size, 0, share=share)
 
-    def select(self, scores: DraftScores) -> Selection:
+    def select(self, scores: DraftScores, shares: Shares | None = None) -> Selection:
         check_layers(scores, self.draft_layers)
         lists = token_select(
             query_mean(scores),
             scores.lengths,
             self.rows,
-            top_k=top_k(self.budget, scores.lengths),
-            top_p=top_p(self.budget, scores.lengths),
-            width=list_width(self.budget, scores.mass.shape[-1], 0, scores.lengths.device),
+            top_k=top_k(self.budget, scores.lengths, shares),
+            top_p=top_p(self.budget, scores.lengths, shares),
+            width=list_width(self.budget, scores.mass.shape[-1], 0, scores.lengths.device, shares=shares),
             backend=self.backend,
         )
         return Selection(
