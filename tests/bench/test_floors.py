@@ -36,12 +36,19 @@ def test_everything_dense():
         "verify": 1070 + 3 * (1000 * 2 + 8) * TARGET_ROW,
         "accept": 3 * 5 * 50 * 2,
         "confirm": 0,
+        "audit": 0,
     }
 
 
 def test_confirmations_read_everything_as_often_as_they_come():
     round_ = Round(batch=3, cached=1000.0, draft_tokens=4, kept=0.1, confirmations=0.25)
     assert stage_bytes(TARGET, DRAFT, WEIGHTS, round_)["confirm"] == round(0.25 * (1070 + 3 * (1000 * 2 + 8) * TARGET_ROW))
+
+
+def test_audits_read_everything_and_the_keys_of_a_quarter_of_the_layers_again():
+    round_ = Round(batch=3, cached=1000.0, draft_tokens=4, kept=0.1, audits=0.25)
+    dense, keys = 1070 + 3 * (1000 * 2 + 8) * TARGET_ROW, 3 * 1000 * 2 * TARGET_ROW / 2
+    assert stage_bytes(TARGET, DRAFT, WEIGHTS, round_)["audit"] == round(0.25 * (dense + keys / 4))
 
 
 def test_sparse_verification():
@@ -77,7 +84,7 @@ def test_sparse_drafting():
 def test_the_target_alone():
     counted = stage_bytes(TARGET, DRAFT, WEIGHTS, Round(batch=2, cached=1000.0, draft_tokens=0))
     read = 1070 + 2 * (1000 * 2 + 8) * TARGET_ROW
-    assert counted == {"propose": 0, "score": 0, "select": 0, "verify": read, "accept": 2 * 50 * 2, "confirm": 0}
+    assert counted == {"propose": 0, "score": 0, "select": 0, "verify": read, "accept": 2 * 50 * 2, "confirm": 0, "audit": 0}
 
 
 def test_floors_are_times_at_the_streaming_rate():

@@ -20,6 +20,7 @@ from outrider.decoding.statistics import Statistics, total
 from outrider.models.quantized_keys import name_of_bits
 
 Progress = Callable[[str, int, int], None]  # what, done, of how many
+PER_ROUND = "cached", "confirmations", "audits"
 WARM_UP = 4  # rounds: run as they are, captured, replayed for the first time; and one more
 
 
@@ -63,6 +64,8 @@ def measure(work: Workload, run: Run, options: DecodeOptions, conditions: Mappin
         score_keys=run.scoring or "exact",
         kv_dtype=run.kv_dtype or "auto",
         exact_every=options.exact_every,
+        guard_every=options.guard_every,
+        guard_tolerance=1.0,
         batch_size=work.batch,
     )
     alignment = work.alignment if config.verifies_sparsely else None
@@ -122,7 +125,7 @@ def _row(work: Workload, run: Run, engine: Engine, measured: Measured, condition
     per_row = measured.rounds * work.batch
     kept = measured.gain("listed") / measured.gain("cached")
     stages, round_ms = measured.stages, 1e3 * measured.wall / measured.rounds
-    reads = _reads(engine, work.batch, measured.gain("cached") / per_row, kept, measured.gain("confirmations") / per_row)
+    reads = _reads(engine, work.batch, kept, {name: measured.gain(name) / per_row for name in PER_ROUND})
     counted = stage_bytes(engine.target.spec, engine.draft.spec, work.weights, reads)
     rate = conditions["stream_gb_s"]
     return Row(
@@ -147,14 +150,15 @@ def _row(work: Workload, run: Run, engine: Engine, measured: Measured, condition
             "kv_dtype": engine.config.kv_dtype,
             "allocation": engine.config.budget.allocation,
             "unlisted": engine.config.budget.unlisted,
+            "guard_every": engine.config.guard_every if engine.config.guards else None,
             "fused_layers": [len(model.fused_layers) for model in (engine.target, engine.draft)],
         },
     )
 
 
-def _reads(engine: Engine, batch: int, cached: float, kept: float, confirmations: float) -> Round:
-    """What a round of this engine reads."""
-    config, draft = engine.config, engine.draft.spec
+def _reads(engine: Engine, batch: int, kept: float, counted: Mapping[str, float]) -> Round:
+    """What a round of this engine reads; `counted`: means of a sequence's round."""
+    config, draft, cached = engine.config, engine.draft.spec, counted["cached"]
     if config.mode == "plain":
         return Round(batch=batch, cached=cached, draft_tokens=0)
     half = draft.device.type == "cuda" and draft.dtype == torch.bfloat16  # see decoding.scoring
@@ -168,7 +172,8 @@ def _reads(engine: Engine, batch: int, cached: float, kept: float, confirmations
         scored_layers=engine.guidance.layers if engine.guidance is not None else (),
         score_bits=engine.guidance.bits if engine.guidance is not None else None,
         mass_bytes=2 if half else 4,
-        confirmations=confirmations,
+        confirmations=counted["confirmations"],
+        audits=counted["audits"],
     )
 
 

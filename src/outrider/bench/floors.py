@@ -6,6 +6,7 @@
     select    the scores, once, and the lists that are written
     verify    the target's weights, its output layer, and keys and values: the listed ones, or all
     accept    the logits, once
+    audit     like confirm, as often as a sequence is audited, and the keys of a quarter of the layers once more
     confirm   by the round: the target's weights, its output layer and all keys and values, as often as a sequence is confirmed
 
 Embedding tables are not counted (a token reads one row), nor are activations and the round's own keys and values.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from outrider.decoding.guard import WINDOW
 from outrider.models import LanguageModel, LayerShape, ModelSpec
 from outrider.models.compilation import decoder_layers
 from outrider.models.quantized_keys import coded_bytes
@@ -56,6 +58,7 @@ class Round:
     score_bits: int | None = None  # of their keys; None: the cache's own
     mass_bytes: int = 2  # of one score
     confirmations: float = 0.0  # of a sequence, a round
+    audits: float = 0.0  # of a sequence, a round
 
 
 def stage_bytes(target: ModelSpec, draft: ModelSpec, weights: tuple[Weights, Weights], round_: Round) -> dict[str, int]:
@@ -68,13 +71,15 @@ def stage_bytes(target: ModelSpec, draft: ModelSpec, weights: tuple[Weights, Wei
     scores = b * s * round_.mass_bytes * sum(draft.layers[layer].query_heads for layer in round_.scored_layers)
     lists = _list_bytes(target, listed) + _list_bytes(draft, round_.draft_listed)
     cached = [b * x for x in _kv_bytes(draft, s, round_.draft_listed)]  # by layer
+    dense = of_target.body + of_target.output + b * sum(_kv_bytes(target, s, None))
     counted = {
         "propose": steps * (of_draft.body + sum(cached)) + k * of_draft.output - bool(k) * (of_draft.end + cached[-1]),
         "score": b * s * _key_bytes(draft, round_),
         "select": scores + b * lists,
         "verify": of_target.body + of_target.output + b * sum(_kv_bytes(target, s, listed)),
         "accept": b * (k + 1) * target.vocabulary * target.dtype.itemsize,
-        "confirm": round_.confirmations * (of_target.body + of_target.output + b * sum(_kv_bytes(target, s, None))),
+        "confirm": round_.confirmations * dense,
+        "audit": round_.audits * (dense + b * s * _all_key_bytes(target) / WINDOW),
     }
     return {stage: round(count) for stage, count in counted.items()}
 
@@ -101,6 +106,13 @@ def _key_bytes(draft: ModelSpec, round_: Round) -> int:
     if round_.score_bits is not None:
         return coded_bytes(scored, round_.score_bits)
     return sum(layer.kv_heads * layer.head_dim for layer in scored) * draft.cache_dtype.itemsize
+
+
+def _all_key_bytes(model: ModelSpec) -> int:
+    """Of a token's keys in the layers with full attention."""
+    return sum(model.layers[layer].kv_heads * model.layers[layer].head_dim for layer in model.full_layers) * (
+        model.cache_dtype.itemsize
+    )
 
 
 def _list_bytes(model: ModelSpec, listed: float | None) -> float:

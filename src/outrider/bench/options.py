@@ -68,6 +68,9 @@ class DecodeOptions:
         f"are, in [0, 1]; default {DEFAULT_AGREEMENT:g}",
     )
     exact_every: int | None = option(None, "mode exact: tokens before a dense forward confirms them, as in generation")
+    guard_every: int | None = option(
+        None, "mode sparse: rounds from one audit by the quality guard to the next, as in generation; here it only watches"
+    )
     rounds: int = option(40, "rounds that are measured")
     device: str = option("cuda", "cuda; cpu for the tiny case and for real models")
     target: str | None = option(None, "a real target (folder, hub id or builtin) in place of cases with dummy weights")
@@ -142,7 +145,7 @@ class DecodeOptions:
 
     def _check_numbers(self) -> None:
         Budget(keep=self.keep, allocation=self.allocation, unlisted=self.unlisted)
-        EngineConfig(exact_every=self.exact_every)
+        EngineConfig(exact_every=self.exact_every, guard_every=self.guard_every)
         agreement = self.agreement
         check("agreement", agreement, agreement is None or 0 <= agreement <= 1, "a number in [0, 1]")
         for name in ("draft_tokens", "rounds", "peer_timeout"):

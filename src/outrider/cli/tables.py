@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from outrider.guidance.alignment import AlignmentFile
 
 NONE = "-"
-SOMETIMES = "confirm", "audit"  # stages that are shown where they took time
+SOMETIMES = {"confirm": "confirmations", "audit": "audits"}  # stages that are shown where there were some
 
 
 def run_table(runs: Sequence[Statistics]) -> Table:
@@ -213,7 +213,7 @@ def _ratio(value: float | None, base: float | None) -> str:
 
 
 def _stages(runs: Sequence[Statistics]) -> list[str]:
-    return [stage for stage in runs[0].seconds if stage not in SOMETIMES or any(run.seconds[stage] for run in runs)]
+    return [stage for stage in runs[0].seconds if stage not in SOMETIMES or any(getattr(run, SOMETIMES[stage]) for run in runs)]
 
 
 def _seconds_of(stage: str) -> Callable[[Statistics], str]:

@@ -56,6 +56,8 @@ class Engine:
             rehearse(self.target, self.draft, None, 1)
         else:
             self.guidance = make_guidance(self.target, self.draft, config, alignment)
+        if config.guards and self.guidance is not None and self.guidance.rival is not None:
+            raise OptionError("guard-every", config.guard_every, f"None with method {config.method}, which makes its own lists")
         # rounds become CUDA graphs where every op has a kernel and none waits for the device
         waits = config.backend == "reference" or config.draft_tokens >= ROUND
         waits |= self.guidance is not None and self.guidance.waits

@@ -88,8 +88,8 @@ class Guidance:
 
     def entries(self, size: int, share: float | None = None) -> int:
         """A bound on the list entries of one sequence of `size` tokens; `share`: of these, the target's lists may keep."""
-        target = 0 if self.target is None else self.target.entries(size, share)
-        return target + (0 if self.draft is None else self.draft.entries(size))
+        owners = (self.target, share), (self.draft, None)
+        return sum(selector.entries(size, own) for selector, own in owners if selector is not None)
 
     @property
     def waits(self) -> bool:
@@ -107,8 +107,6 @@ def make_guidance(
     choosing = drafting = rival = None
     scored = draft.spec.full_layers if config.drafts_sparsely else ()
     if config.verifies_sparsely and config.method in RIVALS:
-        allowed = f"None with method {config.method}: audits are for lists that the draft chooses"
-        check("guard-every", config.guard_every, not config.guards, allowed)
         rival = make_rival(config.method, target, config.budget)
     elif config.verifies_sparsely:
         if alignment is None:
