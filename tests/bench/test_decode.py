@@ -74,6 +74,14 @@ def test_scripted_disagreement_is_rolled_back(options):
     decode_table([one, other])
 
 
+def test_a_guard_that_only_watches_is_measured(options):
+    given = options(rounds=12, mode=("dense", "sparse"), drafting=("sparse",), guard_every=3)
+    dense, sparse = measure_all(given, "", "", quiet)
+    assert "audit" not in dense.stages and dense.conditions["guard_every"] is None
+    assert sparse.stages["audit"] > 0 and sparse.floors["audit"]["bytes"] > 0 and sparse.conditions["guard_every"] == 3
+    assert sparse.kept == pytest.approx(0.1, abs=0.001), "dummy weights differ, and nothing comes of it"
+
+
 def test_what_fails_is_a_row_and_stops_nothing(options, monkeypatch):
     def broken(work, run, *given):
         if run.mode == "dense":

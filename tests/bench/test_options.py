@@ -106,6 +106,7 @@ REAL = {"case": (), "target": "builtin", "prompt_file": "book.txt", "context": 5
         ({"mode": ("none",)}, "mode: got 'none'; allowed: plain, dense, sparse, exact"),
         ({"agreement": 1.5}, "agreement: got 1.5; allowed: a number in [0, 1]"),
         ({"exact_every": 65}, "exact-every: got 65; allowed: a whole number in 1 .. 64, or None"),
+        ({"guard_every": 0}, "guard-every: got 0; allowed: a whole number >= 1, or None"),
         ({"drafting": ("none",)}, "drafting: got 'none'; allowed: dense, sparse"),
         ({"score_keys": ("8bit",)}, "score-keys: got '8bit'; allowed: auto, exact, 4bit, 2bit"),
         ({"kv_dtype": ("int8",)}, "kv-dtype: got 'int8'; allowed: auto, fp8"),

@@ -57,7 +57,7 @@ def test_modes_run_in_turn_on_the_same_models(outrider, pair, prompt, alignment,
     for run in (dense, sparse):
         assert run.keys() >= STATS
         assert (run["prompt_tokens"], run["generated_tokens"], run["audited"]) == (200, 12, 12)
-        assert set(run["seconds"]) == {"prefill", "propose", "score", "select", "verify", "accept", "confirm"}
+        assert set(run["seconds"]) == {"prefill", "propose", "score", "select", "verify", "accept", "confirm", "audit"}
     assert dense["kept_fraction"] == 1 and dense["agreement"] == 1
     assert 0.2 < sparse["kept_fraction"] < 0.5
 
@@ -92,6 +92,19 @@ def test_exact_writes_the_text_of_dense(outrider, fails, pair, prompt, alignment
     assert first == second, "the same text twice"
     message = fails("generate", *pair, *prompt, "--mode", "exact", "--exact-every", "65")
     assert "exact-every: got 65; allowed: a whole number in 1 .. 64, or None" in message
+
+
+def test_a_guard_says_what_it_found(outrider, fails, pair, prompt, alignment, tmp_path):
+    stats = tmp_path / "stats.json"
+    flags = ["--mode", "dense", "--mode", "sparse", "--min-context", "64", "--guard-every", "2", "--stats-json", stats]
+    outcome = outrider("generate", *pair, *prompt, *SHORT, "--alignment", alignment, *flags, "--guard-tolerance", "1")
+    assert outcome.code == 0 and "audits by the guard" in outcome.err and "seconds: audit" in outcome.err
+    dense, sparse = json.loads(stats.read_text())
+    assert dense["audits"] == 0 and dense["disagreement"] is None
+    assert sparse["audits"] == sparse["rounds"] // 2 > 0 and sparse["budget_raised"] == 0
+    assert 0 <= sparse["disagreement"] <= 1 and 0 < sparse["recalled_mass"] <= 1 and sparse["fell_back_at"] is None
+    message = fails("generate", *pair, *prompt, "--guard-every", "-1")
+    assert "guard-every: got -1; allowed: a whole number >= 1, or None" in message
 
 
 def test_prompts_are_read_from_lists_where_asked(outrider, fails, pair, prompt, alignment, tmp_path):

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from outrider.config import Budget
 from outrider.errors import OptionError, PairError
+from outrider.guidance.budgets import SHARES
 from outrider.guidance.selectors import SELECTORS, build_selector
 from outrider.guidance.selectors.base import list_width, longest_list, top_k
-from outrider.types import Alignment, DraftScores, ListCosts, UnlistedFit
+from outrider.types import Alignment, DraftScores, ListCosts, Shares, UnlistedFit
 
 B, Ld, Hd, Lt, Hq, Hkv, S, T = 3, 3, 2, 5, 4, 2, 60, 4
 TARGET_LAYERS = (0, 1, 3, 4)  # layer 2 has a sliding window
@@ -94,6 +95,31 @@ def test_what_stands_for_unlisted_tokens_against_naive(method, budget):
     assert selection.unlisted_of(2) == (None, None) == plain.unlisted_of(0)
     part = selection.rows(1, 3)
     assert torch.equal(part.unlisted_of(3)[1], selection.unlisted_of(3)[1][1:])
+
+
+@pytest.mark.parametrize("budget", [{"keep": 0.3}, {"top_p": 0.6}], ids=str)
+@pytest.mark.parametrize("method", SELECTORS)
+def test_a_sequence_with_a_share_of_its_own_has_the_lists_of_that_budget(method, budget):
+    aligned = averaged([0, 1, 0, 2, 1]) if method == "specattn" else alignment(Hq, 2)
+    selector = make(method, aligned, **budget)
+    scores, _ = make_scores(selector)
+    [name], shares = budget, [0.2, 0.75, 1.0]
+    found = lists(selector.select(scores, Shares(kept=torch.tensor(shares, dtype=torch.float64), most=1.0)))
+    for row, share in enumerate(shares):
+        wanted = lists(make(method, aligned, **{name: share}).select(scores))
+        assert {at: one for at, one in found.items() if at[1] == row} == {at: one for at, one in wanted.items() if at[1] == row}
+    assert selector.entries(S, 1.0) >= selector.entries(S)
+
+
+def test_fitted_lists_of_a_sequence_that_keeps_everything_hold_everything():
+    values = torch.linspace(1, 0, 27, dtype=torch.float64) ** torch.arange(1, Lt * Hkv + 1).view(Lt, Hkv, 1)
+    selector = make("outrider", replace(alignment(Hq, 2), costs=ListCosts(shares=SHARES, values=values)), keep=0.3)
+    scores, _ = make_scores(selector)
+    counts = selector.select(scores, Shares(kept=torch.tensor([0.3, 0.6, 1.0], dtype=torch.float64), most=1.0)).counts
+    alone = selector.select(scores).counts
+    assert torch.equal(counts[:, 0], alone[:, 0]) and len(alone[:, 0].unique()) > 1
+    assert counts[:, 1].sum() > 1.5 * alone[:, 1].sum()
+    assert (counts[:, 2] == LENGTHS[2]).all()
 
 
 @pytest.mark.parametrize("method", SELECTORS)
