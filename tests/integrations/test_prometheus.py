@@ -51,7 +51,7 @@ def test_counters_are_the_statistics(results):
 
 def test_every_count_of_a_request_has_a_metric():
     told = {field for field, _ in COUNTERS.values()} | {"accepted_at", "seconds", "decode_seconds", "mode"}
-    left_out = {"method", "drafting", "began", "prefill_listed", "prefill_before"}
+    left_out = {"fell_back_at", "method", "drafting", "began", "prefill_listed", "prefill_before"}
     assert set(Statistics.__dataclass_fields__) == told | left_out
 
 

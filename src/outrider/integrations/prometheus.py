@@ -32,6 +32,13 @@ COUNTERS = {  # name, without the _total that the client adds -> field of Statis
     "confirmed_tokens": ("confirmed", "Tentative tokens that were confirmed."),
     "rolled_back_tokens": ("rolled_back", "Tentative tokens that were not."),
     "confirmations": ("confirmations", "Dense forwards over tentative tokens."),
+    "guard_audits": ("audits", "Rounds that the quality guard has audited."),
+    "guard_audited_positions": ("audited_positions", "Positions of audited rounds."),
+    "guard_differed": ("differed", "Disagreement of sparse and dense target at these positions, summed."),
+    "guard_recalled": ("recalled", "Share of the dense target's attention that was to listed tokens, summed over audits."),
+    "guard_budget_raised": ("budget_raised", "Times that the guard let a request read more."),
+    "guard_budget_lowered": ("budget_lowered", "Times that it let one read less again."),
+    "guard_fallbacks": ("fallbacks", "Requests that the guard let read everything from some token on."),
     "audited_tokens": ("audited", "Tokens that were checked against the dense target."),
     "agreed_tokens": ("agreed", "Audited tokens that the dense target would also have chosen."),
 }
