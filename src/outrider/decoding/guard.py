@@ -13,9 +13,10 @@ A few positions say little, so each sequence gathers evidence by betting (Waudby
 
     a stake w of the capital on "it is more than m"     capital *= 1 - w + w d / m
 
-Whatever the distribution of d, and whatever came before: where its mean is m at most, the capital is not expected to grow. An
-alarm is a capital of `ALARM`. Begun anew wherever it has fallen below 1 (Shin, Ramdas and Rinaldo, arXiv 2203.03532) it sees
-what goes wrong late, too, and false alarms are `ALARM` audits apart on average, at least. docs/exactness.md says how often.
+Whatever the distribution of d: where its mean, given all that came before, is m at most, the capital is not expected to grow.
+An alarm is a capital of `ALARM`. Begun anew behind audits that have left it below 1 (Shin, Ramdas and Rinaldo, arXiv 2203.03532)
+it sees what goes wrong late, too, and false alarms are `ALARM` audits apart on average, at least. For positions that are alike
+docs/exactness.md says how often.
 """
 
 from __future__ import annotations
