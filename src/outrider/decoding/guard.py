@@ -14,9 +14,9 @@ A few positions say little, so each sequence gathers evidence by betting (Waudby
     a stake w of the capital on "it is more than m"     capital *= 1 - w + w d / m
 
 Whatever the distribution of d: where its mean, given all that came before, is m at most, the capital is not expected to grow.
-An alarm is a capital of `ALARM`. Begun anew behind audits that have left it below 1 (Shin, Ramdas and Rinaldo, arXiv 2203.03532)
-it sees what goes wrong late, too, and false alarms are `ALARM` audits apart on average, at least. For positions that are alike
-docs/exactness.md says how often.
+An alarm is a capital of `ALARM`. Begun anew behind audits that have left it below 1 (Shin, Ramdas and Rinaldo, arXiv
+2203.03532) it sees what goes wrong late, too, and false alarms are `ALARM` audits apart on average, at least. How often they
+are where positions are alike: docs/exactness.md.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class Guards:
         statistics.budget_raised += change > 0
         statistics.budget_lowered += change < 0
         sequence.share = guard.share
-        if not (change and guard.reads_all):
+        if not (change and guard.reads_all) or sequence.finish_reason is not None:
             return False
         statistics.fallbacks, statistics.fell_back_at = 1, len(sequence.tokens)
         return True
