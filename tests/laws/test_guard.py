@@ -37,10 +37,9 @@ def check_continuation(result, prompt, dense):
     assert result.token_ids[at:] == wanted.token_ids and wanted.token_ids
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])  # layers with lists alone, and between others with a window
 def test_who_only_watches_changes_nothing(family, make_pair, generate, random_prompts):
     pair, prompts, params = make_pair(family), random_prompts(LENGTHS), params_for(LENGTHS)
-    if not pair[0].spec.full_layers:
-        pytest.skip("no layer with full attention, so no lists")
     watched = generate(pair, prompts, params, guard_every=2, guard_tolerance=1.0, batch_size=3, **STARVED)
     plain = generate(pair, prompts, params, batch_size=3, **STARVED)
     assert tokens(watched) == tokens(plain)
@@ -60,7 +59,7 @@ def test_whatever_the_options(options, make_pair, generate, random_prompts):
     assert total([result.statistics for result in watched]).disagreement > 0.2
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@pytest.mark.parametrize("setting", SETTINGS[::2], ids=str)
 def test_law_1_all_listed_nothing_differs(setting, method, make_pair, generate, random_prompts):
     results = generate(make_pair("llama"), random_prompts([40, 25]), SamplingParams(max_new_tokens=16, **setting),
                        mode="sparse", method=method, keep=0.9999, guard_every=2)  # fmt: skip
@@ -114,7 +113,7 @@ def test_figures_of_an_audit_by_their_definition(method, make_pair, make_engine,
     assert sum(checked) == total([result.statistics for result in results]).audits > 5
 
 
-@pytest.mark.parametrize("options", [{}, {"drafting": "dense"}, {"method": "sts"}, {"keep": None, "top_p": 0.05}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"drafting": "dense"}, {"keep": None, "top_p": 0.05}], ids=str)
 def test_who_falls_back_goes_on_as_the_dense_target(options, make_pair, make_engine, random_prompts):
     """By a random alignment; keys that sparse rounds have written are written anew."""
     pair, prompts = make_pair("llama"), random_prompts([40, 33, 25], seed=2)
@@ -193,8 +192,8 @@ def test_a_lost_guide_is_found_out_within_four_audits(lost, builtin, book):
 def test_a_good_guide_gives_no_alarm(title, builtin):
     engine = builtin(mode="sparse", guard_every=1)
     text = engine.tokenize((BOOKS / f"{title}.txt").read_text(encoding="utf-8"))
-    prompts = [text[start : start + 1200] for start in (3000, 12000)]
-    params = [SamplingParams(max_new_tokens=70), SamplingParams(max_new_tokens=70, temperature=1.0)]
+    prompts = [text[start : start + 1100] for start in (3000, 12000)]
+    params = [SamplingParams(max_new_tokens=50), SamplingParams(max_new_tokens=50, temperature=1.0)]
     for result in engine.generate(prompts, params):
         counted = result.statistics
         assert counted.audits == counted.rounds and counted.budget_raised == 0
