@@ -57,8 +57,8 @@ def test_a_trace_says_what_the_engine_did(traced, method, monkeypatch):
     made = []
     select = SELECTORS[method].select
 
-    def spy(self, scores):
-        selection = select(self, scores)
+    def spy(self, scores, shares=None):
+        selection = select(self, scores, shares)
         lists = [
             [own[: int(n)].tolist() for own, n in zip(layer[0], counts[0], strict=True)]
             for layer, counts in zip(selection.indices, selection.counts, strict=True)
