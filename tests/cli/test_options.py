@@ -30,7 +30,8 @@ def flags(*path: str) -> dict[str, object]:
 
 def test_every_field_is_a_flag_of_generate():
     renamed = {(SamplingParams, "top_k"): "--sampling-top-k", (SamplingParams, "top_p"): "--sampling-top-p"}
-    own = {"--prompt", "--prompt-file", "--prompt-tokens", "--stats-json", "--trace", "--trace-rounds", "-K", "--help", "-h"}
+    files = {"--prompt", "--prompt-file", "--prompt-tokens", "--stats-json", "--metrics", "--trace", "--trace-rounds"}
+    own = files | {"-K", "--help", "-h"}
     found = flags("generate")
     wanted = set()
     for source in (ModelOptions, EngineConfig, Budget, SamplingParams):
