@@ -74,7 +74,7 @@ class Document:
         assert alignments is not None  # of the built-in pair
         alignment = alignments.map(Outrider.default_map).alignment
         self.selector = cast(Outrider, make_selector(*pair, "outrider", alignment, Budget(), draft_tokens))
-        self.counter = ReadCounter(self.target.spec, self.draft.spec, self.selector.draft_layers, self.t)
+        self.counter = ReadCounter(self.target.spec, self.draft.spec, self.selector.draft_layers)
 
     def rounds(self, tokens: list[int]) -> list[Given]:
         """What the draft makes of `tokens`, for all cases."""
@@ -99,7 +99,7 @@ class Document:
                 logits.append(self.target.forward(given.tokens, cache).logits[0])
             else:
                 rows = reader.begin(given, number)
-                reads = self.counter.of(given.length, self.target.spec.full_layers, 0.0, rows)
+                reads = self.counter.of(given.length, self.t, self.target.spec.full_layers, 0.0, rows)
                 read, dense = read + reads.bytes_read, dense + reads.bytes_dense
                 with patch.object(attention, "sparse_attention", reader.attend):
                     logits.append(self.target.forward(given.tokens, cache, selection=reader).logits[0])

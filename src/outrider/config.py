@@ -8,7 +8,7 @@ from typing import Any
 from outrider.errors import OptionError
 
 VERSION = "0.1.0"  # as pyproject.toml has it
-MODES = ("plain", "dense", "sparse", "exact")
+MODES = ("plain", "dense", "sparse", "exact", "auto")
 DRAFTING = ("auto", "dense", "sparse")
 PREFILL = ("dense", "sparse")
 PREFILL_METHODS = ("outrider", "token-sparse", "vertical-slash", "spec-prefill")  # the engine has the first
@@ -129,11 +129,14 @@ class EngineConfig:
     mode: str = option(
         "sparse",
         "verification: dense (every round), sparse (from lists, approximate) or exact (from lists, then confirmed densely); "
-        "plain: the target alone, no draft",
+        "plain: the target alone, no draft; auto: the fastest of plain, dense and exact, by what rounds cost here",
+    )
+    approximate: bool = option(
+        False, "mode auto: rounds that read lists need not be confirmed (the fastest of plain, dense and sparse)"
     )
     method: str = option("outrider", "how tokens are selected: outrider, sts, specattn, dustin or a rival (docs/methods.md)")
     budget: Budget = field(default_factory=Budget)
-    draft_tokens: int = option(4, "tokens the draft proposes each round (K)")
+    draft_tokens: int = option(4, "tokens the draft proposes each round (K); in mode auto at most")
     drafting: str = option(
         "auto", "what the draft reads: dense (all), sparse (what its last round looked at) or auto (sparse in mode sparse)"
     )
@@ -212,12 +215,17 @@ class EngineConfig:
     @property
     def verifies_sparsely(self) -> bool:
         """Rounds of the target read lists."""
-        return self.mode in ("sparse", "exact")
+        return self.mode in ("sparse", "exact", "auto")
 
     @property
     def confirms(self) -> bool:
         """What rounds bring is tentative until a dense forward has confirmed it."""
-        return self.mode == "exact"
+        return self.mode == "exact" or (self.mode == "auto" and not self.approximate)
+
+    @property
+    def shares_noise(self) -> bool:
+        """Draft and target choose by the same noise: a text does not depend on how its rounds were run."""
+        return self.mode in ("exact", "auto")
 
     @property
     def guards(self) -> bool:

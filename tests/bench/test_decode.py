@@ -74,6 +74,16 @@ def test_scripted_disagreement_is_rolled_back(options):
     decode_table([one, other])
 
 
+@pytest.mark.parametrize("mode", ["plain", "dense", "sparse", "exact", "auto"])
+def test_predictions_stand_beside_measurements(options, mode):
+    [row] = measure_all(options(rounds=12, mode=(mode,), drafting=("sparse",)), "", "", quiet)
+    assert row.error is None and 0 < row.predicted_ms < 20 * row.round_ms
+    assert bool(row.chosen) == (mode == "auto") == (not row.floors)
+    if mode == "auto":
+        assert sum(row.chosen.values()) == pytest.approx(2 * 12, abs=2 * 64)
+    decode_table([row])
+
+
 def test_a_guard_that_only_watches_is_measured(options):
     given = options(rounds=12, mode=("dense", "sparse"), drafting=("sparse",), guard_every=3)
     dense, sparse = measure_all(given, "", "", quiet)

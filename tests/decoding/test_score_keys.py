@@ -31,7 +31,7 @@ def tokens_of(results):
 def checked(monkeypatch):
     """How many blocks were compared: after every sparse round all records are those that a fresh `fill` would write."""
     compared = [0]
-    run = Runner._run_stages
+    run = Runner.run_stages
 
     def run_and_check(self, kind, clock, **options):
         before = self.caches[0].lengths.clone()
@@ -48,7 +48,7 @@ def checked(monkeypatch):
                 compared[0] += coded
         return outcome
 
-    monkeypatch.setattr(Runner, "_run_stages", run_and_check)
+    monkeypatch.setattr(Runner, "run_stages", run_and_check)
     return compared
 
 
@@ -167,11 +167,11 @@ def test_reads_are_counted_by_hand(make_pair):
     target, draft = (replace(model.spec, dtype=torch.bfloat16) for model in make_pair("llama", **WIDE))
     shape = draft.layers[0]
     assert [coded_bytes([shape], bits) for bits in (4, 2)] == [2 * 64 * 4.5 / 8, 2 * 64 * 2.5 / 8]
-    exact, few = (ReadCounter(target, draft, (0, 1), 5, bits) for bits in (None, 4))
+    exact, few = (ReadCounter(target, draft, (0, 1), bits) for bits in (None, 4))
     for length, coded in ((40, 0), (127, 0), (128, 64), (300, 192)):
-        found = [counter.of(length, (0, 1)).bytes_read for counter in (exact, few)]
+        found = [counter.of(length, 5, (0, 1)).bytes_read for counter in (exact, few)]
         assert found[0] - found[1] == coded * 2 * 2 * 64 * (16 - 4.5) / 8, "layers, KV heads, dims, bits"
-        dense = [counter.of(length) for counter in (exact, few)]
+        dense = [counter.of(length, 5) for counter in (exact, few)]
         assert dense[0] == dense[1], "nothing is scored in a dense round"
 
 

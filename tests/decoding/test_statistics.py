@@ -51,7 +51,7 @@ def test_reads_equal_a_naive_count(lengths, owners, data):
         lengths=torch.tensor(lengths),
     )
     scored = data.draw(st.sampled_from([(0,), (0, 2)]))
-    counted, counter = Listed.of(selection, SPEC, 12), ReadCounter(SPEC, DRAFT, scored, T)
+    counted, counter = Listed.of(selection, SPEC, 12), ReadCounter(SPEC, DRAFT, scored)
     row_bytes = 2 * 8 * 2  # key and value, D = 8, two bytes
     for b, n in enumerate(lengths):
         read = window = min(n, 4) + T  # the first of T queries sees itself and 4 tokens before, the others no older ones
@@ -61,7 +61,7 @@ def test_reads_equal_a_naive_count(lengths, owners, data):
             per_head = [own[0], own[0]] if len(own) == 1 else own if len(own) == 2 else [{*own[0], *own[1]}, {*own[2], *own[3]}]
             read += sum(len(head) + T for head in per_head) / 2
             listed += sum(map(len, own)) / len(own) / 2
-        reads = counter.of(n, counted.layers, float(counted.tokens[b]), float(counted.rows[b]))
+        reads = counter.of(n, T, counted.layers, float(counted.tokens[b]), float(counted.rows[b]))
         assert reads.bytes_read == read * 2 * row_bytes + len(scored) * (n + T) * 4 * 4
         assert reads.bytes_dense == dense * 2 * row_bytes
         assert reads.listed == pytest.approx(listed)
@@ -69,9 +69,9 @@ def test_reads_equal_a_naive_count(lengths, owners, data):
 
 @pytest.mark.parametrize("layers", [(FULL, WINDOW, FULL), (WINDOW, WINDOW)], ids=["mixed", "windows only"])
 def test_a_dense_round_reads_everything(layers):
-    counter = ReadCounter(replace(SPEC, layers=layers), DRAFT, (), T)
+    counter = ReadCounter(replace(SPEC, layers=layers), DRAFT, ())
     for length in (11, 0):
-        reads = counter.of(length)
+        reads = counter.of(length, T)
         assert (reads.bytes_read, reads.listed) == (reads.bytes_dense, length)
 
 

@@ -44,13 +44,14 @@ def test_counters_are_the_statistics(results):
     assert found["request_success_total"] == {("exact", "length"): 3}
     per_position = found["spec_decode_num_accepted_tokens_per_pos_total"]
     assert per_position == {tuple(sorted(("exact", str(i)))): n for i, n in enumerate(run.accepted_at)}
+    assert found["rounds_total"] == {("exact", "exact K=3"): run.rounds}
     assert found["stage_seconds_total"]["confirm", "exact"] == pytest.approx(run.seconds["confirm"])
     assert found["request_decode_time_seconds_count"] == {("exact",): 3}
     assert found["request_prefill_time_seconds_sum"] == {("exact",): pytest.approx(run.seconds["prefill"])}
 
 
 def test_every_count_of_a_request_has_a_metric():
-    told = {field for field, _ in COUNTERS.values()} | {"accepted_at", "seconds", "decode_seconds", "mode"}
+    told = {field for field, _ in COUNTERS.values()} | {"accepted_at", "seconds", "decode_seconds", "mode", "chosen"}
     left_out = {"fell_back_at", "method", "drafting", "began", "prefill_listed", "prefill_before"}
     assert set(Statistics.__dataclass_fields__) == told | left_out
 

@@ -100,7 +100,7 @@ def test_reported_reads_are_the_rows_read(method, budget, make_pair, begin_round
     target, draft = (model.spec for model in pair)
     t = begun.tokens.shape[1]
     counted = Listed.of(begun.selection, target, int(begun.lengths.max()))
-    counter = ReadCounter(target, draft, begun.selector.draft_layers, t)
+    counter = ReadCounter(target, draft, begun.selector.draft_layers)
     scoring = sum(draft.layers[layer].kv_heads * draft.layers[layer].head_dim * 4 for layer in begun.selector.draft_layers)
     naive = read_rows(begun.selection, pair[0])
     for row, length in enumerate(begun.lengths.tolist()):
@@ -111,7 +111,7 @@ def test_reported_reads_are_the_rows_read(method, budget, make_pair, begin_round
         row_bytes = 2 * target.layers[0].head_dim * 4
         heads = len(found)
         read = sum(map(len, found.values())) + heads * t
-        reported = counter.of(length, counted.layers, float(counted.tokens[row]), float(counted.rows[row]))
+        reported = counter.of(length, t, counted.layers, float(counted.tokens[row]), float(counted.rows[row]))
         assert reported.bytes_read == read * row_bytes + scoring * (length + t)
         assert reported.bytes_dense == heads * (length + t) * row_bytes
         if method != "sts":  # lists per query head overlap: the rows read are their union, the list length their mean

@@ -38,6 +38,12 @@ class Measured:
         return float(getattr(self.after, name) - getattr(self.before, name))
 
     @property
+    def chosen(self) -> dict[str, int]:
+        """Rounds of all sequences by how they were run."""
+        gained = {name: rounds - self.before.chosen.get(name, 0) for name, rounds in self.after.chosen.items()}
+        return {name: rounds for name, rounds in gained.items() if rounds}
+
+    @property
     def stages(self) -> dict[str, float]:
         """ms a round, of the stages that ran."""
         spent = {stage: self.after.seconds[stage] - seconds for stage, seconds in self.before.seconds.items()}
@@ -46,7 +52,7 @@ class Measured:
 
 def new_tokens(options: DecodeOptions) -> int:
     """So many that no sequence ends in the measured rounds, or so near behind them that the engine sees it coming."""
-    if "exact" not in options.mode:
+    if not {"exact", "auto"} & {*options.mode}:
         return (WARM_UP + options.rounds + 2) * (options.draft_tokens + 1) + 1
     # measured up to where tokens are confirmed; a bonus token may come with them
     return (WARM_UP + options.rounds + 2 * MAX_EXACT_EVERY) * (options.draft_tokens + 2) + 1
@@ -69,7 +75,7 @@ def measure(work: Workload, run: Run, options: DecodeOptions, conditions: Mappin
         batch_size=work.batch,
     )
     alignment = work.alignment if config.verifies_sparsely else None
-    engine = Engine(work.target, work.draft, config, alignment, **work.seams)
+    engine = Engine(work.target, work.draft, config, alignment, predicts=True, **work.seams)
     return _row(work, run, engine, time_rounds(engine, _sequences(work, run, options), options.rounds, progress), conditions)
 
 
@@ -125,9 +131,7 @@ def _row(work: Workload, run: Run, engine: Engine, measured: Measured, condition
     per_row = measured.rounds * work.batch
     kept = measured.gain("listed") / measured.gain("cached")
     stages, round_ms = measured.stages, 1e3 * measured.wall / measured.rounds
-    reads = _reads(engine, work.batch, kept, {name: measured.gain(name) / per_row for name in PER_ROUND})
-    counted = stage_bytes(engine.target.spec, engine.draft.spec, work.weights, reads)
-    rate = conditions["stream_gb_s"]
+    auto = run.mode == "auto"  # whose rounds differ, so that they have no floor in common
     return Row(
         case=work.name,
         engine=run.engine,
@@ -140,9 +144,11 @@ def _row(work: Workload, run: Run, engine: Engine, measured: Measured, condition
         tokens_per_second=measured.tokens / measured.wall,
         acceptance=_acceptance(work, run, measured, per_row) | _confirmation(work, engine.config, measured),
         round_ms=round_ms,
+        predicted_ms=1e3 * measured.gain("predicted_seconds") / measured.rounds,
+        chosen=measured.chosen if auto else {},
         host_ms=round_ms - sum(stages.values()),
         stages=stages,
-        floors={stage: against_floor(counted[stage], ms, rate) for stage, ms in stages.items() if counted[stage]},
+        floors={} if auto else _floors(work, engine, measured, kept, conditions["stream_gb_s"]),
         kept=kept,
         conditions={
             **conditions,
@@ -154,6 +160,13 @@ def _row(work: Workload, run: Run, engine: Engine, measured: Measured, condition
             "fused_layers": [len(model.fused_layers) for model in (engine.target, engine.draft)],
         },
     )
+
+
+def _floors(work: Workload, engine: Engine, measured: Measured, kept: float, rate: float | None) -> dict[str, Any]:
+    per_row = measured.rounds * work.batch
+    reads = _reads(engine, work.batch, kept, {name: measured.gain(name) / per_row for name in PER_ROUND})
+    counted = stage_bytes(engine.target.spec, engine.draft.spec, work.weights, reads)
+    return {stage: against_floor(counted[stage], ms, rate) for stage, ms in measured.stages.items() if counted[stage]}
 
 
 def _reads(engine: Engine, batch: int, kept: float, counted: Mapping[str, float]) -> Round:

@@ -13,8 +13,8 @@ from outrider.errors import OptionError
 
 OURS, VLLM, TRANSFORMERS = "outrider", "vllm", "transformers"
 DEFAULT_MODES = ("plain", "dense", "sparse")
-MODES_OF = {OURS: (*DEFAULT_MODES, "exact"), VLLM: ("plain", "dense"), TRANSFORMERS: ("plain",)}
-LISTED = ("sparse", "exact")  # modes whose rounds read lists
+MODES_OF = {OURS: (*DEFAULT_MODES, "exact", "auto"), VLLM: ("plain", "dense"), TRANSFORMERS: ("plain",)}
+LISTED = ("sparse", "exact", "auto")  # modes whose rounds read lists, or may
 DRAFTING = ("dense", "sparse")
 DEVICES = ("cuda", "cpu")
 DEFAULT_RATES = (0.9, 0.8, 0.7, 0.6)  # of 4 drafted tokens
@@ -45,7 +45,9 @@ class DecodeOptions:
     case: tuple[str, ...] = option((), f"{', '.join(CASES)}; default: {DEFAULT_CASES[0].name} to {DEFAULT_CASES[-1].name}")
     engine: tuple[str, ...] = option((OURS,), ", ".join(MODES_OF))
     mode: tuple[str, ...] = option(
-        DEFAULT_MODES, "plain (the target alone), dense or sparse verification, or exact (sparse, then confirmed densely)"
+        DEFAULT_MODES,
+        "plain (the target alone), dense or sparse verification, exact (sparse, then confirmed densely), or auto (the fastest "
+        "of plain, dense and exact)",
     )
     drafting: tuple[str, ...] = option(DRAFTING, "what the draft reads: dense (all) or sparse (the kept share)")
     score_keys: tuple[str, ...] = option(
@@ -64,8 +66,8 @@ class DecodeOptions:
     )
     agreement: float | None = option(
         None,
-        "scripted agreement of dummy weights in mode exact: the chance that a tentative token is confirmed where all before it "
-        f"are, in [0, 1]; default {DEFAULT_AGREEMENT:g}",
+        "scripted agreement of dummy weights in modes exact and auto: the chance that a tentative token is confirmed where all "
+        f"before it are, in [0, 1]; default {DEFAULT_AGREEMENT:g}",
     )
     exact_every: int | None = option(None, "mode exact: tokens before a dense forward confirms them, as in generation")
     guard_every: int | None = option(

@@ -26,7 +26,7 @@ def real_workload(options: DecodeOptions, text: str, new_tokens: int) -> Workloa
         allowed = f"at most {limit - new_tokens}: the pair holds {limit} tokens, and {new_tokens} are generated"
         raise OptionError("context", options.context, allowed)
     alignments = find_alignment(options.alignment, target, draft)
-    if alignments is None and {*LISTED} & {*options.mode}:
+    if alignments is None and {*LISTED} & {*options.mode} - {"auto"}:
         raise OptionError("alignment", None, "a file made by `outrider calibrate` for this pair")
     method = SELECTORS[EngineConfig().method]
     batch = options.batch or 1

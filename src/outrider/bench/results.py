@@ -33,7 +33,9 @@ class Row:
     # of mode exact also agreement, as scripted, exact_every, and tentative and confirmed tokens per confirmation
     acceptance: dict[str, Any] = field(default_factory=dict)
     round_ms: float | None = None  # wall clock
-    host_ms: float | None = None  # of it, what no stage of the device accounts for
+    predicted_ms: float | None = None  # what rounds were to take, by what they cost when the engine began to run
+    chosen: dict[str, int] = field(default_factory=dict)  # of mode auto: rounds by how they were run
+    host_ms: float | None = None  # of round_ms, what no stage of the device accounts for
     stages: dict[str, float] = field(default_factory=dict)  # ms a round
     floors: dict[str, dict[str, float | None]] = field(default_factory=dict)  # see floors.against_floor
     kept: float | None = None  # share of the cached tokens that the target's lists held

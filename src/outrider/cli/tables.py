@@ -47,6 +47,9 @@ def run_table(runs: Sequence[Statistics]) -> Table:
             ("rolled back", _of_tentative(lambda s: s.rolled_back)),
             ("dense forwards that confirm", _of_tentative(lambda s: s.confirmations)),
         ]
+    if any(run.mode == "auto" for run in runs):
+        at = [name for name, _ in rows].index("tokens/s")
+        rows[at:at] = [("rounds by how they were run", _chosen), ("seconds of rounds, as predicted", _predicted)]
     if any(run.audits for run in runs):
         rows += [
             ("audits by the guard", _of_audits(lambda s: str(s.audits))),
@@ -59,6 +62,14 @@ def run_table(runs: Sequence[Statistics]) -> Table:
         rows.append(("agreement with the dense target", _agreement))
     headers = [run.mode if run.method is None else f"{run.mode} ({run.method})" for run in runs]
     return _table("", ["", *headers], [[name, *(cell(run) for run in runs)] for name, cell in rows])
+
+
+def _chosen(run: Statistics) -> str:
+    return ", ".join(f"{name}: {rounds}" for name, rounds in sorted(run.chosen.items())) if run.mode == "auto" else NONE
+
+
+def _predicted(run: Statistics) -> str:
+    return f"{run.predicted_seconds:.3f}" if run.predicted_seconds else NONE
 
 
 def quality_table(file: AlignmentFile) -> Group:
@@ -140,6 +151,7 @@ def decode_table(rows: Sequence[BenchRow]) -> Table:
         ("vs its dense", lambda r: _ratio(r.tokens_per_second, by_run.get((r.engine, "dense", "dense", r.kv_dtype)))),
         ("tokens a round", lambda r: _number(r.acceptance.get("tokens_per_round"), ".2f")),
         ("ms a round", lambda r: _number(r.round_ms, ".2f")),
+        ("predicted", lambda r: _number(r.predicted_ms, ".2f")),
         ("host ms", lambda r: _number(r.host_ms, ".2f")),
         ("kept", lambda r: NONE if r.kept is None else _percent(r.kept)),
     ]

@@ -46,6 +46,7 @@ class Block:
 
     confirmed: Tensor  # [B] int64: C, cached tokens that stand
     counts: Tensor  # [B] int64: n, tentative tokens
+    behind: Tensor  # [B] bool: rows whose tokens the draft has not read; its cache of these stays as it is
     tokens: Tensor  # [B, W] int64: last confirmed token, tentative ones, FILLER
 
 
@@ -61,21 +62,32 @@ class ConfirmationKind:
 class BlockBuffer:
     """The tentative tokens of up to `slots` sequences, on host and device."""
 
+    COUNTS = 3  # confirmed, tentative, behind; tokens follow
+
     def __init__(self, slots: int, most: int, device: torch.device) -> None:
         """Of up to `most` tokens a sequence."""
         self._step = WIDTH if device.type == "cuda" else 1
-        shape = slots, 2 + self._padded(most + 1)
+        shape = slots, self.COUNTS + self._padded(most + 1)
         self._host = torch.zeros(shape, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._device = torch.zeros(shape, dtype=torch.int64, device=device)
 
-    def load(self, running: list[Sequence], rows: int) -> int:
-        """Put what the sequences hold into the first rows; returns W."""
+    def load(self, running: list[Sequence], rows: int, behind: set[int]) -> int:
+        """Put what the sequences hold into the first rows, some of them `behind`; returns W."""
         width = self._padded(1 + max([len(sequence.tentative) for sequence in running], default=0))
         self._host[:rows] = FILLER
-        self._host[:rows, :3] = 0  # idle rows read one token behind none
+        self._host[:rows, : self.COUNTS + 1] = 0  # idle rows read one token behind none
         for row, sequence in enumerate(running):
             count, tokens = len(sequence.tentative), sequence.unconfirmed
-            self._host[row, : 3 + count] = torch.tensor([sequence.cached - count, count, *tokens])
+            numbers = [sequence.cached - count, count, row in behind, *tokens]
+            self._host[row, : len(numbers)] = torch.tensor(numbers)
+        self._device[:rows].copy_(self._host[:rows], non_blocking=True)
+        return width
+
+    def load_nothing(self, rows: int, cached: int, tokens: int) -> int:
+        """Put rows without a sequence there, `tokens` to be read behind `cached` ones; returns W."""
+        width = self._padded(tokens)
+        self._host[:rows] = 0
+        self._host[:rows, 0] = cached
         self._device[:rows].copy_(self._host[:rows], non_blocking=True)
         return width
 
@@ -84,8 +96,8 @@ class BlockBuffer:
 
     def unpack(self, rows: int, width: int) -> Block:
         """The first rows; waits for nothing."""
-        held = self._device[:rows, : 2 + width]
-        return Block(confirmed=held[:, 0], counts=held[:, 1], tokens=held[:, 2:])
+        held = self._device[:rows, : self.COUNTS + width]
+        return Block(confirmed=held[:, 0], counts=held[:, 1], behind=held[:, 2] > 0, tokens=held[:, self.COUNTS :])
 
 
 def confirm(
@@ -109,9 +121,11 @@ def confirm(
     tokens = block.tokens.clamp(min=0)
     cache.truncate(block.confirmed)
     logits = target.forward(tokens, cache, stop=stop).logits
+    read = draft_cache.lengths.clone()
     _complete(draft, draft_cache, block, lists, listed=listed)
     trace = DraftTrace(tokens=block.tokens[:, 1:], probs=None, queries=())
-    outcome = accept(trace, logits, inputs, None, target.spec, caches, judge)
+    outcome = accept(trace, logits, inputs, None, target.spec, [cache], judge)
+    draft_cache.truncate(torch.where(block.behind, read, cache.lengths))
     if lists is not None:
         lists.truncate(cache.lengths)
     return outcome
@@ -119,7 +133,7 @@ def confirm(
 
 def _complete(draft: LanguageModel, cache: KVCache, block: Block, lists: DraftLists | None, *, listed: bool) -> None:
     """The draft reads the last tentative token of each row: its cache has them all, should they all pass."""
-    lengths = block.confirmed + block.counts
+    lengths = torch.where(block.behind, cache.lengths, block.confirmed + block.counts)
     cache.truncate(lengths)
     selection = None
     if lists is not None:

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from outrider.config import EngineConfig, SamplingParams, check
+from outrider.decoding.acceptance import Acceptance
+from outrider.decoding.choice import fixed_choice
+from outrider.decoding.chooser import Chooser, Fastest, Fixed
 from outrider.decoding.confirmation import most_tentative, spare_rows
+from outrider.decoding.costs import Costs, KindOf, measure
 from outrider.decoding.drafting import DraftLists
 from outrider.decoding.guard import levels
 from outrider.decoding.loop import Event, Loop, Watch
 from outrider.decoding.memory import RowDemand, free_bytes, plan_rows
+from outrider.decoding.pace import Confirmations
 from outrider.decoding.pair import make_guidance, rehearse
 from outrider.decoding.prefill import ProgressCallback, ReadChunk, read_chunk
 from outrider.decoding.rounds import Judge, judge
@@ -39,9 +44,11 @@ class Engine:
         read: ReadChunk = read_chunk,
         judge: Judge = judge,
         confirming: Judge = judge,
+        predicts: bool = False,
     ) -> None:
         """`alignment` guides rounds, `prefill_alignment` sparse prefill. `read` puts a chunk of a prompt into a cache, `judge`
-        accepts drafted tokens, `confirming` tentative ones: other ones serve measurements.
+        accepts drafted tokens, `confirming` tentative ones: other ones serve measurements. With `predicts` the costs of rounds
+        are measured in every mode, as in mode auto.
         """
         self.config = config
         self.target, self.draft = (
@@ -66,6 +73,9 @@ class Engine:
             self.target, self.draft = self.target.compile(), self.draft.compile()
         elif config.backend != "reference":
             self.target, self.draft = self.target.fuse(), self.draft.fuse()
+        self._predicts = predicts or config.mode == "auto"
+        self._costs: Costs | None = None  # once measured
+        self._experience = Acceptance(config.draft_tokens)
         self.broken: str | None = None  # what made it unusable
         self._idle: Runner | None = None  # of the last run, with all that it has captured
 
@@ -101,7 +111,8 @@ class Engine:
             )
         if watch is not None and self.captures:
             raise OptionError("eager", False, "True (--eager) for rounds that are watched: CUDA graphs overwrite their lists")
-        loop = Loop(self, self._runner(sequences), sequences, progress or (lambda what, done, of: None), watch)
+        progress = progress or (lambda what, done, of: None)
+        loop = Loop(self, self._runner(sequences), sequences, progress, watch)
         return self._run(loop)
 
     def _run(self, loop: Loop) -> Iterator[Event]:
@@ -110,6 +121,30 @@ class Engine:
         finally:
             if self.captures:  # after an error of the device, too: to free graphs then would end the process
                 self._idle = loop.runner
+
+    def costs(self, runner: Runner, kind_of: KindOf, longest: int, progress: ProgressCallback) -> Costs | None:
+        """What rounds cost, for sequences of up to `longest` tokens; measured when first asked for, and again for larger
+        batches and contexts twice as long. None where nobody asks.
+        """
+        known, config = self._costs, self.config
+        if not self._predicts or (known is not None and known.rows >= runner.slots and 2 * known.cached >= longest):
+            return known
+        least = max(config.budget.min_context, 1)
+        listed = longest >= least and self.guidance is not None and self.guidance.target is not None
+        modes = {
+            "auto": ("plain", "dense", *(["sparse"] if listed else [])),
+            "exact": ("plain", "sparse"),
+        }.get(config.mode, (config.mode,))
+        batches = {runner.slots, 1} if config.mode == "auto" else {runner.slots}
+        self._costs = measure(runner, kind_of, modes, batches, least, longest, config.prefill_chunk, progress)
+        return self._costs
+
+    def chooser(self, confirmations: Confirmations, costs: Costs | None, slots: int) -> Chooser:
+        """Who decides how the rounds of a run are run."""
+        if self.config.mode != "auto":
+            return Fixed(fixed_choice(self.config), costs)
+        assert costs is not None
+        return Fastest(costs, self.config, confirmations, self._experience, slots)
 
     def release(self) -> None:
         """Give back the memory that is kept for the next run: the caches, and what rounds were captured over them."""
@@ -142,7 +177,7 @@ class Engine:
         reading = max((reader.bytes(draft, capacity, self.config.prefill_chunk) for reader in readers), default=0)
         slots = plan_rows(demand, slots, free, prompt=longest, tokens=lengths[longest], reading=reading)
         lists = None
-        if self.config.drafts_sparsely:
+        if guidance is not None and guidance.draft is not None:
             lists = DraftLists(draft, self.config.draft_budget, slots, capacity, k)
         return Runner(
             self.target,
@@ -154,8 +189,10 @@ class Engine:
             self.confirming,
             draft_tokens=k,
             most_tentative=most_tentative(self.config) if self.config.confirms else 0,
+            common_noise=self.config.shares_noise,
             share=levels(self.config.budget)[0],
             audits_from=self.config.budget.min_context if self.config.guards else None,
+            chunk=self.config.prefill_chunk,
             slots=slots,
             capacity=capacity,
             capture=self.captures,

@@ -1,4 +1,4 @@
-"""The loop: refill, launch (propose, score, align and select, verify, accept), commit; confirm what is tentative."""
+"""The loop: refill, choose, launch (propose, score, align and select, verify, accept), commit; confirm what is tentative."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from outrider.decoding.guard import WINDOW, Audit, Guards
+from outrider.decoding.choice import PLAIN, Choice, fixed_choice
+from outrider.decoding.chooser import Chooser, Fixed, Gain
+from outrider.decoding.flight import Flight
+from outrider.decoding.guard import Audit, Guards
 from outrider.decoding.pace import Confirmations
 from outrider.decoding.prefill import Prefill, ProgressCallback
+from outrider.decoding.records import Records
+from outrider.decoding.rehearsal import warm_up
 from outrider.decoding.rounds import RoundKind, RowOutcome
-from outrider.decoding.runner import Flight, Runner
+from outrider.decoding.runner import Runner
 from outrider.decoding.scheduler import Scheduler
 from outrider.decoding.sequence import Sequence
-from outrider.decoding.statistics import ReadCounter
 from outrider.types import Selection
 
 if TYPE_CHECKING:
@@ -52,15 +56,15 @@ class Loop:
         self.scheduler = Scheduler(sequences, runner.slots)
         self.confirmations = Confirmations(sequences, engine.config)
         self.guards = Guards(sequences, engine.config)
+        self.chooser: Chooser = Fixed(PLAIN, None)  # nobody is asked before costs are known
         self.filling: Prefill | None = None
-        layers, bits = (engine.guidance.layers, engine.guidance.bits) if engine.guidance is not None else ((), None)
-        self.reads = ReadCounter(engine.target.spec, engine.draft.spec, layers, runner.k + 1, bits)
+        self.records = Records(engine.target.spec, engine.draft.spec, engine.guidance)
 
     def events(self) -> Iterator[Event]:
         """Rounds until all sequences have ended. On a GPU the next round begins before the last one's tokens are read."""
         self.runner.clear(slice(None))
-        if first := list(self.scheduler.waiting)[: self.scheduler.slots]:
-            self.runner.warm_up(self._kind(first, self._is_sparse(first, 0)), self.progress)
+        if self.scheduler.waiting:
+            self._begin()
         flight: Flight | None = None
         while self.scheduler.unfinished or flight is not None:
             try:
@@ -84,6 +88,19 @@ class Loop:
                 yield from self._fail([*scheduler.running, *filter(None, [scheduler.filling]), *scheduler.waiting], error)
                 return
 
+    def _begin(self) -> None:
+        """Build and capture what the first rounds need, and measure what rounds cost where somebody asks."""
+        waiting = list(self.scheduler.waiting)
+        first = waiting[: self.scheduler.slots]
+        if self.config.mode != "auto":
+            kind = self._kind(fixed_choice(self.config), first, self._is_sparse(first, 0))
+            warm_up(self.runner, kind, self.progress)
+        longest = max(len(sequence.prompt) + sequence.params.max_new_tokens for sequence in waiting)
+        costs = self.engine.costs(
+            self.runner, lambda choice, rows, listed: self._kind(choice, first[:1] * rows, listed), longest, self.progress
+        )
+        self.chooser = self.engine.chooser(self.confirmations, costs, self.scheduler.slots)
+
     def _refill(self) -> Iterator[Event]:
         """Read waiting prompts into free slots: all at once where nobody runs, else a chunk behind the round just launched.
 
@@ -98,6 +115,8 @@ class Loop:
                 slot, sequence = admitted
                 rows = self.runner.rows_of(slot)
                 sparse = self.engine.prefill_for(sequence.params)
+                if sparse is None and not self.chooser.wants_draft(sequence, len(self.scheduler.running)):
+                    rows = rows[:1]  # the draft is spared this prompt
                 self.filling = Prefill(sequence, rows, self.config.prefill_chunk, self.engine.read, self.progress, sparse)
             filling = self.filling
             try:
@@ -113,7 +132,7 @@ class Loop:
                 filling.settle()
                 source, slot = self.scheduler.join()
                 self.runner.move(source, slot)
-                self.runner.begin(slot, filling.sequence.pending)
+                self.runner.begin(slot, filling.sequence.pending, drafted=filling.drafted)
                 self.filling = None
             if others_wait and room <= 0:
                 return
@@ -127,8 +146,12 @@ class Loop:
         for sequence in running:
             sequence.statistics.began = sequence.statistics.began or now
         if ahead_of is None:
-            return self.runner.launch(running, self._kind(running, self._is_sparse(running, 0)), self.guards.due(running, 0))
-        most = self.runner.k + 1  # tokens that the round under way may emit
+            listed = self._is_sparse(running, 0)
+            undecided = not any(sequence.tentative for sequence in running)
+            choice = self.chooser.choose(running, listed=listed) if undecided else self.chooser.current
+            return self.runner.launch(running, self._kind(choice, running, listed), self.guards.due(running, 0))
+        choice = self.chooser.current
+        most = choice.k + 1  # tokens that the round under way may emit
         sparse = self._is_sparse(running, 1)
         known = (
             self.runner.device.type == "cuda"
@@ -136,17 +159,24 @@ class Loop:
             and running == ahead_of.sequences
             and sparse == self._is_sparse(running, most)
             and all(len(s.tokens) + len(s.tentative) + most < s.params.max_new_tokens for s in running)
-            and not self.confirmations.may_be_due(running, most)
+            and not (choice.mode == "exact" and self.confirmations.may_be_due(running, most))
+            and self.chooser.stays(running)
             and ahead_of.audits is None  # which may change what its rows read
         )
-        return self.runner.launch(running, self._kind(running, sparse), self.guards.due(running, 1)) if known else None
+        return self.runner.launch(running, self._kind(choice, running, sparse), self.guards.due(running, 1)) if known else None
 
     def _is_sparse(self, sequences: list[Sequence], more: int) -> bool:
         """Whether a round reads lists once each sequence has so many more tokens."""
         return max(sequence.cached for sequence in sequences) + more >= max(self.config.budget.min_context, 1)
 
-    def _kind(self, sequences: list[Sequence], sparse: bool) -> RoundKind:
-        return RoundKind.of(sequences, self.runner.slots, sparse=sparse and self.engine.guidance is not None)
+    def _kind(self, choice: Choice, sequences: list[Sequence], listed: bool) -> RoundKind:
+        guidance, dense = self.engine.guidance, choice.mode == "dense"
+        sparse = listed and choice.k > 0 and guidance is not None and not (dense and guidance.draft is None)
+        return RoundKind.of(sequences, self.runner.slots, k=choice.k, sparse=sparse, dense_target=dense)
+
+    def _holds(self, sequence: Sequence) -> bool:
+        """What the current rounds bring this sequence is tentative."""
+        return self.chooser.current.mode == "exact" and self.confirmations.holds(sequence)
 
     def _commit(self, flight: Flight) -> Iterator[Event]:
         """Emit the accepted tokens and the recovered or bonus one, or hold them; finished sequences leave their slots."""
@@ -154,6 +184,7 @@ class Loop:
         selection = flight.selection
         layers = selection.layers if selection is not None else ()
         events = []
+        gains: list[Gain] = []
         for row, (sequence, outcome) in enumerate(zip(flight.sequences, outcomes, strict=True)):
             if sequence.finish_reason is not None or sequence.closing:  # it ended, or may end, while this round was under way
                 continue
@@ -162,47 +193,51 @@ class Loop:
                 events.append(Event(sequence=sequence, tokens=[]))
                 continue
             spent = {name: x / len(outcomes) for name, x in seconds.items()}
-            self._record(sequence, outcome, layers, flight.touched[row], spent)
+            self.records.round(sequence, outcome, self.chooser.current, layers, flight.touched[row], spent)
             if self.watch is not None:
                 self.watch(sequence, outcome, selection.rows(row, row + 1) if selection is not None else None)
-            if self.confirmations.holds(sequence):
+            if self._holds(sequence):
                 held = sequence.hold(outcome.tokens)
                 sequence.statistics.tentative += held
                 self.confirmations.pace(sequence).brought(held)
+                gains.append(Gain(sequence, len(outcome.tokens) - 1, 0))
             else:
                 cached = sequence.cached
                 events.append(self._emit(sequence, outcome.tokens, now))
+                gains.append(Gain(sequence, len(outcome.tokens) - 1, len(events[-1].tokens)))
                 if (audit := audits[row]) is not None:
                     self._heed(row, sequence, audit, cached)
+        self.chooser.brought(flight.rows, gains, None if flight.fresh else sum(seconds.values()))
         self._release()
         yield from events
 
     def _heed(self, row: int, sequence: Sequence, audit: Audit, cached: int) -> None:
         """Record an audit of a round behind `cached` tokens, and do what the sequence's guard makes of it."""
-        statistics = sequence.statistics
-        statistics.bytes_read += self.reads.audit(cached, 1 / WINDOW)
+        self.records.audit(sequence, cached, self.runner.k + 1)
         if self.guards.heed(sequence, audit) and sequence.finish_reason is None:
-            seconds = self.runner.reread(row, sequence, self.config.prefill_chunk, self.engine.read)
-            statistics.bytes_read += self.reads.dense(len(sequence.prompt) - 1, len(sequence.tokens))
-            for stage, spent in seconds.items():
-                statistics.seconds[stage] += spent
+            self.records.reread(sequence, self.runner.reread(row, sequence, self.engine.read))
 
     def _confirm(self) -> Iterator[Event]:
         """Emit what a dense forward makes of the tentative tokens, once a row has enough of them or might end."""
         running = list(self.scheduler.running)
-        if not self.confirmations.are_due(running):
+        tentative = max([len(sequence.tentative) for sequence in running], default=0)
+        if not tentative or not (self.confirmations.are_due(running) or self.chooser.settles(running)):
             return
-        kind = self._kind(running, self._is_sparse(running, 0))
+        kind = self._kind(self.chooser.current, running, self._is_sparse(running, 0))
         landed, now = self.runner.confirm(running, kind), time.perf_counter()
-        events = []
+        events, gains = [], []
         for sequence, outcome in zip(running, landed.outcomes, strict=True):
             if not outcome.finite:
                 sequence.end("error", "the dense target's logits are not finite numbers")
                 events.append(Event(sequence=sequence, tokens=[]))
                 continue
             spent = {name: x / len(running) for name, x in landed.seconds.items()}
-            self._record_confirmation(sequence, outcome, spent)
+            self.confirmations.pace(sequence).confirmed(len(outcome.tokens) - 1, len(sequence.tentative))
+            self.records.confirmation(sequence, outcome, spent)
             events.append(self._emit(sequence, outcome.tokens, now))
+            gains.append(Gain(sequence, len(outcome.tokens) - 1, len(events[-1].tokens)))
+        seconds = None if landed.fresh else sum(landed.seconds.values())
+        self.chooser.confirmed(kind.rows, tentative + 1, gains, seconds)
         self._release()
         yield from events
 
@@ -213,34 +248,6 @@ class Loop:
         if sequence.finish_reason is not None and self.config.audit:
             self._audit(sequence)
         return event
-
-    def _record_confirmation(self, sequence: Sequence, outcome: RowOutcome, spent: dict[str, float]) -> None:
-        statistics, held, passed = sequence.statistics, len(sequence.tentative), len(outcome.tokens) - 1
-        self.confirmations.pace(sequence).confirmed(passed, held)
-        statistics.confirmations += 1
-        statistics.confirmed += passed
-        statistics.rolled_back += held - passed
-        statistics.bytes_read += self.reads.dense(sequence.cached - held, held + 1)
-        for stage, seconds in spent.items():
-            statistics.seconds[stage] += seconds
-
-    def _record(
-        self, sequence: Sequence, outcome: RowOutcome, layers: tuple[int, ...], touched: float, spent: dict[str, float]
-    ) -> None:
-        statistics, length = sequence.statistics, sequence.cached
-        reads = self.reads.of(length, layers, outcome.listed_tokens, outcome.listed_rows)
-        accepted = len(outcome.tokens) - 1
-        statistics.rounds += 1
-        statistics.drafted += self.runner.k
-        statistics.accepted += accepted
-        for position in range(accepted):
-            statistics.accepted_at[position] += 1
-        statistics.listed += reads.listed
-        statistics.cached += length
-        statistics.bytes_read += reads.bytes_read + round(touched)
-        statistics.bytes_dense += reads.bytes_dense
-        for stage, seconds in spent.items():
-            statistics.seconds[stage] += seconds
 
     def _release(self) -> None:
         """Finished sequences leave; those that go on stay in the first slots."""

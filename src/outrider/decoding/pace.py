@@ -5,7 +5,7 @@ from __future__ import annotations
 from outrider.config import MAX_EXACT_EVERY, EngineConfig
 from outrider.decoding.sequence import Sequence
 
-DENSE_ROUNDS = 2.0  # a dense forward costs as much as so many sparse rounds: what one is worth, not what one takes
+DENSE_ROUNDS = 2.0  # a dense forward costs as much as so many sparse rounds, where nobody has measured it
 PRIOR = 15.0, 0.5  # tokens that passed and that did not, as if they had been seen
 MEMORY = 0.95  # what was seen before a round or a confirmation counts so much behind it
 
@@ -16,13 +16,14 @@ class Pace:
     Where a token passes with probability a, and a round brings m tokens, N tentative tokens bring
 
         1 + a + .. + a^N = (1 - a^(N + 1)) / (1 - a)    tokens that stand, the recovered or bonus one counted in,
-        N / m + c                                       rounds: sparse ones, and a dense forward that costs c = `DENSE_ROUNDS`
+        N / m + c                                       rounds: sparse ones, and a dense forward that costs c = `dense_rounds`
 
     and N is where the quotient is largest. It is flat there, so c need not be known well. All of this is the row's own.
     """
 
     def __init__(self, fixed: int | None) -> None:
         """`fixed` is N where it is given."""
+        self.dense_rounds = DENSE_ROUNDS
         self._fixed = fixed
         self._every: int | None = None  # N until the next confirmation, once asked for
         self._passed = self._rejected = 0.0
@@ -41,7 +42,7 @@ class Pace:
             return self._fixed
         if self._every is None:
             a, m = self.agreement, self._tokens / self._rounds
-            worth = [(1 - a ** (n + 1)) / (1 - a) / (n / m + DENSE_ROUNDS) for n in range(1, MAX_EXACT_EVERY + 1)]
+            worth = [(1 - a ** (n + 1)) / (1 - a) / (n / m + self.dense_rounds) for n in range(1, MAX_EXACT_EVERY + 1)]
             self._every = 1 + worth.index(max(worth))
         return self._every
 

@@ -105,27 +105,27 @@ def make_guidance(
     Raises like `make_selector` and `make_rival`, and OptionError where sparse verification lacks its alignment.
     """
     choosing = drafting = rival = None
-    scored = draft.spec.full_layers if config.drafts_sparsely else ()
+    auto = config.mode == "auto"  # has less to choose from where something is missing
+    drafts_sparsely = config.drafts_sparsely and not (auto and not draft.spec.full_layers)
+    scored = draft.spec.full_layers if drafts_sparsely else ()
+    if auto:
+        check("method", config.method, config.method in SELECTORS, f"{', '.join(SELECTORS)} with mode auto")
     if config.verifies_sparsely and config.method in RIVALS:
         rival = make_rival(config.method, target, config.budget)
-    elif config.verifies_sparsely:
+    elif config.verifies_sparsely and not (auto and (alignment is None or not target.spec.full_layers)):
         if alignment is None:
             raise OptionError("alignment", None, "a file made by `outrider calibrate` for this pair (mode dense needs none)")
         choosing = build_pair_selector(config.method, target, draft, alignment, config.budget, scored)
         scored = choosing.draft_layers
-    if config.drafts_sparsely:
+    if drafts_sparsely:
         heads = draft.spec.full_shape.query_heads
         own = torch.cartesian_prod(torch.arange(len(draft.spec.layers)), torch.arange(heads)).view(-1, heads, 1, 2)
         drafting = build_pair_selector("outrider", draft, draft, Alignment(sources=own), config.draft_budget, scored)
     bits = code_bits(config.score_keys, draft, config.draft_tokens + 1)
     rehearse(target, draft, choosing, config.draft_tokens + 1, drafting, bits)
     if bits is not None and config.confirms:  # from round to round a sequence may grow by a bonus token more
-        check(
-            "K (draft-tokens)",
-            k := config.draft_tokens,
-            k + 2 <= BLOCK,
-            f"at most {BLOCK - 2} with keys in few bits and mode exact",
-        )
+        allowed = f"at most {BLOCK - 2} with keys in few bits and mode {config.mode}"
+        check("K (draft-tokens)", k := config.draft_tokens, k + 2 <= BLOCK, allowed)
     if not (choosing or drafting or rival):
         return None
     return Guidance(target=choosing, draft=drafting, rival=rival, bits=bits if choosing or drafting else None)

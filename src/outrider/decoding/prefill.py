@@ -22,6 +22,13 @@ def read_chunk(model: LanguageModel, cache: KVCache, tokens: Tensor, stop: int) 
     cache.advance(tokens.shape[1])
 
 
+def read_on(model: LanguageModel, cache: KVCache, tokens: Tensor, start: int, chunk: int, read: ReadChunk = read_chunk) -> None:
+    """Run `tokens` [B, S] through `model` behind the `start` ones that every row of `cache` holds, `chunk` at a time."""
+    for part in tokens.split(chunk, dim=1):
+        start += part.shape[1]
+        read(model, cache, part, start)
+
+
 def prefill(model: LanguageModel, cache: KVCache, tokens: Tensor, chunk: int, progress: ProgressCallback | None = None) -> None:
     """Run `tokens` [B, S] densely through `model` into an empty `cache`, `chunk` tokens at a time."""
     total = tokens.shape[1]
@@ -57,6 +64,11 @@ class Prefill:
     @property
     def finished(self) -> bool:
         return self.done == self.total
+
+    @property
+    def drafted(self) -> bool:
+        """The draft reads the prompt, too."""
+        return len(self._rows) > 1
 
     def empty(self) -> None:
         """Nothing is in the rows: rounds that take them along read nothing there."""

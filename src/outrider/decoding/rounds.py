@@ -23,24 +23,27 @@ class RoundKind:
     """What the host decides about a round: shapes and branches. Rounds of one kind differ in numbers alone."""
 
     rows: int  # B: the running sequences, and idle rows that round their number up to a power of two
+    k: int  # K: drafted tokens; 0: the target decodes alone
     sparse: bool  # reads lists, as far as the engine is asked to
     greedy: bool  # every row is: distributions are one-hot
     filtered: bool  # some row has a sampling top-k or top-p
     widest: float | None = None  # the largest share of a row's lists; None: all keep what the budget says
-    reads_all: bool = False  # every row's lists would hold everything
+    reads_all: bool = False  # the target has no lists, or every row's would hold everything; the draft may have some
 
     @classmethod
-    def of(cls, running: list[Sequence], slots: int, *, sparse: bool) -> RoundKind:
+    def of(cls, running: list[Sequence], slots: int, *, k: int, sparse: bool, dense_target: bool = False) -> RoundKind:
+        """The kind of a round of these sequences. In a `sparse` one with a `dense_target` the draft alone reads lists."""
         params = [sequence.params for sequence in running]
         rows = min(slots, 1 << (len(running) - 1).bit_length())
         shares = [sequence.share for sequence in running if sequence.share is not None] if sparse else []
         return cls(
             rows=rows,
+            k=k,
             sparse=sparse,
             greedy=all_greedy(params),
             filtered=any_filtered(params),
             widest=max(shares, default=None),
-            reads_all=len(shares) == len(running) and min(shares) == 1,
+            reads_all=dense_target or (len(shares) == len(running) and min(shares) == 1),
         )
 
 
@@ -93,12 +96,12 @@ class InputBuffer:
     def unpack(self, kind: RoundKind, lengths: Tensor) -> Inputs:
         """The first rows, typed; `lengths` [B] are cached. Part of a round: waits for nothing."""
         active, temperature, top_k, top_p, keys, shares, audited = self._device[: kind.rows, : self.PARAMETERS].unbind(1)
-        uniforms = self._device[: kind.rows, self.PARAMETERS :]
+        uniforms, k = self._device[: kind.rows, self.PARAMETERS :], kind.k
         return Inputs(
             pending=self.pending[: kind.rows],
             active=active.long(),
-            draft_uniforms=uniforms[:, : self.k],
-            verify_uniforms=uniforms[:, self.k :].float(),
+            draft_uniforms=uniforms[:, :k],
+            verify_uniforms=uniforms[:, k : 2 * k + 1].float(),
             sampling=Sampling(
                 temperature=temperature.float(),
                 top_k=top_k.long(),
@@ -134,7 +137,8 @@ def choose(logits: Tensor, inputs: Inputs) -> Tensor:
 def propose_nothing(inputs: Inputs, vocabulary: int) -> DraftTrace:
     """The trace of a round without a draft: K = 0."""
     rows, device = inputs.pending.shape[0], inputs.pending.device
-    probs = None if inputs.sampling.greedy else torch.zeros(rows, 0, vocabulary, device=device)
+    unneeded = inputs.sampling.greedy or inputs.noise is not None
+    probs = None if unneeded else torch.zeros(rows, 0, vocabulary, device=device)
     return DraftTrace(tokens=torch.zeros(rows, 0, dtype=torch.int64, device=device), probs=probs, queries=())
 
 

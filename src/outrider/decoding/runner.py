@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
 
-from outrider.decoding.audits import Audits, landed
+from outrider.decoding.audits import Audits
 from outrider.decoding.confirmation import BlockBuffer, ConfirmationKind, confirm
 from outrider.decoding.drafting import DraftLists, propose
+from outrider.decoding.flight import Flight, Landed
 from outrider.decoding.graphs import Stages
-from outrider.decoding.guard import Audit
 from outrider.decoding.guides import ByRow
 from outrider.decoding.pair import Guidance
-from outrider.decoding.prefill import ReadChunk
+from outrider.decoding.prefill import ReadChunk, read_on
 from outrider.decoding.rounds import InputBuffer, Inputs, Judge, Outcome, RoundKind, RowOutcome, accept, propose_nothing, verify
 from outrider.decoding.scoring import score
 from outrider.decoding.sequence import Sequence
@@ -23,35 +22,6 @@ from outrider.decoding.statistics import StageClock
 from outrider.models import KVCache, LanguageModel
 from outrider.models.quantized_keys import QuantizedKeys
 from outrider.types import DraftScores, DraftTrace, Lists, Selection, Shares
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Flight:
-    """A round under way."""
-
-    sequences: list[Sequence]  # by row
-    selection: Selection | None  # its lists; those of a captured round are overwritten by the next
-    touched: list[float]  # bytes that a rival has read in order to choose, by row
-    clock: StageClock
-    numbers: Tensor  # on the host, once `arrived`
-    audits: Tensor | None  # its figures, on the host once `arrived`; None: nobody was to be audited
-    arrived: torch.cuda.Event | None
-
-    def land(self) -> tuple[list[RowOutcome], list[Audit | None]]:
-        """The outcome by row, and what audits have found; waits for the round."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        rows = len(self.sequences)
-        audits = landed(rows, self.audits)
-        return [RowOutcome.of(row) for row in self.numbers[:rows].tolist()], audits
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Landed:
-    """What has come of a confirmation."""
-
-    outcomes: list[RowOutcome]  # by row
-    seconds: dict[str, float]  # by stage
 
 
 class Runner:
@@ -72,8 +42,10 @@ class Runner:
         *,
         draft_tokens: int,
         most_tentative: int,  # tokens of a row that are confirmed at a time; 0: none are tentative
+        common_noise: bool,  # draft and target choose by the same noise
         share: float,  # what the budget lets lists keep
         audits_from: int | None,  # cached tokens from which on rows may be audited; None: no round ever is
+        chunk: int,  # tokens that are read at a time where some are read anew
         slots: int,
         capacity: int,
         capture: bool,
@@ -82,47 +54,37 @@ class Runner:
         self.guidance, self.drafting, self.quantized = guidance, drafting, quantized
         self.judge, self.confirming = judge, confirming
         self.k = draft_tokens if draft is not None else 0
+        self._chunk = chunk
         self.slots, self.capacity = slots, capacity
         self.device = target.spec.device
         self.models = [model for model in (target, draft) if model is not None]
         self.caches = [model.new_cache(slots, capacity) for model in self.models]
-        self.inputs = InputBuffer(slots, self.k, self.device, common_noise=most_tentative > 0, share=share)
+        self.inputs = InputBuffer(slots, self.k, self.device, common_noise=common_noise, share=share)
         self.tentative = BlockBuffer(slots, most_tentative, self.device)
-        self.confirms = most_tentative > 0
+        self.most_tentative, self.confirms = most_tentative, most_tentative > 0
         self.audits = None if audits_from is None else Audits(target, slots, capacity, audits_from)
         self.stages = Stages(capture=capture)
         rival = guidance.rival if guidance is not None else None
         self.rivals = None if rival is None else ByRow(rival, target, self.caches[0])
         self._begun: set[int] = set()  # rows whose draft lists, records and rivals follow their rounds
+        self._behind: set[int] = set()  # rows of which the draft's cache lacks tokens
         pinned = self.device.type == "cuda"
-        shape = slots, self.k + 5
-        self._landing = [torch.zeros(shape, dtype=torch.float64, pin_memory=pinned) for _ in range(2)]  # in turn, as inputs
+        room = slots * (self.k + 5)
+        self._landing = [torch.zeros(room, dtype=torch.float64, pin_memory=pinned) for _ in range(2)]  # in turn, as inputs
         # one will do: behind an audited round nothing is launched before its figures are read
         self._audit_landing = torch.zeros(slots, self.k + 4, dtype=torch.float64, pin_memory=pinned)
-
-    def warm_up(self, kind: RoundKind, progress: Callable[[str, int, int], None]) -> None:
-        """Two rounds over nothing: builds, compiles and captures a kind of round before the first prompt is read."""
-        if not self.stages.capture or self.stages.knows(kind):
-            return
-        for done in range(2):
-            progress("compile rounds", done, 2)
-            for cache in self.caches:
-                cache.lengths.fill_(1)
-            self._run_stages(kind, StageClock(self.device), audit=self.audits is not None and kind.sparse)
-            if self.confirms:
-                width = self.tentative.load([], kind.rows)
-                self._confirm(ConfirmationKind(round=kind, width=width, listed=kind.sparse), width, StageClock(self.device))
-        self.clear(slice(None))
-        progress("compile rounds", 2, 2)
 
     def rows_of(self, slot: int) -> list[tuple[LanguageModel, KVCache]]:
         """The models, the target first, each with its cache of one slot."""
         return [(model, cache.rows(slot, slot + 1)) for model, cache in zip(self.models, self.caches, strict=True)]
 
-    def begin(self, slot: int, pending: int) -> None:
-        """A sequence whose prompt is cached runs from now on."""
+    def begin(self, slot: int, pending: int, *, drafted: bool) -> None:
+        """A sequence whose prompt is cached runs from now on; the draft's cache has it where it was `drafted`."""
         self.inputs.pending[slot] = pending
         self._begun.discard(slot)
+        self._behind.discard(slot)
+        if not drafted:
+            self._behind.add(slot)
 
     def move(self, source: int, slot: int) -> None:
         """A sequence changes its slot."""
@@ -132,6 +94,9 @@ class Runner:
             cache.move(source, slot)
         self.inputs.pending[slot] = self.inputs.pending[source]
         self._begun.discard(slot)
+        self._behind.discard(slot)
+        if source in self._behind:
+            self._behind.symmetric_difference_update({source, slot})
         if source in self._begun:
             for followed in (self.drafting, self.quantized, self.rivals):
                 if followed is not None:
@@ -150,14 +115,22 @@ class Runner:
     def launch(self, running: list[Sequence], kind: RoundKind, audited: list[bool]) -> Flight:
         """Start a round of the sequences in rows 0 .. n - 1, of which some are to be audited, without waiting for it."""
         clock = StageClock(self.device)
+        rows = set(range(len(running)))
+        if not kind.k:
+            self._behind |= rows
+        elif late := self._behind & rows:
+            with clock.stage("propose"):
+                for row in late:
+                    self._catch_up(row, running[row])
+            self._behind -= late
         self._follow(kind, running)
         self.inputs.load(running, kind.rows, audited)
-        before = self._touched(kind, running)
-        outcome, figures = self._run_stages(kind, clock, audit=kind.sparse and any(audited))
+        before, fresh = self._touched(kind, running), self._is_fresh(kind)
+        outcome, figures = self.run_stages(kind, clock, audit=kind.sparse and any(audited))
         touched = [after - x for x, after in zip(before, self._touched(kind, running), strict=True)]
-        host, arrived = self._landing[0], None
+        host, arrived = self._landing[0][: outcome.numbers.numel()].view_as(outcome.numbers), None
         self._landing.reverse()
-        host[: kind.rows].copy_(outcome.numbers, non_blocking=True)
+        host.copy_(outcome.numbers, non_blocking=True)
         if figures is not None:
             self._audit_landing[: kind.rows].copy_(figures, non_blocking=True)
         if self.device.type == "cuda":
@@ -165,6 +138,8 @@ class Runner:
             arrived.record()
         return Flight(
             sequences=list(running),
+            rows=kind.rows,
+            fresh=fresh,
             selection=outcome.selection,
             touched=touched,
             clock=clock,
@@ -178,15 +153,21 @@ class Runner:
         clock = StageClock(self.device)
         self.inputs.load(running, kind.rows, audited=[False] * len(running))
         listed = kind.sparse and self._begun.issuperset(range(len(running)))
-        width = self.tentative.load(running, kind.rows)
+        width = self.tentative.load(running, kind.rows, self._behind)
         stop = max(sequence.cached - len(sequence.tentative) for sequence in running) + width
-        outcome = self._confirm(ConfirmationKind(round=kind, width=width, listed=listed), stop, clock)
+        confirmation = ConfirmationKind(round=kind, width=width, listed=listed)
+        fresh = self._is_fresh(confirmation)
+        outcome = self.run_confirmation(confirmation, stop, clock)
         if self.rivals is not None:  # what they keep is of tokens that may be gone, and of keys that were written anew
             self._begun.clear()
         outcomes = [RowOutcome.of(row) for row in outcome.numbers[: len(running)].tolist()]
-        return Landed(outcomes=outcomes, seconds=clock.settle())
+        return Landed(outcomes=outcomes, fresh=fresh, seconds=clock.settle())
 
-    def _confirm(self, kind: ConfirmationKind, stop: int, clock: StageClock) -> Outcome:
+    def _is_fresh(self, kind: Hashable) -> bool:
+        return self.stages.capture and not self.stages.knows(kind)
+
+    def run_confirmation(self, kind: ConfirmationKind, stop: int, clock: StageClock) -> Outcome:
+        """Confirm what `tentative` holds, without waiting for the device; no row has more than `stop` tokens then."""
         rows = kind.round.rows
         models = [model.uncompiled() for model in self.models]  # of widths that are not worth a compilation
         caches = [cache.rows(0, rows) for cache in self.caches]
@@ -202,24 +183,34 @@ class Runner:
         with clock.stage("confirm"):
             return self.stages.run("confirm", confirmed)
 
-    def reread(self, slot: int, sequence: Sequence, chunk: int, read: ReadChunk) -> dict[str, float]:
-        """Write what the target's cache holds of the generated tokens anew, densely, `chunk` tokens at a time; seconds by
-        stage. No round is under way.
+    def reread(self, slot: int, sequence: Sequence, read: ReadChunk) -> dict[str, float]:
+        """Write what the target's cache holds of the generated tokens anew, densely; seconds by stage.
+
+        No round is under way.
         """
         clock, start = StageClock(self.device), len(sequence.prompt) - 1
         cache = self.caches[0].rows(slot, slot + 1)
         tokens = torch.tensor([sequence.text_cached[start:]], dtype=torch.int64)
         with clock.stage("audit"):
             cache.truncate(start)
-            for part in tokens.split(chunk, dim=1):
-                start += part.shape[1]
-                read(self.target, cache, part, start)
+            read_on(self.target, cache, tokens, start, self._chunk, read)
         return clock.settle()
 
     def _touched(self, kind: RoundKind, running: list[Sequence]) -> list[float]:
         if self.rivals is None or not kind.sparse:
             return [0.0] * len(running)
         return self.rivals.touched(len(running))
+
+    def _catch_up(self, slot: int, sequence: Sequence) -> None:
+        """The draft reads what its cache lacks: tokens of rounds in which the target decoded alone, or all of them. No round is
+        under way.
+        """
+        assert self.draft is not None
+        cache = self.caches[1].rows(slot, slot + 1)
+        start = int(cache.lengths[0])
+        if missing := sequence.text_cached[start:]:
+            tokens = torch.tensor([missing], dtype=torch.int64).clamp(max=self.draft.spec.vocabulary - 1)
+            read_on(self.draft.uncompiled(), cache, tokens, start, self._chunk)
 
     def _follow(self, kind: RoundKind, running: list[Sequence]) -> None:
         """Give rows that come from a prefill or a dense round draft lists, records and rivals to begin with."""
@@ -235,7 +226,7 @@ class Runner:
                 self.rivals.begin(row, running[row].text_cached)
         self._begun.update(range(len(running)))
 
-    def _run_stages(self, kind: RoundKind, clock: StageClock, *, audit: bool) -> tuple[Outcome, Tensor | None]:
+    def run_stages(self, kind: RoundKind, clock: StageClock, *, audit: bool) -> tuple[Outcome, Tensor | None]:
         """Propose, score, select, verify and accept over the first `kind.rows` rows, without waiting for the device. With
         `audit` the dense target reads the round, too: the second result are its figures."""
         run, spec = self.stages.run, self.target.spec
@@ -247,7 +238,7 @@ class Runner:
 
         def proposed() -> tuple[Inputs, DraftTrace]:
             inputs = self.inputs.unpack(kind, caches[0].lengths)
-            if self.draft is None:
+            if self.draft is None or not kind.k:
                 return inputs, propose_nothing(inputs, spec.vocabulary)
             drafting = inputs.pending, inputs.sampling, inputs.draft_uniforms
             return inputs, propose(self.draft, caches[1], *drafting, spec.vocabulary, lists, inputs.noise)
@@ -268,7 +259,8 @@ class Runner:
 
         def accepted() -> Outcome:
             selection = chosen.made if chosen is not None else None
-            return accept(trace, logits, inputs, selection, spec, caches, self.judge)
+            moved = caches if kind.k else caches[:1]  # without drafted tokens the draft's cache stays behind
+            return accept(trace, logits, inputs, selection, spec, moved, self.judge)
 
         chosen: Lists | None = None
         dense = figures = None

@@ -120,7 +120,7 @@ class TeacherForced:
         prefix = target_cache.lengths.clone()
         layers = selector.draft_layers if selector is not None and not isinstance(selector, Rival) else ()
         width, specs = t or self.t, (self.target.spec, draft.spec)
-        counters = {n: ReadCounter(*specs, layers, n, self.bits) for n in {width, len(tokens[0]) % width}}
+        counter = ReadCounter(*specs, layers, self.bits)
         guide, touched = self._guide(selector), [0.0] * len(tokens)
         try:
             for part in torch.tensor(tokens, dtype=torch.int64).split(width, dim=1):
@@ -134,7 +134,7 @@ class TeacherForced:
                 if selection is not None:
                     listed = Listed.of(selection, self.target.spec, target_cache.capacity)
                     found = [(listed.layers, *one) for one in torch.stack([listed.tokens, listed.rows], 1).tolist()]
-                reads = [counters[part.shape[1]].of(cached, *one) for one in found]
+                reads = [counter.of(cached, part.shape[1], *one) for one in found]
                 if guide is not None:
                     before, touched = touched, guide.touched(len(tokens))
                     more = [round(b - a) for a, b in zip(before, touched, strict=True)]

@@ -39,6 +39,7 @@ COUNTERS = {  # name, without the _total that the client adds -> field of Statis
     "guard_budget_raised": ("budget_raised", "Times that the guard let a request read more."),
     "guard_budget_lowered": ("budget_lowered", "Times that it let one read less again."),
     "guard_fallbacks": ("fallbacks", "Requests that the guard let read everything from some token on."),
+    "predicted_seconds": ("predicted_seconds", "What rounds were to take, by what they cost when the engine began to run."),
     "audited_tokens": ("audited", "Tokens that were checked against the dense target."),
     "agreed_tokens": ("agreed", "Audited tokens that the dense target would also have chosen."),
 }
@@ -69,6 +70,7 @@ class Metrics:
         self._counters = {field: counter(name, text) for name, (field, text) in COUNTERS.items()}
         self._requests = counter("request_success", "Finished requests, by why they ended.", "finished_reason")
         self._accepted_at = counter("spec_decode_num_accepted_tokens_per_pos", "Accepted tokens by position.", "position")
+        self._chosen = counter("rounds", "Rounds by how they were run.", "choice")
         self._stages = counter("stage_seconds", "Seconds of the device by stage.", "stage")
         self._prefill = histogram("request_prefill_time_seconds", "Seconds of reading the prompt.")
         self._decode = histogram("request_decode_time_seconds", "Seconds from the first round to the last.")
@@ -88,6 +90,8 @@ class Metrics:
             counter.labels(**labels).inc(getattr(statistics, field))
         for position, accepted in enumerate(statistics.accepted_at):
             self._accepted_at.labels(**labels, position=position).inc(accepted)
+        for choice, rounds in statistics.chosen.items():
+            self._chosen.labels(**labels, choice=choice).inc(rounds)
         for stage, seconds in statistics.seconds.items():
             self._stages.labels(**labels, stage=stage).inc(seconds)
         self._prefill.labels(**labels).observe(statistics.seconds["prefill"])

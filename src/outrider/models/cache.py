@@ -119,6 +119,11 @@ class KVCache:
             raise OptionError("truncate lengths", lengths.tolist(), f"0 .. the current lengths {self.lengths.tolist()}")
         self.lengths.copy_(lengths)
 
+    def fill_with_noise(self) -> None:
+        """Normal noise in place of all keys, lengths as they are: attention over it is no special case, as over equal keys."""
+        for keys in self._keys:
+            keys.copy_(torch.randn(keys.shape[1:], device=keys.device))
+
     def move(self, source: int, target: int) -> None:
         """Copy sequence `source` over sequence `target` and leave `source` empty."""
         n = int(self.lengths[source])

@@ -1,0 +1,155 @@
+"""What rounds cost on this device: measured when an engine first runs, over caches of two lengths.
+
+    seconds of a stage   =   a + b rows + (c + d rows) S       exact at two numbers of rows and two of cached tokens S
+
+Weights and launches are in a, keys and values in d, what a kernel loses on few rows in b and c: no figure of any machine is
+built in. Rounds of fewer drafted tokens than the measured ones are estimated: drafting is K + 1 equal steps, and verification
+grows evenly from that of one token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import median
+
+from outrider.decoding.choice import PLAIN, Choice
+from outrider.decoding.prefill import ProgressCallback
+from outrider.decoding.rehearsal import rehearse, rehearse_confirmation, rehearse_reading
+from outrider.decoding.rounds import RoundKind
+from outrider.decoding.runner import Runner
+
+WARM, TIMED = 2, 3  # rehearsals of a kind: the first is as it is, the second is captured; and those that count
+CONFIRMED = 32  # tokens of the confirmation that is measured
+LEAST = 1024  # cached tokens of the shorter caches, where there is room
+
+KindOf = Callable[[Choice, int, bool], RoundKind]  # of a choice, a number of rows, and whether they are long enough for lists
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """Seconds by rows and cached tokens, through one, two or four measured corners."""
+
+    corners: Mapping[tuple[int, int], float]  # (rows, cached tokens) -> seconds
+
+    def at(self, rows: float, cached: float) -> float:
+        """Seconds at so many rows of so many cached tokens each; more of either is never less."""
+        few, many = min(r for r, _ in self.corners), max(r for r, _ in self.corners)
+        return _line(few, self._along(few, cached), many, self._along(many, cached), rows)
+
+    def _along(self, rows: int, cached: float) -> float:
+        (short, low), *rest = sorted((s, seconds) for (r, s), seconds in self.corners.items() if r == rows)
+        return _line(short, low, *rest[-1], cached) if rest else low
+
+
+def _line(x0: float, y0: float, x1: float, y1: float, x: float) -> float:
+    """Through two points; level where it would fall, and never below half of the lower one."""
+    if x0 == x1 or y1 <= y0:
+        return max(y0, y1)
+    return max(y0 + (y1 - y0) * (x - x0) / (x1 - x0), y0 / 2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """Seconds of all that an engine may choose to do."""
+
+    rounds: Mapping[str, Mapping[str, Plane]]  # by mode (exact counts as sparse), by stage; of K drafted tokens
+    k: int  # this K
+    confirmation: Plane | None = None  # of some tokens of each row; None: nothing is confirmed
+    tokens: int = CONFIRMED  # so many
+    reading: Plane | None = None  # of a chunk of a prompt by the draft, one row; None without a draft
+    chunk: int = 1  # tokens of that
+    rows: int = 1  # the largest batch that was measured
+    cached: int = 0  # and the longest caches
+
+    def round(self, choice: Choice, rows: int, cached: float) -> float:
+        """Seconds of a round of so many rows of so many cached tokens each."""
+        stages = self.rounds["sparse" if choice.mode == "exact" else choice.mode]
+        found = {stage: plane.at(rows, cached) for stage, plane in stages.items()}
+        if choice.k not in (0, self.k):
+            share = choice.k / self.k
+            found["propose"] *= (choice.k + 1) / (self.k + 1)
+            dense, alone = (self.rounds[mode]["verify"].at(rows, cached) for mode in ("dense", "plain"))
+            found["verify"] *= 1 - (1 - share) * max(1 - alone / dense, 0.0)
+        return sum(found.values())
+
+    def confirm(self, tokens: int, rows: int, cached: float) -> float:
+        """Seconds of confirming so many tokens of every row."""
+        assert self.confirmation is not None
+        alone, measured = self.round(PLAIN, rows, cached), self.confirmation.at(rows, cached)
+        return alone + max(measured - alone, 0.0) * tokens / self.tokens
+
+    def read(self, tokens: int, cached: float) -> float:
+        """Seconds in which the draft reads the last `tokens` of a row's `cached` ones."""
+        if self.reading is None or not tokens:
+            return 0.0
+        step = self.reading.at(1, cached - tokens / 2)
+        return step * max(tokens / self.chunk, 1 / 4)  # few tokens take about as long as weights take to arrive
+
+
+def measure(
+    runner: Runner,
+    kind_of: KindOf,
+    modes: tuple[str, ...],
+    batches: set[int],
+    least: int,
+    cached: int,
+    chunk: int,
+    progress: ProgressCallback,
+) -> Costs:
+    """Time rounds of these modes on an idle runner, of batches of so many rows with up to `cached` tokens; from `least` on
+    there are lists. The draft reads `chunk` tokens at a time.
+
+    Waits for the device. What the caches held is gone.
+    """
+    if runner.draft is not None:
+        runner.caches[1].fill_with_noise()  # equal keys would make equal scores, which are no task for a selection
+    longest = max(cached, 1)
+    shortest = min(max(least, LEAST), longest)
+    chunk = max(min(chunk, longest // 2), 1)
+    corners = [(rows, length) for rows in sorted(batches) for length in sorted({shortest, longest})]
+    confirms, tokens = runner.confirms and "sparse" in modes, min(CONFIRMED, runner.most_tentative)
+    done, of = 0, len(modes) + confirms + (runner.draft is not None)
+
+    def timed(once: Callable[[int, int], dict[str, float]], at: list[tuple[int, int]]) -> dict[str, Plane]:
+        """By stage."""
+        nonlocal done
+        progress("measure rounds", done, of)
+        done += 1
+        found = {corner: _median(once, *corner) for corner in at}
+        stages = {stage: None for times in found.values() for stage in times}
+        return {stage: Plane({corner: times.get(stage, 0.0) for corner, times in found.items()}) for stage in stages}
+
+    def round_of(mode: str) -> Callable[[int, int], dict[str, float]]:
+        choice = Choice(mode, runner.k) if mode != "plain" else PLAIN
+        return lambda rows, length: rehearse(runner, kind_of(choice, rows, length >= least), length)
+
+    def confirmation(rows: int, length: int) -> dict[str, float]:
+        kind = kind_of(Choice("exact", runner.k), rows, length >= least)
+        return {"confirm": rehearse_confirmation(runner, kind, length, tokens)["confirm"]}
+
+    rounds = {mode: timed(round_of(mode), corners) for mode in modes}
+    confirm = timed(confirmation, corners)["confirm"] if confirms else None
+    read = None
+    if runner.draft is not None:
+        starts = [(1, length) for length in sorted({0, longest - chunk})]
+        read = timed(lambda _, length: rehearse_reading(runner, length, chunk), starts)["prefill"]
+    runner.clear(slice(None))
+    progress("measure rounds", of, of)
+    return Costs(
+        rounds=rounds,
+        k=runner.k,
+        confirmation=confirm,
+        tokens=tokens,
+        reading=read,
+        chunk=chunk,
+        rows=max(batches),
+        cached=longest,
+    )
+
+
+def _median(once: Callable[[int, int], dict[str, float]], rows: int, cached: int) -> dict[str, float]:
+    for _ in range(WARM):
+        once(rows, cached)
+    times = [once(rows, cached) for _ in range(TIMED)]
+    return {stage: median(one[stage] for one in times) for stage in times[0] if times[0][stage] > 0}

@@ -1,0 +1,56 @@
+"""Rounds while no sequence runs, over whatever the caches hold: to build, compile and capture them, or to take their time."""
+
+from __future__ import annotations
+
+import torch
+
+from outrider.decoding.confirmation import ConfirmationKind
+from outrider.decoding.prefill import ProgressCallback, read_chunk
+from outrider.decoding.rounds import RoundKind
+from outrider.decoding.runner import Runner
+from outrider.decoding.statistics import StageClock
+
+
+def warm_up(runner: Runner, kind: RoundKind, progress: ProgressCallback) -> None:
+    """Two rounds: what they need is built and captured before the first prompt is read."""
+    if not runner.stages.capture or runner.stages.knows(kind):
+        return
+    for done in range(2):
+        progress("compile rounds", done, 2)
+        rehearse(runner, kind, 1)
+        if runner.confirms and kind.sparse:
+            rehearse_confirmation(runner, kind, 1, 1)
+    runner.clear(slice(None))
+    progress("compile rounds", 2, 2)
+
+
+def rehearse(runner: Runner, kind: RoundKind, cached: int) -> dict[str, float]:
+    """A round of rows of `cached` tokens each; seconds by stage."""
+    clock = _begin(runner, cached)
+    if runner.quantized is not None and kind.sparse:
+        runner.quantized.rows(0, kind.rows).fill(runner.caches[1].rows(0, kind.rows))
+    runner.run_stages(kind, clock, audit=runner.audits is not None and kind.sparse)
+    return clock.settle()
+
+
+def rehearse_confirmation(runner: Runner, kind: RoundKind, cached: int, tokens: int) -> dict[str, float]:
+    """A confirmation of so many tokens a row."""
+    clock = _begin(runner, cached)
+    width = runner.tentative.load_nothing(kind.rows, cached, tokens)
+    runner.run_confirmation(ConfirmationKind(round=kind, width=width, listed=kind.sparse), cached + width, clock)
+    return clock.settle()
+
+
+def rehearse_reading(runner: Runner, cached: int, tokens: int) -> dict[str, float]:
+    """The draft reads so many tokens of one row."""
+    assert runner.draft is not None
+    clock, cache = _begin(runner, cached), runner.caches[1].rows(0, 1)
+    with clock.stage("prefill"):
+        read_chunk(runner.draft.uncompiled(), cache, torch.zeros(1, tokens, dtype=torch.int64), cached + tokens)
+    return clock.settle()
+
+
+def _begin(runner: Runner, cached: int) -> StageClock:
+    for cache in runner.caches:
+        cache.lengths.fill_(cached)
+    return StageClock(runner.device)

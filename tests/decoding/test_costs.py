@@ -1,0 +1,95 @@
+"""What rounds cost: planes through what was measured, and measurements that leave nothing behind."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from outrider.config import SamplingParams
+from outrider.decoding import costs
+from outrider.decoding.choice import PLAIN, Choice
+from outrider.decoding.costs import Costs, Plane
+from outrider.decoding.rehearsal import rehearse
+
+COEFFICIENTS = st.floats(0, 1)
+
+
+@given(a=COEFFICIENTS, b=COEFFICIENTS, c=COEFFICIENTS, d=COEFFICIENTS, rows=st.integers(1, 16), cached=st.integers(100, 9999))
+def test_a_plane_is_exact_where_costs_are_one(a, b, c, d, rows, cached):
+    def cost(rows, cached):
+        return a + b * rows + (c + d * rows) * cached
+
+    plane = Plane({(r, s): cost(r, s) for r in (1, 8) for s in (500, 4000)})
+    assert plane.at(rows, cached) == pytest.approx(cost(rows, cached)) or cached < 500  # where it may be cut off
+
+
+def test_a_plane_never_falls():
+    """Noise may make a longer cache look cheaper."""
+    plane = Plane({(1, 1000): 2.0, (1, 9000): 1.9, (4, 1000): 1.5, (4, 9000): 3.0})
+    assert [plane.at(1, 0), plane.at(1, 5000), plane.at(1, 99_000)] == [2.0, 2.0, 2.0]
+    assert plane.at(4, 1000) == plane.at(1, 1000) == 2.0 and plane.at(4, 17_000) == pytest.approx(4.5)
+    assert Plane({(1, 1): 3.0}).at(9, 9999) == 3.0
+    assert Plane({(1, 1000): 1.0, (1, 2000): 3.0}).at(1, 0) == 0.5, "nothing is free"
+
+
+def test_other_widths_are_between_plain_and_measured_rounds():
+    planes = {name: Plane({(1, 1): ms}) for name, ms in {"plain": 8.0, "propose": 5.0, "dense": 10.0, "sparse": 5.0}.items()}
+    rounds = {
+        "plain": {"verify": planes["plain"]},
+        **{mode: {"propose": planes["propose"], "verify": planes[mode]} for mode in ("dense", "sparse")},
+    }
+    made = Costs(rounds=rounds, k=4, confirmation=Plane({(1, 1): 12.0}), tokens=32, reading=Plane({(1, 1): 2.0}), chunk=100)
+    assert made.round(PLAIN, 1, 1) == 8
+    assert made.round(Choice("dense", 4), 1, 1) == 15
+    assert made.round(Choice("dense", 2), 1, 1) == pytest.approx(3 + 9)
+    assert made.round(Choice("exact", 2), 1, 1) == pytest.approx(3 + 4.5)
+    assert made.confirm(16, 1, 1) == pytest.approx(10)
+    assert (made.read(0, 50), made.read(1, 50), made.read(300, 300)) == (0, 0.5, 6)
+
+
+@pytest.mark.parametrize("mode", ["plain", "dense", "sparse", "exact", "auto"])
+def test_every_mode_can_be_measured(mode, make_pair, make_engine, random_prompts):
+    """And what was measured changes no text."""
+    pair, prompts = make_pair("llama"), random_prompts([60, 41, 20])
+    engine = make_engine(pair, mode=mode, batch_size=2)
+    plain = [result.token_ids for result in engine.generate(prompts, SamplingParams(max_new_tokens=12))]
+    inner = engine._engine
+    inner._predicts, inner._costs = True, None
+    results = engine.generate(prompts, SamplingParams(max_new_tokens=12))
+    assert [result.token_ids for result in results] == plain
+    found = inner._costs
+    wanted = {"exact": {"plain", "sparse"}, "auto": {"plain", "dense", "sparse"}}.get(mode, {mode})
+    assert set(found.rounds) == wanted and (found.rows, found.cached) == (2, 72)
+    assert (found.confirmation is not None) == (mode in ("exact", "auto")) and (found.reading is None) == (mode == "plain")
+    for choice in [Choice(name, 3) if name != "plain" else PLAIN for name in wanted]:
+        assert 0 < found.round(choice, 1, 60) <= found.round(choice, 2, 60)
+    for result in results:
+        statistics = result.statistics
+        spent = sum(statistics.seconds.values()) - statistics.seconds["prefill"]
+        assert statistics.predicted_seconds > 0.05 * spent
+        assert sum(statistics.chosen.values()) == statistics.rounds
+
+
+def test_costs_are_measured_once_and_again_for_more(make_pair, make_engine, random_prompts, monkeypatch):
+    measured = []
+    monkeypatch.setattr(costs, "rehearse", lambda *given: measured.append(given) or rehearse(*given))
+    engine, params = make_engine(make_pair("llama"), mode="auto", batch_size=2), SamplingParams(max_new_tokens=4)
+
+    def count(lengths):
+        measured.clear()
+        engine.generate(random_prompts(lengths), params)
+        return len(measured)
+
+    assert count([50]) > 0 == count([50])
+    assert count([30]) == 0, "shorter ones are on the same line"
+    assert count([50, 50]) > 0 == count([70, 20]), "two rows are more than one"
+    assert count([200]) > 0, "a line through points so near each other would not reach that far"
+
+
+def test_measuring_tells_its_progress(make_pair, make_engine, random_prompts):
+    seen = []
+    engine = make_engine(make_pair("llama"), mode="auto")
+    engine.generate(random_prompts([50]), SamplingParams(max_new_tokens=4), progress=lambda *one: seen.append(one))
+    told = [(done, of) for what, done, of in seen if what == "measure rounds"]
+    assert told == [(done, 5) for done in range(6)], "plain, dense, sparse, a confirmation, a chunk of a prompt"
