@@ -15,7 +15,7 @@ from torch import Tensor
 
 from outrider.config import EngineConfig
 from outrider.decoding.drafting import DraftLists
-from outrider.decoding.pair import make_guidance
+from outrider.decoding.guidance import make_guidance
 from outrider.decoding.prefill import prefill
 from outrider.decoding.scoring import score
 from outrider.models import LanguageModel

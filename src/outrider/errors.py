@@ -30,6 +30,10 @@ class EngineError(OutriderError, RuntimeError):
     """An engine cannot be used any more."""
 
 
+class RankError(EngineError):
+    """One of the processes that hold a model together has ended, or does not answer."""
+
+
 class PairError(OutriderError, ValueError):
     """Draft and target do not belong together (different vocabularies, wrong alignment)."""
 

@@ -10,7 +10,7 @@ import typer
 
 from outrider.cli import calibrate, evaluate, generate
 from outrider.cli.main import app
-from outrider.cli.options import ModelOptions
+from outrider.cli.options import ModelOptions, ParallelOptions
 from outrider.config import Budget, EngineConfig, SamplingParams, option
 from outrider.decoding.calibrate import DEFAULT_MAPS
 from outrider.decoding.calibrate import calibrate as fit
@@ -34,7 +34,7 @@ def test_every_field_is_a_flag_of_generate():
     own = files | {"-K", "--help", "-h"}
     found = flags("generate")
     wanted = set()
-    for source in (ModelOptions, EngineConfig, Budget, SamplingParams):
+    for source in (ModelOptions, ParallelOptions, EngineConfig, Budget, SamplingParams):
         for f in fields(source):
             if f.name == "budget" or (source is SamplingParams and f.name in generate.PER_PROMPT):
                 continue

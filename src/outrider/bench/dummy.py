@@ -17,6 +17,7 @@ from outrider.decoding.sampling import greedy
 from outrider.guidance.budgets import SHARES
 from outrider.models import KVCache, LanguageModel, ModelSpec
 from outrider.models.dummy import dummy_model
+from outrider.models.ranks import ALONE, Ranks
 from outrider.ops.token_verify import Verified
 from outrider.types import Alignment, DraftTrace, ListCosts, UnlistedFit
 
@@ -95,19 +96,28 @@ def random_alignment(target: ModelSpec, draft: ModelSpec, seed: int = 0) -> Alig
     return Alignment(sources=torch.stack([layers, heads], dim=-1), costs=costs, unlisted={"outrider": fit})
 
 
-def dummy_models(pair: Pair, device: torch.device) -> tuple[LanguageModel, LanguageModel]:
-    """Target and draft: bf16 on a GPU, fp32 on a CPU."""
-    configs = {f"{pair.name} target": pair.target, f"{pair.name} draft": pair.draft}
+def dummy_models(
+    pair: Pair, device: torch.device, ranks: Ranks = ALONE, draft_ranks: Ranks = ALONE
+) -> tuple[LanguageModel, LanguageModel]:
+    """Target and draft, of each the part of this rank: bf16 on a GPU, fp32 on a CPU."""
     dtype = getattr(torch, DTYPES[device.type])
-    target, draft = (dummy_model(config, name=name, dtype=dtype, device=device) for name, config in configs.items())
-    return target, draft
+    return (
+        dummy_model(pair.target, name=f"{pair.name} target", dtype=dtype, device=device, ranks=ranks),
+        dummy_model(pair.draft, name=f"{pair.name} draft", dtype=dtype, device=device, ranks=draft_ranks),
+    )
 
 
 def dummy_workloads(
-    cases: Sequence[Case], rates: tuple[float, ...], device: torch.device, agreement: float = 1.0
+    cases: Sequence[Case],
+    rates: tuple[float, ...],
+    device: torch.device,
+    agreement: float = 1.0,
+    ranks: Ranks = ALONE,
+    draft_ranks: Ranks = ALONE,
 ) -> list[Workload]:
-    """The cases of one pair, on the same models. `rates` and `agreement` are those of the two scripts."""
-    target, draft = dummy_models(cases[0].pair, device)
+    """The cases of one pair, on the same models. `rates` and `agreement` are those of the two scripts; ranks: see
+    `dummy_models`."""
+    target, draft = dummy_models(cases[0].pair, device, ranks, draft_ranks)
     judge = ScriptedJudge(torch.tensor(rates, device=device))
     return [
         Workload(
@@ -115,7 +125,7 @@ def dummy_workloads(
             target=target,
             draft=draft,
             weights=(Weights.of(target), Weights.of(draft)),
-            alignment=random_alignment(target.spec, draft.spec),
+            alignment=random_alignment(target.spec.whole, draft.spec.whole),
             prompts=random_prompts(case.context, case.batch, target.spec.vocabulary),
             rates=rates,
             agreement=agreement,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -36,6 +36,7 @@ class Run:
     drafting: str | None  # None where there is no draft
     scoring: str | None = None  # of SCORE_KEYS, or of CODE_BITS once it is decided; None where nothing is scored
     kv_dtype: str | None = None  # fp8; None: as the engine does by itself, in the models' dtype
+    parallel: str | None = None  # ranks that share the target, and the draft, too, if they do; None: one process has all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +76,8 @@ class DecodeOptions:
     )
     rounds: int = option(40, "rounds that are measured")
     device: str = option("cuda", "cuda; cpu for the tiny case and for real models")
+    tensor_parallel: int = option(1, "GPUs of this host that share the target, by heads; with device cpu: processes")
+    shard_draft: bool = option(False, "with several GPUs: they share the draft, too; default: each has all of it")
     target: str | None = option(None, "a real target (folder, hub id or builtin) in place of cases with dummy weights")
     draft: str | None = option(None, "its draft; target builtin brings its own")
     alignment: Path | None = field(
@@ -115,6 +118,13 @@ class DecodeOptions:
         return DEFAULT_AGREEMENT if self.agreement is None else self.agreement
 
     @property
+    def parallel(self) -> str | None:
+        """See `Run`."""
+        if self.tensor_parallel == 1:
+            return None
+        return f"{self.tensor_parallel} ranks" + ", shared draft" * self.shard_draft
+
+    @property
     def runs(self) -> tuple[Run, ...]:
         """What every case is measured with: peers first, since they need the device's memory to themselves."""
         found: list[Run] = []
@@ -125,7 +135,7 @@ class DecodeOptions:
                     for drafting in (None,) if mode == "plain" else self.drafting if ours else ("dense",):
                         for scoring in self.score_keys if is_scored(engine, mode, drafting) else (None,):
                             run = Run(engine=engine, mode=mode, drafting=drafting, scoring=scoring, kv_dtype=kv_dtype)
-                            found.append(run)
+                            found.append(replace(run, parallel=self.parallel))
         return tuple(found)
 
     def _check_choices(self) -> None:
@@ -144,13 +154,18 @@ class DecodeOptions:
         for engine in self.engine:
             modes = MODES_OF[engine]
             check("mode", ", ".join(self.mode), bool({*modes} & {*self.mode}), f"{', '.join(modes)} for engine {engine}")
+        if self.tensor_parallel > 1:
+            check("engine", ", ".join(self.engine), self.engine == (OURS,), f"{OURS} with tensor-parallel above 1")
+            check("mode", ", ".join(self.mode), "auto" not in self.mode, "all but auto with tensor-parallel above 1")
+        else:
+            check("shard-draft", self.shard_draft, not self.shard_draft, "False with tensor-parallel 1")
 
     def _check_numbers(self) -> None:
         Budget(keep=self.keep, allocation=self.allocation, unlisted=self.unlisted)
         EngineConfig(exact_every=self.exact_every, guard_every=self.guard_every)
         agreement = self.agreement
         check("agreement", agreement, agreement is None or 0 <= agreement <= 1, "a number in [0, 1]")
-        for name in ("draft_tokens", "rounds", "peer_timeout"):
+        for name in ("draft_tokens", "rounds", "peer_timeout", "tensor_parallel"):
             value = getattr(self, name)
             check(name.replace("_", "-"), value, value >= 1, "a whole number >= 1")
         try:

@@ -20,7 +20,14 @@ def real_workload(options: DecodeOptions, text: str, new_tokens: int) -> Workloa
     Raises OptionError, ModelError, PairError, AlignmentError or PromptError before anything runs.
     """
     assert options.target is not None and options.context is not None
-    target, draft = load_pair(options.target, options.draft, dtype=DTYPES[options.device], device=options.device)
+    target, draft = load_pair(
+        options.target,
+        options.draft,
+        dtype=DTYPES[options.device],
+        device=options.device,
+        tensor_parallel=options.tensor_parallel,
+        shard_draft=options.shard_draft,
+    )
     limit = min(target.spec.context, draft.spec.context)
     if options.context + new_tokens > limit:
         allowed = f"at most {limit - new_tokens}: the pair holds {limit} tokens, and {new_tokens} are generated"

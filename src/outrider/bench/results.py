@@ -13,7 +13,7 @@ from uuid import uuid4
 from outrider.bench.options import is_scored
 from outrider.config import PREFILL_METHODS
 
-KEY = ("case", "engine", "mode", "drafting", "scoring", "kv_dtype")
+KEY = ("case", "engine", "mode", "drafting", "scoring", "kv_dtype", "parallel")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +26,7 @@ class Row:
     drafting: str | None  # what the draft reads; None where there is no draft
     scoring: str | None = None  # what scoring reads of its keys: exact, 4bit or 2bit; None where nothing is scored
     kv_dtype: str | None = None  # of keys and values in the cache: fp8; None: the models' dtype
+    parallel: str | None = None  # ranks that share the models, a GPU each; None: one has all
     context: int  # tokens of a prompt
     batch: int
     tokens_per_second: float | None = None  # of all sequences together
@@ -72,11 +73,11 @@ def method_of(row: Mapping[str, Any]) -> str | None:
 
 
 def drafting_of(row: Mapping[str, Any]) -> str:
-    """What the draft of a row reads, for a cell, and what is unusual: "sparse, 4bit keys, fp8". Empty for a usual one without a
-    draft."""
+    """What the draft of a row reads, for a cell, and what is unusual: "sparse, 4bit keys, fp8, 2 ranks". Empty for a usual one
+    without a draft."""
     scoring = scoring_of(row)
     scored = f"{scoring} keys" if scoring not in (None, "exact") else None
-    return ", ".join(filter(None, (row["drafting"], scored, row.get("kv_dtype"))))
+    return ", ".join(filter(None, (row["drafting"], scored, row.get("kv_dtype"), row.get("parallel"))))
 
 
 def _about(row: Mapping[str, Any], key: tuple[str, ...]) -> tuple[Any, ...]:

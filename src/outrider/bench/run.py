@@ -22,6 +22,7 @@ from outrider.bench.stream.rate import stream_rate
 from outrider.bench.workload import DTYPES, Workload
 from outrider.errors import OptionError, OutriderError
 from outrider.models.quantized_keys import code_bits, name_of_bits
+from outrider.models.ranks import ALONE, Ranks, join, own_device
 
 
 def measure_all(options: DecodeOptions, text: str, command: str, progress: Progress) -> Iterator[Row]:
@@ -32,7 +33,8 @@ def measure_all(options: DecodeOptions, text: str, command: str, progress: Progr
     """
     if options.device == "cuda" and not torch.cuda.is_available():
         raise OptionError("device", "cuda", "cpu with --case tiny or --target (no CUDA GPU is visible here)")
-    device = torch.device(options.device)
+    ranks = join(options.tensor_parallel, options.device)
+    device = torch.device(own_device(options.device, ranks))
     known: dict[str, Any] = conditions(device, command) | {
         "dtype": DTYPES[device.type],
         "draft_tokens": options.draft_tokens,
@@ -51,7 +53,7 @@ def measure_all(options: DecodeOptions, text: str, command: str, progress: Progr
         for run in (run for run in options.runs if run.engine != OURS):
             yield from peer_rows(run, cases, options, _named(known, cases), progress)
     for cases in pairs if OURS in options.engine else []:
-        yield from _dummy_rows(cases, options, device, _named(known, cases), progress)
+        yield from _dummy_rows(cases, options, device, ranks, _named(known, cases), progress)
         free(device)
 
 
@@ -64,10 +66,16 @@ def _named(known: dict[str, Any], cases: list[Case]) -> dict[str, Any]:
 
 
 def _dummy_rows(
-    cases: list[Case], options: DecodeOptions, device: torch.device, known: dict[str, Any], progress: Progress
+    cases: list[Case],
+    options: DecodeOptions,
+    device: torch.device,
+    ranks: Ranks,
+    known: dict[str, Any],
+    progress: Progress,
 ) -> Iterator[Row]:
     progress("make models", 0, 1)
-    works = dummy_workloads(cases, options.rates, device, options.scripted_agreement)
+    shared = {"ranks": ranks, "draft_ranks": ranks if options.shard_draft else ALONE}
+    works = dummy_workloads(cases, options.rates, device, options.scripted_agreement, **shared)
     progress("make models", 1, 1)
     yield from _our_rows(works, options, known, progress)
 
@@ -92,6 +100,8 @@ def _row(work: Workload, run: Run, options: DecodeOptions, known: dict[str, Any]
     except OutriderError:
         raise
     except Exception as error:  # such as a device without enough memory: the other runs go on
+        if options.tensor_parallel > 1:  # but other ranks would wait
+            raise
         return Row(
             case=work.name,
             engine=run.engine,
@@ -99,6 +109,7 @@ def _row(work: Workload, run: Run, options: DecodeOptions, known: dict[str, Any]
             drafting=run.drafting,
             scoring=run.scoring,
             kv_dtype=run.kv_dtype,
+            parallel=run.parallel,
             context=work.context,
             batch=work.batch,
             error=f"{type(error).__name__}: {error}",

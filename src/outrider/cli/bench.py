@@ -16,6 +16,7 @@ from rich.text import Text
 from outrider.bench.options import DecodeOptions
 from outrider.bench.prefill_options import PrefillOptions
 from outrider.cli.files import read_text, writable_file
+from outrider.cli.launch import is_rank, launch, leads
 from outrider.cli.options import Flags, takes
 from outrider.cli.screen import Screen
 from outrider.cli.tables import decode_table, prefill_table, stage_table
@@ -52,13 +53,16 @@ def decode(
     options = DecodeOptions(**DECODE.pick(values))
     text = read_text("--prompt-file", options.prompt_file) if options.prompt_file else ""
     path = writable_file("output", output or (RESULTS if RESULTS.is_dir() else Path()) / NAME)
+    if options.tensor_parallel > 1 and not is_rank():
+        raise typer.Exit(launch(options.tensor_parallel, options.device))
     screen = Screen()
     with screen.waiting("loading torch"):
         from outrider.bench.results import KEY
         from outrider.bench.run import measure_all
     with screen.working():
         rows = measure_all(options, text, shlex.join(["outrider", *sys.argv[1:]]), screen.progress)
-        well = _report(rows, len(options.runs), path, screen, KEY, _decode_tables)
+        writes = leads(options.tensor_parallel)
+        well = _report(rows, len(options.runs), path, screen, KEY, _decode_tables, writes=writes)
     if not well:
         raise typer.Exit(1)
 
@@ -95,6 +99,8 @@ def _report(
     screen: Screen,
     key: tuple[str, ...],
     tables: Callable[[list[AnyRow]], Iterable[Table]],
+    *,
+    writes: bool = True,
 ) -> bool:
     """Write rows as they come, in place of those with the same `key`; show a case's tables when it is done.
 
@@ -105,7 +111,8 @@ def _report(
     cases: dict[str, list[AnyRow]] = defaultdict(list)
     well = True
     for row in rows:
-        replace_rows(path, [row.as_dict()], key)
+        if writes:
+            replace_rows(path, [row.as_dict()], key)
         cases[row.case].append(row)
         if row.error is not None:
             well = False

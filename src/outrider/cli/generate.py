@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from outrider.cli.files import read_text, writable_file, write_file, write_json
-from outrider.cli.options import Flags, ModelOptions, takes
+from outrider.cli.launch import is_rank, launch, leads
+from outrider.cli.options import Flags, ModelOptions, ParallelOptions, takes
 from outrider.cli.screen import Screen
 from outrider.cli.tables import run_table
 from outrider.config import Budget, EngineConfig, SamplingParams, check, engine_config
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from outrider.integrations.prometheus import Metrics
 
 MODELS = Flags(source=ModelOptions, panel="Models")
+PARALLEL = Flags(source=ParallelOptions, panel="Models")
 ENGINE = Flags(source=EngineConfig, panel="Engine", skip=("budget",), repeat=("mode",), short={"draft_tokens": "-K"})
 BUDGET = Flags(source=Budget, panel="Budget")
 PER_PROMPT = ("prefill", "prefill_keep")  # one for all prompts here: the engine's
@@ -36,7 +38,7 @@ SAMPLING = Flags(
 )
 
 
-@takes(MODELS, ENGINE, BUDGET, SAMPLING)
+@takes(MODELS, PARALLEL, ENGINE, BUDGET, SAMPLING)
 def generate(
     prompt: Annotated[list[str] | None, typer.Option(help="text to continue (repeatable)")] = None,
     prompt_file: Annotated[list[Path] | None, typer.Option(help="file of UTF-8 text to continue (repeatable)")] = None,
@@ -65,14 +67,23 @@ def generate(
     params = SamplingParams(**SAMPLING.pick(values))
     check("prompt-tokens", prompt_tokens, prompt_tokens is None or prompt_tokens >= 1, "a whole number >= 1")
     texts = _prompts(prompt or [], prompt_file or [])
+    parallel = PARALLEL.pick(values)
+    ranks = parallel["tensor_parallel"]
+    check("tensor-parallel", ranks, ranks >= 1, "a whole number >= 1")
     stats = writable_file("stats-json", stats_json) if stats_json else None
     measured = _metrics(metrics, values["target"]) if metrics else None
     if trace is not None:
+        check("tensor-parallel", ranks, ranks == 1, "1 for a trace: a rank has its own lists")
         trace = _check_trace(trace, trace_rounds, modes, options["eager"] or values["device"] == "cpu")
+
+    if ranks > 1 and not is_rank():
+        raise typer.Exit(launch(ranks, values["device"]))
+    if not leads(ranks):
+        stats = metrics = measured = None
 
     screen = Screen()
     with screen.waiting("loading models"):
-        engines = _load(modes, MODELS.pick(values), options)
+        engines = _load(modes, MODELS.pick(values) | parallel, options)
         tokens: list[Prompt] = [_tokens(engines[0], name, text, prompt_tokens) for name, text in texts.items()]
     runs, requests, interrupted, failures = [], [], False, 0
     for engine in engines:

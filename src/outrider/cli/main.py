@@ -15,8 +15,9 @@ from outrider import __version__
 from outrider.cli import bench, evaluate
 from outrider.cli.calibrate import calibrate
 from outrider.cli.generate import generate
+from outrider.cli.launch import LAUNCHED, LOST, is_rank
 from outrider.cli.report import report
-from outrider.errors import OutriderError
+from outrider.errors import OutriderError, RankError
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -46,6 +47,8 @@ def outrider(
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and leave with its exit code: 0, 2 for bad input, 130 when interrupted, by Ctrl-C or SIGTERM."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started ends with it, what is half done is put away
+    if LAUNCHED in os.environ and os.environ["RANK"] != "0":
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with the rank that leads
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
@@ -58,6 +61,10 @@ def run(arguments: Sequence[str]) -> int:
         try:
             code = typer.main.get_command(app).main(list(arguments), prog_name="outrider", standalone_mode=False)
             sys.stdout.flush()
+            if is_rank() and not code:
+                _leave()
+        except RankError as error:
+            return LOST if LAUNCHED in os.environ else _fail(str(error))  # who has started it knows which one was lost
         except OutriderError as error:
             return _fail(str(error))
         except KeyboardInterrupt:
@@ -72,6 +79,13 @@ def run(arguments: Sequence[str]) -> int:
     if code == INTERRUPTED:
         print("outrider: interrupted", file=sys.stderr)
     return code or 0
+
+
+def _leave() -> None:
+    """Part from the other ranks, who have come to the end, too."""
+    from outrider.models.ranks import leave
+
+    leave()
 
 
 def _fail(message: str) -> int:

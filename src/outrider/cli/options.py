@@ -31,6 +31,14 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelOptions:
+    """How many GPUs run them: the other parameters of `Outrider.load`."""
+
+    tensor_parallel: int = option(1, "GPUs of this host that share the target, by heads; with device cpu: processes")
+    shard_draft: bool = option(False, "with several GPUs: they share the draft, too; default: each has all of it")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Flags:
     """The flags of one dataclass, as a command takes them."""
 

@@ -70,7 +70,8 @@ class Audits:
             differences = (wanted - found).clamp(min=0).sum(-1).double().nan_to_num(1.0).clamp(max=1)
         recalled, kept = self._recalled(dense, lists, cache), lists.counts.double().mean((0, 2)) / dense.lengths.clamp(min=1)
         self._done += 1
-        return torch.cat([differences, torch.stack([recalled, kept, dense.rows.double()], dim=1)], dim=1)
+        figures = torch.cat([differences, torch.stack([recalled, kept, dense.rows.double()], dim=1)], dim=1)
+        return self._target.ranks.mean(figures)  # each has seen its own heads' lists
 
     def _recalled(self, dense: Dense, lists: Selection, cache: KVCache) -> Tensor:
         """[B] fp64: share of the mass on cached tokens that is on listed ones, mean over lists, and over every `WINDOW`-th

@@ -124,7 +124,7 @@ def confirm(
     read = draft_cache.lengths.clone()
     _complete(draft, draft_cache, block, lists, listed=listed)
     trace = DraftTrace(tokens=block.tokens[:, 1:], probs=None, queries=())
-    outcome = accept(trace, logits, inputs, None, target.spec, [cache], judge)
+    outcome = accept(trace, logits, inputs, None, target, [cache], judge)
     draft_cache.truncate(torch.where(block.behind, read, cache.lengths))
     if lists is not None:
         lists.truncate(cache.lengths)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from outrider.config import EngineConfig, SamplingParams, check
+from outrider.config import MODES, EngineConfig, SamplingParams, check
 from outrider.decoding.acceptance import Acceptance
 from outrider.decoding.choice import fixed_choice
 from outrider.decoding.chooser import Chooser, Fastest, Fixed
@@ -12,10 +12,11 @@ from outrider.decoding.confirmation import most_tentative, spare_rows
 from outrider.decoding.costs import Costs, KindOf, measure
 from outrider.decoding.drafting import DraftLists
 from outrider.decoding.guard import levels
+from outrider.decoding.guidance import make_guidance
 from outrider.decoding.loop import Event, Loop, Watch
 from outrider.decoding.memory import RowDemand, free_bytes, plan_rows
 from outrider.decoding.pace import Confirmations
-from outrider.decoding.pair import make_guidance, rehearse
+from outrider.decoding.pair import rehearse
 from outrider.decoding.prefill import ProgressCallback, ReadChunk, read_chunk
 from outrider.decoding.rounds import Judge, judge
 from outrider.decoding.runner import Runner
@@ -23,6 +24,7 @@ from outrider.decoding.scoring import mass_dtype
 from outrider.decoding.sequence import Sequence
 from outrider.decoding.sparse_prefill import SparsePrefill, make_sparse_prefill
 from outrider.errors import EngineError, OptionError
+from outrider.guidance.selectors import SELECTORS
 from outrider.models import LanguageModel
 from outrider.models.attention import ROUND
 from outrider.models.cache import aligned
@@ -48,12 +50,16 @@ class Engine:
     ) -> None:
         """`alignment` guides rounds, `prefill_alignment` sparse prefill. `read` puts a chunk of a prompt into a cache, `judge`
         accepts drafted tokens, `confirming` tentative ones: other ones serve measurements. With `predicts` the costs of rounds
-        are measured in every mode, as in mode auto.
+        are measured in every mode, as in mode auto, but not where ranks share the target.
+
+        Raises OptionError for what the models do not take.
         """
         self.config = config
         self.target, self.draft = (
             model.with_backend(config.backend).with_kv_dtype(config.kv_dtype) for model in (target, draft)
         )
+        if self.target.ranks.size > 1:
+            _check_shared(config)
         self.read, self.judge, self.confirming = read, judge, confirming
         self._prefill_alignment = prefill_alignment
         self._prefills: dict[float, SparsePrefill] = {}  # by the share that blocks keep
@@ -73,7 +79,7 @@ class Engine:
             self.target, self.draft = self.target.compile(), self.draft.compile()
         elif config.backend != "reference":
             self.target, self.draft = self.target.fuse(), self.draft.fuse()
-        self._predicts = predicts or config.mode == "auto"
+        self._predicts = (predicts and self.target.ranks.size == 1) or config.mode == "auto"
         self._costs: Costs | None = None  # once measured
         self._experience = Acceptance(config.draft_tokens)
         self.broken: str | None = None  # what made it unusable
@@ -108,6 +114,10 @@ class Engine:
         if self.broken is not None:
             raise EngineError(
                 f"engine: stopped by an error of the device ({self.broken}); it cannot be used again, start a new process"
+            )
+        if watch is not None and self.target.ranks.size > 1:
+            raise OptionError(
+                "tensor-parallel", self.target.ranks.size, "1 for rounds that are watched: a rank has its own lists"
             )
         if watch is not None and self.captures:
             raise OptionError("eager", False, "True (--eager) for rounds that are watched: CUDA graphs overwrite their lists")
@@ -168,12 +178,14 @@ class Engine:
             target=self.target.spec,
             draft=draft if drafts else None,
             capacity=capacity,
-            score_rows=0 if guidance is None else guidance.score_rows(draft, k + 1),
+            score_rows=0 if guidance is None else guidance.score_rows(draft.whole, k + 1),
             score_bytes=mass_dtype(draft).itemsize,
             list_entries=0 if guidance is None else guidance.entries(capacity, 1.0 if self.config.guards else None),
             code_bytes=0 if bits is None else coded_bytes((draft.layers[layer] for layer in layers), bits),
         )
-        longest, free = lengths.index(max(lengths)), free_bytes(self.target.spec.device)
+        longest, device = lengths.index(max(lengths)), self.target.spec.device
+        if (free := free_bytes(device)) is not None:
+            free = int(self.target.ranks.least(free, device))  # all ranks run as many rows
         reading = max((reader.bytes(draft, capacity, self.config.prefill_chunk) for reader in readers), default=0)
         slots = plan_rows(demand, slots, free, prompt=longest, tokens=lengths[longest], reading=reading)
         lists = None
@@ -197,3 +209,11 @@ class Engine:
             capacity=capacity,
             capture=self.captures,
         )
+
+
+def _check_shared(config: EngineConfig) -> None:
+    """Raise OptionError for what a target that ranks share does not do."""
+    modes = [mode for mode in MODES if mode != "auto"]  # which decides by times, and every rank has its own
+    check("mode", config.mode, config.mode in modes, f"{', '.join(modes)} with tensor-parallel above 1")
+    allowed = f"{', '.join(SELECTORS)} with tensor-parallel above 1: rivals look at all heads of the target"
+    check("method", config.method, config.method in SELECTORS, allowed)

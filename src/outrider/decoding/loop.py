@@ -58,7 +58,9 @@ class Loop:
         self.guards = Guards(sequences, engine.config)
         self.chooser: Chooser = Fixed(PLAIN, None)  # nobody is asked before costs are known
         self.filling: Prefill | None = None
-        self.records = Records(engine.target.spec, engine.draft.spec, engine.guidance)
+        # where ranks share the target, one that lacks memory cannot go on without the others
+        self.recoverable = (torch.OutOfMemoryError,) if engine.target.ranks.size == 1 else ()
+        self.records = Records(engine.target.spec.whole, engine.draft.spec.whole, engine.guidance)
 
     def events(self) -> Iterator[Event]:
         """Rounds until all sequences have ended. On a GPU the next round begins before the last one's tokens are read."""
@@ -78,7 +80,7 @@ class Loop:
                     yield from self._commit(landed)
                 if flight is None:
                     yield from self._confirm()
-            except torch.OutOfMemoryError as error:
+            except self.recoverable as error:
                 flight = None
                 self.runner.forget()
                 yield from self._fail(self.scheduler.running, error)
@@ -122,7 +124,7 @@ class Loop:
             try:
                 if not filling.finished:
                     room -= filling.step()
-            except torch.OutOfMemoryError as error:
+            except self.recoverable as error:
                 filling.empty()
                 self.filling = None
                 self.scheduler.drop(filling.sequence)

@@ -114,17 +114,33 @@ class Outrider:
         map: str | None = None,
         dtype: str = "float32",
         device: str = "cpu",
+        tensor_parallel: int = 1,
+        shard_draft: bool = False,
         **options: Any,
     ) -> Outrider:
         """Load a pair from folders or hub ids; "builtin" is the pair that ships with Outrider.
 
         `alignment` is a file made by `outrider calibrate` for this pair (the built-in pair has its own); `map` picks one of its
         maps, such as "joint+divergence", in place of the method's own. `options` are fields of `EngineConfig` and `Budget`.
-        Raises OptionError, ModelError, PairError or AlignmentError before any work starts.
+
+        With `tensor_parallel` above 1 as many processes share the target's heads, and the draft's with `shard_draft`. Each of
+        them, started by `torchrun`, makes the same calls with the same arguments, and gets the same results (docs/parallel.md).
+
+        Raises OptionError, ModelError, PairError or AlignmentError before any work starts, RankError where a process does not
+        come.
         """
         config = engine_config(**options)
         check("method", config.method, config.method in METHODS, ", ".join(METHODS))
-        models = load_pair(target, draft, dtype=dtype, device=device, backend=config.backend, kv_dtype=config.kv_dtype)
+        models = load_pair(
+            target,
+            draft,
+            dtype=dtype,
+            device=device,
+            backend=config.backend,
+            kv_dtype=config.kv_dtype,
+            tensor_parallel=tensor_parallel,
+            shard_draft=shard_draft,
+        )
         return cls(*models, config, find_alignment(alignment, *models), map)
 
     def with_options(self, **options: Any) -> Outrider:
@@ -178,7 +194,7 @@ class Outrider:
             f"fused_{role}_layers": len(model.fused_layers)
             for role, model in (("target", engine.target), ("draft", engine.draft))
         }
-        return {"graphs": engine.captures} | fused
+        return {"graphs": engine.captures, "tensor_parallel": self.target.ranks.size} | fused
 
     @property
     def score_bits(self) -> int | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from outrider.config import Budget, EngineConfig, check
+from outrider.config import Budget, check
 from outrider.decoding.scoring import score
 from outrider.errors import AlignmentError, OptionError
 from outrider.guidance import channels, controller
@@ -16,11 +17,11 @@ from outrider.guidance.alignment import AlignmentFile, ModelIdentity, load
 from outrider.guidance.rivals import RIVALS, Rival, Target, build_rival
 from outrider.guidance.selectors import SELECTORS, build_selector
 from outrider.guidance.selectors.base import Selector
-from outrider.models import LanguageModel, ModelSpec, check_pair, load_model
+from outrider.models import LanguageModel, check_pair, load_model
 from outrider.models.cache import aligned
-from outrider.models.quantized_keys import QuantizedKeys, check_codes, code_bits
+from outrider.models.quantized_keys import QuantizedKeys, check_codes
+from outrider.models.ranks import ALONE, join, own_device
 from outrider.ops.backends import BackendError
-from outrider.ops.quantized_keys.layout import BLOCK
 from outrider.types import Alignment, UnlistedFit
 
 METHODS = (*SELECTORS, *RIVALS)
@@ -39,96 +40,32 @@ def load_pair(
     device: str = "cpu",
     backend: str = "auto",
     kv_dtype: str = "auto",
+    tensor_parallel: int = 1,
+    shard_draft: bool = False,
 ) -> tuple[LanguageModel, LanguageModel]:
-    """Load target and draft and check that they speak the same tokens; warns when both are the same checkpoint."""
+    """Load target and draft and check that they speak the same tokens; warns when both are the same checkpoint.
+
+    With `tensor_parallel` above 1 this is one of as many processes: it has its part of the target's heads, and of the draft's
+    with `shard_draft`, else all of the draft. Raises OptionError where there are not as many processes or GPUs, where heads
+    cannot be shared among them, and for a draft that is to be shared among one.
+    """
     if draft is None:
         if target != BUILTIN:
             raise OptionError("draft", None, f"a folder or hub id: only --target {BUILTIN} brings its own draft")
         draft = BUILTIN
     target_path, draft_path = _folder(target, "target"), _folder(draft, "draft")
-    options = {"dtype": dtype, "device": device, "backend": backend, "kv_dtype": kv_dtype}
-    target_model = load_model(target_path, **options, role="target")
+    check("shard-draft", shard_draft, not shard_draft or tensor_parallel != 1, "False with tensor-parallel 1")
+    ranks = join(tensor_parallel, device)
+    own = partial(load_model, dtype=dtype, device=own_device(device, ranks), backend=backend, kv_dtype=kv_dtype)
+    target_model = own(target_path, role="target", ranks=ranks)
     if draft_path == target_path:
         warnings.warn(
             f"draft and target are the same checkpoint ({draft_path}): correct, but nothing becomes faster", stacklevel=2
         )
         return target_model, target_model
-    draft_model = load_model(draft_path, **options, role="draft")
+    draft_model = own(draft_path, role="draft", ranks=ranks if shard_draft else ALONE)
     check_pair(target_model, draft_model)
     return target_model, draft_model
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Guidance:
-    """Who chooses tokens in a round, for whom, from which scores. At least one of the three is there."""
-
-    target: Selector | None  # lists for verification; None: dense, or a rival's
-    draft: Selector | None  # lists for the next round's drafting; None: dense
-    rival: Rival | None = None  # makes lists inside the target's forward
-    bits: int | None = None  # of the keys that are scored; None: the cache's own
-
-    @property
-    def scores(self) -> bool:
-        """Somebody chooses from the draft's scores."""
-        return self.target is not None or self.draft is not None
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The draft layers that are scored."""
-        return next((selector.draft_layers for selector in (self.target, self.draft) if selector is not None), ())
-
-    @property
-    def per_query(self) -> bool:
-        """The round's queries are kept apart."""
-        return self.target is not None and self.target.per_query
-
-    def score_rows(self, draft: ModelSpec, t: int) -> int:
-        """Rows of masses that scoring `t` queries of one sequence makes."""
-        return len(self.layers) * draft.full_shape.query_heads * (t if self.per_query else 1)
-
-    def entries(self, size: int, share: float | None = None) -> int:
-        """A bound on the list entries of one sequence of `size` tokens; `share`: of these, the target's lists may keep."""
-        owners = (self.target, share), (self.draft, None)
-        return sum(selector.entries(size, own) for selector, own in owners if selector is not None)
-
-    @property
-    def waits(self) -> bool:
-        """Selecting waits for the device."""
-        return self.rival is not None or (self.target is not None and self.target.waits)
-
-
-def make_guidance(
-    target: LanguageModel, draft: LanguageModel, config: EngineConfig, alignment: Alignment | None
-) -> Guidance | None:
-    """The selectors or the rival that `config` asks for; None where target and draft read all.
-
-    Raises like `make_selector` and `make_rival`, and OptionError where sparse verification lacks its alignment.
-    """
-    choosing = drafting = rival = None
-    auto = config.mode == "auto"  # has less to choose from where something is missing
-    drafts_sparsely = config.drafts_sparsely and not (auto and not draft.spec.full_layers)
-    scored = draft.spec.full_layers if drafts_sparsely else ()
-    if auto:
-        check("method", config.method, config.method in SELECTORS, f"{', '.join(SELECTORS)} with mode auto")
-    if config.verifies_sparsely and config.method in RIVALS:
-        rival = make_rival(config.method, target, config.budget)
-    elif config.verifies_sparsely and not (auto and (alignment is None or not target.spec.full_layers)):
-        if alignment is None:
-            raise OptionError("alignment", None, "a file made by `outrider calibrate` for this pair (mode dense needs none)")
-        choosing = build_pair_selector(config.method, target, draft, alignment, config.budget, scored)
-        scored = choosing.draft_layers
-    if drafts_sparsely:
-        heads = draft.spec.full_shape.query_heads
-        own = torch.cartesian_prod(torch.arange(len(draft.spec.layers)), torch.arange(heads)).view(-1, heads, 1, 2)
-        drafting = build_pair_selector("outrider", draft, draft, Alignment(sources=own), config.draft_budget, scored)
-    bits = code_bits(config.score_keys, draft, config.draft_tokens + 1)
-    rehearse(target, draft, choosing, config.draft_tokens + 1, drafting, bits)
-    if bits is not None and config.confirms:  # from round to round a sequence may grow by a bonus token more
-        allowed = f"at most {BLOCK - 2} with keys in few bits and mode {config.mode}"
-        check("K (draft-tokens)", k := config.draft_tokens, k + 2 <= BLOCK, allowed)
-    if not (choosing or drafting or rival):
-        return None
-    return Guidance(target=choosing, draft=drafting, rival=rival, bits=bits if choosing or drafting else None)
 
 
 def make_selector(
@@ -189,7 +126,7 @@ def build_pair_selector(
 ) -> Selector:
     """The selector of `method` for this pair's shapes, on its device; draft layers that are `scored` anyway are scored besides.
 
-    Raises OptionError for an unknown method, PairError for a misfit.
+    It makes the lists of the heads that the reader has here. Raises OptionError for an unknown method, PairError for a misfit.
     """
     device = draft.spec.device
     fits = {
@@ -201,10 +138,11 @@ def build_pair_selector(
         alignment=replace(alignment, sources=alignment.sources.to(device), unlisted=fits),
         budget=budget,
         target_layers=reader.spec.full_layers,
-        kv_heads=reader.spec.full_shape.kv_heads,
-        draft_heads=draft.spec.full_shape.query_heads,
+        kv_heads=reader.spec.whole.full_shape.kv_heads,
+        draft_heads=draft.spec.whole.full_shape.query_heads,
         backend=reader.backend,
         scored=scored,
+        part=(reader.ranks.rank, reader.ranks.size),
     )
 
 

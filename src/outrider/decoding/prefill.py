@@ -98,4 +98,7 @@ class Prefill:
         """Write what it took, and what its blocks read, into the sequence's statistics; waits for the device."""
         statistics = self.sequence.statistics
         statistics.seconds["prefill"] += self._clock.settle()["prefill"]
-        statistics.prefill_listed, statistics.prefill_before = float(self._kept.listed), self._kept.before
+        if self._sparse is not None:  # each rank has seen its own heads' lists
+            target = self._rows[0][0]
+            listed = torch.as_tensor(self._kept.listed, dtype=torch.float64, device=target.spec.device)
+            statistics.prefill_listed, statistics.prefill_before = float(target.ranks.mean(listed)), self._kept.before

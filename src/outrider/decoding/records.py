@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from outrider.decoding.choice import Choice
 from outrider.decoding.guard import WINDOW
-from outrider.decoding.pair import Guidance
+from outrider.decoding.guidance import Guidance
 from outrider.decoding.rounds import RowOutcome
 from outrider.decoding.sequence import Sequence
 from outrider.decoding.statistics import ReadCounter, Statistics

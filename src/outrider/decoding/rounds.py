@@ -12,7 +12,8 @@ from outrider.decoding.noise import Noise
 from outrider.decoding.sampling import Sampling, all_greedy, any_filtered, distributions, greedy, in_parts
 from outrider.decoding.sequence import Sequence
 from outrider.decoding.statistics import Listed
-from outrider.models import KVCache, LanguageModel, ModelSpec
+from outrider.models import KVCache, LanguageModel
+from outrider.models.ranks import Ranks
 from outrider.ops import token_verify
 from outrider.ops.token_verify import Verified
 from outrider.types import DraftTrace, Lists, Selection
@@ -188,22 +189,37 @@ def accept(
     logits: Tensor,
     inputs: Inputs,
     selection: Selection | None,
-    target: ModelSpec,
+    target: LanguageModel,
     caches: list[KVCache],
     judge: Judge,
 ) -> Outcome:
-    """Judge the drafted tokens by the target's logits [B, K + 1, V]; bring the caches, the target's first, to what passed."""
+    """Judge the drafted tokens by the target's logits [B, K + 1, V]; bring the caches, the target's first, to what passed.
+
+    Where ranks share the target, the first one's judgement counts, and `Listed` is of the lists of all.
+    """
     verified = judge(trace, logits, inputs)
     finite = in_parts(logits).amax(-1).amax(-1).isfinite().all(-1)
     if selection is None:
         listed = torch.zeros(2, *finite.shape, dtype=torch.float64, device=finite.device).unbind()
     else:
-        counted = Listed.of(selection, target, caches[0].capacity)
+        counted = Listed.of(selection, target.spec, caches[0].capacity)
         listed = counted.tokens, counted.rows
-    inputs.pending.copy_(verified.next_token)
-    caches[0].advance((verified.accepted + 1) * inputs.active)
+    accepted, following = verified.accepted, verified.next_token
+    columns = [accepted, following, finite, *listed]
+    numbers = torch.cat([trace.tokens.double(), torch.stack([column.double() for column in columns], dim=1)], dim=1)
+    if target.ranks.size > 1:
+        numbers = _of_all_ranks(numbers, target.ranks)
+        accepted, following = numbers[:, -5:-3].long().unbind(1)
+    inputs.pending.copy_(following)
+    caches[0].advance((accepted + 1) * inputs.active)
     for cache in caches[1:]:
         cache.truncate(caches[0].lengths)
-    columns = [verified.accepted, verified.next_token, finite, *listed]
-    numbers = torch.cat([trace.tokens.double(), torch.stack([column.double() for column in columns], dim=1)], dim=1)
     return Outcome(numbers=numbers, selection=selection)
+
+
+def _of_all_ranks(numbers: Tensor, ranks: Ranks) -> Tensor:
+    """`Outcome.numbers` as the first rank has them, but for `Listed`: its tokens are averaged over heads, its rows summed."""
+    if not ranks.leads:
+        numbers[:, :-2] = 0
+    numbers[:, -2] /= ranks.size
+    return ranks.sum(numbers)

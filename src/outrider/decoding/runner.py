@@ -12,8 +12,8 @@ from outrider.decoding.confirmation import BlockBuffer, ConfirmationKind, confir
 from outrider.decoding.drafting import DraftLists, propose
 from outrider.decoding.flight import Flight, Landed
 from outrider.decoding.graphs import Stages
+from outrider.decoding.guidance import Guidance
 from outrider.decoding.guides import ByRow
-from outrider.decoding.pair import Guidance
 from outrider.decoding.prefill import ReadChunk, read_on
 from outrider.decoding.rounds import InputBuffer, Inputs, Judge, Outcome, RoundKind, RowOutcome, accept, propose_nothing, verify
 from outrider.decoding.scoring import score
@@ -241,7 +241,9 @@ class Runner:
             if self.draft is None or not kind.k:
                 return inputs, propose_nothing(inputs, spec.vocabulary)
             drafting = inputs.pending, inputs.sampling, inputs.draft_uniforms
-            return inputs, propose(self.draft, caches[1], *drafting, spec.vocabulary, lists, inputs.noise)
+            trace = propose(self.draft, caches[1], *drafting, spec.vocabulary, lists, inputs.noise)
+            self.target.ranks.same(trace.tokens)  # drafts that differ by rounding would part the ranks' targets
+            return inputs, trace
 
         def scored(draft: LanguageModel, guidance: Guidance) -> DraftScores:
             given = draft, caches[1], trace.queries, caches[0].lengths, guidance.layers
@@ -260,7 +262,7 @@ class Runner:
         def accepted() -> Outcome:
             selection = chosen.made if chosen is not None else None
             moved = caches if kind.k else caches[:1]  # without drafted tokens the draft's cache stays behind
-            return accept(trace, logits, inputs, selection, spec, moved, self.judge)
+            return accept(trace, logits, inputs, selection, self.target, moved, self.judge)
 
         chosen: Lists | None = None
         dense = figures = None

@@ -36,6 +36,7 @@ def score(
     round, whose T keys lie behind them in `cache`. Only `layers` are read. With `per_query` the T queries are kept apart, else
     averaged. The mass is as wide as the cache; on a CPU, which need not wait to know the lengths, `aligned` to these.
     `quantized` holds records of the same layers and rows, which follow the cache here and are read in place of its keys.
+    Of a draft whose heads are shared among ranks each scores its own, and has all scores then.
     """
     b, t = queries[0].shape[:2]
     dtype = mass_dtype(draft.spec)
@@ -71,7 +72,15 @@ def score(
                 out=out,
                 backend=draft.backend,
             )
+    mass = _of_all_heads(mass, draft, len(layers))
     return DraftScores(mass=mass if per_query else mass[:, None], layers=layers, lengths=lengths)
+
+
+def _of_all_heads(mass: Tensor, draft: LanguageModel, layers: int) -> Tensor:
+    """Masses [..., R, S] of all ranks' draft heads; rows go by layer, then by head."""
+    if draft.ranks.size == 1:
+        return mass
+    return draft.ranks.gather(mass.unflatten(-2, (layers, -1)), dim=-2).flatten(-3, -2)
 
 
 def score_blocks(
@@ -116,4 +125,5 @@ def score_blocks(
             out=out,
             backend="auto" if draft.backend == "cuda" else draft.backend,  # it has no kernel in CUDA C++
         )
+    mass = _of_all_heads(mass, draft, len(layers))
     return DraftScores(mass=mass.flatten(0, 1)[:, None], layers=layers, lengths=starts.flatten())

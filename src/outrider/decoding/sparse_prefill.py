@@ -51,7 +51,7 @@ class SparsePrefill:
 
     def bytes(self, draft: ModelSpec, capacity: int, chunk: int) -> int:
         """What reading chunks of one prompt of up to `capacity` tokens needs beside the caches: masses, lists and queries."""
-        heads = len(self.selector.draft_layers) * draft.full_shape.query_heads
+        heads = len(self.selector.draft_layers) * draft.whole.full_shape.query_heads
         masses = max(SCORE_BYTES, heads * aligned(capacity) * mass_dtype(draft).itemsize)
         lists = self.selector.entries(capacity) * -(-chunk // self.block) * INDEX_BYTES
         queries = sum(x.query_heads * x.head_dim for x in draft.layers) * chunk * draft.dtype.itemsize
@@ -116,7 +116,7 @@ class SparsePrefill:
 
     def _groups(self, draft: LanguageModel, b: int, t: int, stop: int) -> Iterator[tuple[int, int]]:
         """Tokens begin .. end - 1 of a chunk, whole blocks, that are scored together."""
-        heads = len(self.selector.draft_layers) * draft.spec.full_shape.query_heads
+        heads = len(self.selector.draft_layers) * draft.spec.whole.full_shape.query_heads
         each = b * heads * aligned(stop) * mass_dtype(draft.spec).itemsize
         step = max(1, SCORE_BYTES // each) * self.block
         return ((begin, min(begin + step, t)) for begin in range(0, t, step))

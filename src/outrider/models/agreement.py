@@ -21,6 +21,7 @@ from outrider.models.cache import KVCache
 from outrider.models.compilation import decoder_layers
 from outrider.models.fused_layer import FusedLayer, recognise, route
 from outrider.models.quantization import FP8, dequantize
+from outrider.models.ranks import ALONE, Ranks
 
 CACHED = (5, 2)  # tokens of the two sequences
 TOKENS = 3
@@ -30,17 +31,21 @@ EXACT, ROUNDED = 1e-4, 0.05  # error allowed, as a share: rounding to bfloat16, 
 
 
 @torch.inference_mode()
-def find_fused_layers(module: Any, caches: tuple[KVCache, KVCache], context: int, backend: str) -> dict[int, FusedLayer]:
+def find_fused_layers(
+    module: Any, caches: tuple[KVCache, KVCache], context: int, backend: str, ranks: Ranks = ALONE
+) -> dict[int, FusedLayer]:
     """The fused form, by index, of all layers of a transformers model that have one and agree with it; routes lead to it.
 
     `caches` are two empty ones of two sequences and `CAPACITY` tokens, `context` is the number of positions the model has,
-    `backend` that of the fused ops. A layer that no kernel of this backend takes does not agree.
+    `backend` that of the fused ops. A layer that no kernel of this backend takes does not agree; with several `ranks` all have
+    to.
     """
-    recognised = [fused for layer in decoder_layers(module) if (fused := recognise(layer, backend)) is not None]
+    recognised = [fused for layer in decoder_layers(module) if (fused := recognise(layer, backend, ranks)) is not None]
     if not recognised:
         return {}
     trial = _Trial(module.get_decoder(), recognised[0].layer.input_layernorm.weight, caches, context)
-    agreeing = {fused.index: fused for fused in recognised if trial.agree(fused)}
+    device = caches[0].device
+    agreeing = {fused.index: fused for fused in recognised if ranks.least(float(trial.agree(fused)), device) > 0}
     for index, fused in agreeing.items():
         route(fused.layer, index)
     return agreeing

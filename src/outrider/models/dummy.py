@@ -10,13 +10,17 @@ import torch
 from outrider.models.attention import NAME, register
 from outrider.models.language_model import LanguageModel
 from outrider.models.loading import wrap
+from outrider.models.ranks import ALONE, Ranks
+from outrider.models.sharding import shard
 
 
 def dummy_model(
-    config: Mapping[str, Any], *, name: str, dtype: torch.dtype, device: torch.device, seed: int = 0
+    config: Mapping[str, Any], *, name: str, dtype: torch.dtype, device: torch.device, seed: int = 0, ranks: Ranks = ALONE
 ) -> LanguageModel:
-    """A model of `config`, the content of a config.json, with noise for weights and no tokenizer."""
-    return wrap(dummy_module(config, dtype=dtype, device=device, seed=seed), None, name=name)
+    """A model of `config`, the content of a config.json, or this rank's part of it, with noise for weights and no tokenizer."""
+    module = dummy_module(config, dtype=dtype, device=device, seed=seed)
+    shard(module, ranks, name)
+    return wrap(module, None, name=name, ranks=ranks)
 
 
 def dummy_module(

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from outrider.models.attention import Forward, attend_cached, record
 from outrider.models.fusion import SIBLINGS, Part
+from outrider.models.ranks import ALONE, Ranks
 from outrider.ops import fused_linear, rotary_append
 from outrider.ops.fused_linear import MAX_ROWS
 
@@ -39,6 +40,7 @@ class FusedLayer:
     layer: Any
     index: int
     backend: str  # of `fused_linear` (few rows) and `rotary_append`; attention has the forward's
+    ranks: Ranks = ALONE  # the residual is added by the first one alone
 
     def __call__(self, hidden: Tensor, position: tuple[Tensor, Tensor], forward: Forward) -> Tensor:
         """Hidden states [B, T, hidden], and cos and sin [B, T, D] of their positions -> hidden states.
@@ -70,9 +72,13 @@ class FusedLayer:
         mixed = attend_cached(queries, forward, self.index, shape.scale, shape.window)
         if forward.ends == self.index:  # only the denominators were wanted
             return hidden
-        rows = self._linear(mixed.reshape(B * T, -1), attention.o_proj, residual=rows)
+        rows = self._summed(mixed.reshape(B * T, -1), attention.o_proj, rows)
         gated = self._linear(rows, mlp.gate_proj.product, norm=self.layer.post_attention_layernorm, swiglu=True)
-        return self._linear(gated, mlp.down_proj, residual=rows).view(B, T, -1)
+        return self._summed(gated, mlp.down_proj, rows).view(B, T, -1)
+
+    def _summed(self, rows: Tensor, matrix: Any, residual: Tensor) -> Tensor:
+        """What all ranks make of their columns of a matrix, and the residual."""
+        return self.ranks.sum(self._linear(rows, matrix, residual=residual if self.ranks.leads else None))
 
     def _linear(self, rows: Tensor, matrix: Any, norm: Any = None, **options: Any) -> Tensor:
         if norm is not None:
@@ -81,7 +87,7 @@ class FusedLayer:
         return fused_linear(rows, matrix.weight, matrix.bias, **options, backend=backend)
 
 
-def recognise(layer: Any, backend: str) -> FusedLayer | None:
+def recognise(layer: Any, backend: str, ranks: Ranks = ALONE) -> FusedLayer | None:
     """`layer` as a fused one, if it has the parts of one and no others; None otherwise."""
     if _parts(layer) != {"self_attn", "mlp", *NORMS}:
         return None
@@ -97,7 +103,7 @@ def recognise(layer: Any, backend: str) -> FusedLayer | None:
         and all(_is_norm(norm) for norm in (*(getattr(layer, name) for name in NORMS), *head_norms))
         and len({norm.variance_epsilon for norm in head_norms}) <= 1
     )
-    return FusedLayer(layer, int(attention.layer_idx), backend) if fits else None
+    return FusedLayer(layer, int(attention.layer_idx), backend, ranks) if fits else None
 
 
 def route(layer: Any, index: int) -> None:

@@ -19,6 +19,7 @@ from outrider.models.compilation import compile_layers, has_compiled_layers
 from outrider.models.fused_layer import FusedLayer
 from outrider.models.fusion import fuse_projections
 from outrider.models.quantization import FP8, CacheScales, check_kv_dtype, probe, scale_of
+from outrider.models.ranks import ALONE, Ranks
 from outrider.ops.backends import device_obstacle
 from outrider.ops.fused_linear import MAX_ROWS
 from outrider.types import BlockLists, Lists, PromptAttention
@@ -37,11 +38,19 @@ class ModelSpec:
     dtype: torch.dtype
     device: torch.device
     kv_dtype: str = "auto"  # how caches store keys and values: in `dtype`, or fp8
+    ranks: int = 1  # that share the heads: `layers` are what one of them has
 
     @property
     def cache_dtype(self) -> torch.dtype:
         """The dtype of stored keys and values."""
         return FP8 if self.kv_dtype == "fp8" else self.dtype
+
+    @property
+    def whole(self) -> ModelSpec:
+        """The same model with the heads of all ranks."""
+        n = self.ranks
+        layers = (replace(x, query_heads=n * x.query_heads, kv_heads=n * x.kv_heads) for x in self.layers)
+        return replace(self, layers=tuple(layers), ranks=1)
 
     @property
     def full_layers(self) -> tuple[int, ...]:
@@ -75,7 +84,14 @@ class LanguageModel:
     """Runs forwards over a `KVCache`; keeps nothing between calls but the factors of 8-bit caches, once they are measured."""
 
     def __init__(
-        self, module: Any, tokenizer: Any | None, spec: ModelSpec, backend: str = "auto", *, compiled: bool = False
+        self,
+        module: Any,
+        tokenizer: Any | None,
+        spec: ModelSpec,
+        backend: str = "auto",
+        *,
+        compiled: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         check_backend(backend, spec.device)
         check_kv_dtype(spec.kv_dtype, spec.device, spec.dtype)
@@ -84,6 +100,7 @@ class LanguageModel:
         self.spec = spec
         self.backend = backend
         self.compiled = compiled
+        self.ranks = ranks  # that have a part of the weights each
         # a mask of 4 dimensions is taken as it is, and our attention needs none: without it transformers would look for packed
         # sequences in the positions, a dozen launches a forward
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=spec.dtype, device=spec.device)
@@ -136,7 +153,7 @@ class LanguageModel:
         self._scales()
         fuse_projections(self.module)
         caches = self.new_cache(len(CACHED), CAPACITY), self.new_cache(len(CACHED), CAPACITY)
-        made.fused_layers = find_fused_layers(self.module, caches, self.spec.context, backend)
+        made.fused_layers = find_fused_layers(self.module, caches, self.spec.context, backend, self.ranks)
         return made
 
     def uncompiled(self) -> LanguageModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from outrider.models.attention import NAME, Forward, register
 from outrider.models.cache import KVCache, LayerShape
 from outrider.models.language_model import LanguageModel, ModelSpec, check_backend
 from outrider.models.quantization import check_kv_dtype
+from outrider.models.ranks import ALONE, Ranks
+from outrider.models.sharding import check_shards, shard
 
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -28,12 +31,14 @@ def load_model(
     backend: str = "auto",
     kv_dtype: str = "auto",
     role: str = "model",
+    ranks: Ranks = ALONE,
 ) -> LanguageModel:
     """Load a decoder-only checkpoint that transformers can run with a custom attention function.
 
-    `path` is a folder or a hub id, `role` ("target" or "draft") names the option in errors. Raises OptionError for a dtype,
-    device, backend or kv_dtype that is unknown or cannot be had here, ModelError for a checkpoint that is missing, broken, or
-    whose attention cannot be routed through Outrider.
+    `path` is a folder or a hub id, `role` ("target" or "draft") names the option in errors. With several `ranks` this one keeps
+    its part of the weights. Raises OptionError for a dtype, device, backend or kv_dtype that is unknown or cannot be had here,
+    and for heads that cannot be shared among the ranks, ModelError for a checkpoint that is missing, broken, or whose attention
+    cannot be routed through Outrider.
     """
     check("dtype", dtype, dtype in DTYPES, ", ".join(DTYPES))
     _check_device(device)
@@ -41,39 +46,56 @@ def load_model(
     check_kv_dtype(kv_dtype, torch.device(device), getattr(torch, dtype))
     if not Path(path).exists() and (path.startswith(("/", ".", "~")) or path.count("/") > 1):
         raise ModelError(f"{role} {path!r}: no such folder; allowed: a folder that exists, or a hub id such as org/name")
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     register()
     logging.disable_progress_bar()
     try:
+        if ranks.size > 1:
+            check_shards(AutoConfig.from_pretrained(path), ranks, f"{role} {path!r}")
         module = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation=NAME)
     except OutriderError:
         raise
     except Exception as error:  # transformers raises many types here; each becomes one clear error
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ModelError(f"{role} {path!r}: cannot be loaded with attention routed through Outrider: {reason}") from error
-    model = wrap(module.eval().to(device), _load_tokenizer(path), name=model_name(path), backend=backend, role=role)
+    shard(module, ranks, f"{role} {path!r}")
+    tokenizer, name = _load_tokenizer(path), model_name(path)
+    model = wrap(module.eval().to(device), tokenizer, name=name, backend=backend, role=role, ranks=ranks)
     return model.with_kv_dtype(kv_dtype)
 
 
-def wrap(module: Any, tokenizer: Any | None, *, name: str, backend: str = "auto", role: str = "model") -> LanguageModel:
-    """Make a `LanguageModel` of a transformers module that was created with attn_implementation="outrider"."""
+def wrap(
+    module: Any,
+    tokenizer: Any | None,
+    *,
+    name: str,
+    backend: str = "auto",
+    role: str = "model",
+    ranks: Ranks = ALONE,
+) -> LanguageModel:
+    """Make a `LanguageModel` of a transformers module that was created with attn_implementation="outrider".
+
+    With several `ranks` the module is what `shard` has left of it.
+    """
     config = module.config.get_text_config(decoder=True)
     layers = _probe(module, config, f"{role} {name!r}")
     eos = module.generation_config.eos_token_id if module.generation_config is not None else None
     eos = config.eos_token_id if eos is None else eos
     spec = ModelSpec(
         name=name,
-        digest=config_digest(config, layers),
+        digest="",
         layers=layers,
         vocabulary=config.vocab_size,
         context=_context(config),
         eos_tokens=_as_tuple(eos),
         dtype=next(module.parameters()).dtype,
         device=next(module.parameters()).device,
+        ranks=ranks.size,
     )
-    return LanguageModel(module, tokenizer, spec, backend)
+    spec = replace(spec, digest=config_digest(config, spec.whole.layers))
+    return LanguageModel(module, tokenizer, spec, backend, ranks=ranks)
 
 
 def _as_tuple(tokens: int | list[int] | None) -> tuple[int, ...]:

@@ -71,6 +71,15 @@ def per_kv_head(sources: Tensor, kv_heads: int) -> Tensor:
     return sources.unflatten(1, (kv_heads, heads // kv_heads)).flatten(2, 3)
 
 
+def own_part(heads: Tensor, part: tuple[int, int], dim: int = 1) -> Tensor:
+    """Of what is there by head along a dimension, one of several equal parts; all of what is shared by all heads.
+
+    `part`: which one, of how many.
+    """
+    at, of = part
+    return heads if heads.shape[dim] == 1 else heads.chunk(of, dim)[at].contiguous()
+
+
 def score_rows(sources: Tensor, draft_heads: int, scored: tuple[int, ...] = ()) -> tuple[tuple[int, ...], Tensor]:
     """sources [L, Hs, G, 2] -> the draft layers to score, ascending, and the score row of each source [L, Hs, G] int64.
 

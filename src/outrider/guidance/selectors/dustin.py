@@ -52,7 +52,8 @@ class Dustin:
     draft_heads: int  # query heads of the draft
     backend: str = "auto"
     scored: tuple[int, ...] = ()  # draft layers that are scored anyway
-    unlisted: UnlistedFit | None = None  # of the target layers
+    unlisted: UnlistedFit | None = None  # of the target layers and of `part`
+    part: tuple[int, int] = (0, 1)  # of the target's heads; unused, lists are shared by all heads
     draft_layers: tuple[int, ...] = field(init=False)
     rows: Tensor = field(init=False, repr=False)  # [1, 1, G] int64: the score rows that are averaged
 

@@ -15,6 +15,7 @@ from outrider.guidance.selectors.base import (
     layer_sources,
     list_width,
     longest_list,
+    own_part,
     per_kv_head,
     query_mean,
     score_rows,
@@ -48,9 +49,10 @@ class Outrider:
     draft_heads: int  # query heads of the draft
     backend: str = "auto"
     scored: tuple[int, ...] = ()  # draft layers that are scored anyway
-    unlisted: UnlistedFit | None = None  # of the target layers
+    unlisted: UnlistedFit | None = None  # of the target layers and of `part`
+    part: tuple[int, int] = (0, 1)  # of the lists, that are made here: which one, of how many equal ones
     draft_layers: tuple[int, ...] = field(init=False)
-    rows: Tensor = field(init=False, repr=False)  # [Lt, Hs, G] int64 score rows, Hs = 1 or Hkv
+    rows: Tensor = field(init=False, repr=False)  # [Lt, Hs, G] int64 score rows, Hs = 1 or Hkv / parts
     bounds: Tensor | None = field(init=False, repr=False)  # [2, Lt, 1, Hs] fp64: see `budgets.divide`; None: all lists alike
     longest: float = field(init=False, repr=False)  # what the longest list has, in terms of an equal part
 
@@ -58,20 +60,24 @@ class Outrider:
         sources = per_kv_head(layer_sources(self.alignment, self.target_layers, self.draft_heads), self.kv_heads)
         draft_layers, rows = score_rows(sources, self.draft_heads, self.scored)
         object.__setattr__(self, "draft_layers", draft_layers)
-        object.__setattr__(self, "rows", rows)
-        factors = self._factors()
-        object.__setattr__(self, "bounds", None if factors is None else bounds(factors).to(rows.device))
+        object.__setattr__(self, "rows", own_part(rows, self.part))
+        factors = self._factors(rows.shape[1])  # of all lists: what one gets depends on the others
+        divided = None if factors is None else own_part(bounds(factors).to(rows.device), self.part, 3)
+        object.__setattr__(self, "bounds", divided)
         object.__setattr__(self, "longest", 1.0 if factors is None else float(factors.max()))
 
-    def _factors(self) -> Tensor | None:
-        """Raises OptionError where fitted lists are asked for and the alignment has none for these heads."""
+    def _factors(self, lists: int) -> Tensor | None:
+        """Of so many lists a layer.
+
+        Raises OptionError where fitted lists are asked for and the alignment has none for these heads.
+        """
         costs, keep, allocation = self.alignment.costs, self.budget.keep, self.budget.allocation
         if costs is None and allocation == "fitted":
             raise OptionError("allocation", allocation, "flat, or an alignment with budgets (of `outrider calibrate`)")
         if costs is None or keep is None or allocation == "flat":
             return None
-        if costs.values.shape[1] != self.rows.shape[1]:
-            raise PairError(f"alignment: has costs of {costs.values.shape[1]} lists a layer, but {self.rows.shape[1]} lists")
+        if costs.values.shape[1] != lists:
+            raise PairError(f"alignment: has costs of {costs.values.shape[1]} lists a layer, but {lists} lists")
         return list_factors(costs, self.target_layers, keep)
 
     def entries(self, size: int, share: float | None = None) -> int:

@@ -57,7 +57,8 @@ class SpecAttn:
     draft_heads: int  # query heads of the draft
     backend: str = "auto"
     scored: tuple[int, ...] = ()  # draft layers that are scored anyway
-    unlisted: UnlistedFit | None = None  # of the target layers
+    unlisted: UnlistedFit | None = None  # of the target layers and of `part`
+    part: tuple[int, int] = (0, 1)  # of the target's heads; unused, lists are shared by all heads
     draft_layers: tuple[int, ...] = field(init=False)
     layers: tuple[int, ...] = field(init=False)  # target layers that get lists
     groups: Tensor = field(init=False, repr=False)  # [U, G] int64: distinct sets of score rows that are averaged

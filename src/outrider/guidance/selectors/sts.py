@@ -13,6 +13,7 @@ from outrider.guidance.selectors.base import (
     layer_sources,
     list_width,
     longest_list,
+    own_part,
     query_mean,
     score_rows,
     stand_in,
@@ -47,15 +48,16 @@ class Sts:
     draft_heads: int  # query heads of the draft
     backend: str = "auto"
     scored: tuple[int, ...] = ()  # draft layers that are scored anyway
-    unlisted: UnlistedFit | None = None  # of the target layers
+    unlisted: UnlistedFit | None = None  # of the target layers and of `part`
+    part: tuple[int, int] = (0, 1)  # of the lists, that are made here: which one, of how many equal ones
     draft_layers: tuple[int, ...] = field(init=False)
-    rows: Tensor = field(init=False, repr=False)  # [Lt, Hq, 1] int64 score rows
+    rows: Tensor = field(init=False, repr=False)  # [Lt, Hq / parts, 1] int64 score rows
 
     def __post_init__(self) -> None:
         sources = layer_sources(self.alignment, self.target_layers, self.draft_heads)
         draft_layers, rows = score_rows(sources, self.draft_heads, self.scored)
         object.__setattr__(self, "draft_layers", draft_layers)
-        object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "rows", own_part(rows, self.part))
 
     def entries(self, size: int, share: float | None = None) -> int:
         return len(self.target_layers) * self.rows.shape[1] * longest_list(self.budget, size, 0, share=share)
