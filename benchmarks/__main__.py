@@ -24,6 +24,8 @@ EVALUATION_RESULTS = RESULTS.with_name("evaluation.jsonl")
 TAIL_RESULTS = RESULTS.with_name("tail-correction.jsonl")
 SPATTEN_RESULTS = RESULTS.with_name("spatten.jsonl")
 BUDGET_RESULTS = RESULTS.with_name("budgets.jsonl")
+EXACTNESS_RESULTS = RESULTS.with_name("exactness.jsonl")
+GUARD_RESULTS = RESULTS.with_name("guard.jsonl")
 BACKENDS = ("auto", "triton", "cuda", "reference")
 BAD_INPUT = 2
 
@@ -265,6 +267,93 @@ def budgets(
                 replace_rows(output, [made], ("text", "context", "scored", "budgets", "keep", "seed"))
                 shown = f"{row['kl']:.4f} {row['delta_percent']:+.2f}% {row['held']:.3f} {row['recalled']}/{row['asked']}"
                 print(f"{path.stem:40s} {row['keep']:<5g} {row['budgets']:24s} {shown}", flush=True)
+
+
+@app.command()
+def exactness(
+    text: Annotated[list[Path], typer.Option(help="file of UTF-8 text that prompts are taken from; can be repeated")],
+    prompts: Annotated[int, typer.Option(help="of each text, at evenly spread places")] = 8,
+    context: Annotated[int, typer.Option(help="tokens of a prompt")] = 1200,
+    tokens: Annotated[int, typer.Option(help="that are generated behind each")] = 480,
+    batch: Annotated[int, typer.Option(help="prompts at a time")] = 16,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    output: Annotated[Path, typer.Option(help="file of JSON lines; same rows are replaced")] = EXACTNESS_RESULTS,
+) -> None:
+    """Is the text of mode exact the dense target's own? The built-in pair in fp32, under settings that make it hard."""
+    from outrider.bench.results import replace_rows
+    from outrider.cli.files import writable_file
+    from outrider.cli.screen import Screen
+
+    output = writable_file("--output", output)
+
+    from benchmarks.exactness import compare
+
+    engine, pieces, known = read_prompts(text, prompts, context, tokens, device)
+    known |= {"texts": [path.stem for path in text], "prompts": prompts, "context": context, "batch": batch}
+    screen = Screen()
+    with screen.working():
+        given = [prompt for each in pieces.values() for prompt in each]
+        for row in compare(engine, given, tokens, batch, screen.progress):
+            replace_rows(output, [row | {"device": known["device"], "conditions": known}], ("setting", "device"))
+            shown = f"{row['identical']:>7,} of {row['tokens']:>7,}, {row['rolled_back']:,} rolled back, {row['seconds']:.0f} s"
+            print(f"{row['setting']:36s} {shown}", *row["parted"], flush=True)
+
+
+@app.command()
+def guard(
+    text: Annotated[list[Path], typer.Option(help="file of UTF-8 text that prompts are taken from; can be repeated")],
+    prompts: Annotated[int, typer.Option(help="of each text, at evenly spread places")] = 4,
+    context: Annotated[int, typer.Option(help="tokens of a prompt")] = 4000,
+    tokens: Annotated[int, typer.Option(help="that are generated behind each")] = 256,
+    every: Annotated[int, typer.Option(help="rounds from one audit to the next")] = 4,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    output: Annotated[Path, typer.Option(help="file of JSON lines; same rows are replaced")] = GUARD_RESULTS,
+) -> None:
+    """What the guard of mode sparse finds of the built-in pair at its default tolerance, text by text."""
+    from outrider.bench.results import replace_rows
+    from outrider.cli.files import writable_file
+    from outrider.cli.screen import Screen
+
+    output = writable_file("--output", output)
+
+    from benchmarks.guard import watch
+
+    engine, pieces, known = read_prompts(text, prompts, context, tokens, device)
+    known |= {"prompts": prompts, "context": context, "tokens": tokens, "every": every}
+    screen = Screen()
+    with screen.working():
+        for row in watch(engine, {path.stem: each for path, each in pieces.items()}, tokens, every, screen.progress):
+            made = row | {"device": known["device"], "conditions": known}
+            replace_rows(output, [made], ("text", "lists", "temperature", "device"))
+            shown = f"{row['audits']:4d} audits, {row['disagreement']:.3f}, {row['recalled']:.2f}, {row['raised']} raised"
+            print(f"{row['text']:36s} {row['lists']:10s} {row['temperature']:.1f} {shown}", flush=True)
+
+
+def read_prompts(
+    text: list[Path], prompts: int, context: int, tokens: int, device: str
+) -> tuple[Any, dict[Path, list[list[int]]], dict[str, Any]]:
+    """An engine over the built-in pair, prompts of `context` tokens from every text, and the conditions; checked before."""
+    from outrider.bench.conditions import conditions
+    from outrider.cli.files import read_text
+
+    for option, count in (("--prompts", prompts), ("--context", context), ("--tokens", tokens)):
+        if count < 1:
+            raise OptionError(option, count, "a whole number >= 1")
+    words = {path: read_text("--text", path) for path in text}
+
+    import torch
+
+    from outrider import Outrider
+
+    engine = Outrider.load(device=device, dtype="float32")
+    pieces = {}
+    for path, found in words.items():
+        whole = engine.tokenize(found)
+        if len(whole) < context:
+            raise OptionError("--context", context, f"at most the {len(whole)} tokens of {path}")
+        starts = torch.linspace(0, len(whole) - context, prompts).long().tolist()
+        pieces[path] = [whole[start : start + context] for start in starts]
+    return engine, pieces, conditions(torch.device(device), shlex.join([*PROGRAM.split(), *sys.argv[1:]]))
 
 
 def read_study(

@@ -528,6 +528,73 @@ def evaluation_table(name: str) -> str:
 NOT_MEASURED = "Not measured yet.\n"
 
 
+def exactness_table(name: str) -> str:
+    """Tokens of mode exact that are the dense target's, by setting."""
+    header = [
+        "device",
+        "setting",
+        "tokens",
+        "the dense target's",
+        "texts that part",
+        "kept",
+        "tentative a token",
+        "rolled back",
+    ]
+    rows = [
+        [
+            row["device"],
+            row["setting"],
+            f"{row['tokens']:,}",
+            f"{row['identical']:,}",
+            f"{len(row['parted'])} of {row['texts']}",
+            f"{100 * row['kept']:g}%" if row["kept"] >= 0.995 else f"{100 * row['kept']:.1f}%",
+            f"{row['tentative'] / row['tokens']:.2f}",
+            f"{100 * row['rolled_back'] / row['tentative']:.0f}%",
+        ]
+        for row in lines_if_any(name)
+    ]
+    return markdown(header, rows)
+
+
+def guard_table(name: str) -> str:
+    """What audits found, by lists and temperature, over all texts."""
+    groups: dict[tuple[str, str, float], list[Line]] = {}
+    for row in lines_if_any(name):
+        groups.setdefault((row["device"], row["lists"], row["temperature"]), []).append(row)
+    header = [
+        "device",
+        "lists",
+        "temperature",
+        "texts",
+        "tokens",
+        "audits",
+        "disagreement",
+        "recalled",
+        "alarms",
+        "dense behind",
+    ]
+    rows = []
+    for (device, lists, temperature), group in groups.items():
+        until = sorted(audits for row in group for audits in row["audits_until_dense"])
+        spread = [min(row["disagreement"] for row in group), max(row["disagreement"] for row in group)]
+        recalled = [min(row["recalled"] for row in group), max(row["recalled"] for row in group)]
+        rows.append(
+            [
+                device,
+                lists,
+                f"{temperature:g}",
+                str(len(group)),
+                f"{sum(row['tokens'] for row in group):,}",
+                f"{sum(row['audits'] for row in group):,}",
+                f"{spread[0]:.3f} .. {spread[1]:.3f}",
+                f"{recalled[0]:.2f} .. {recalled[1]:.2f}",
+                str(sum(row["raised"] for row in group)),
+                f"{until[0]} .. {until[-1]} audits, {len(until)} sequences" if until else "",
+            ]
+        )
+    return markdown(header, rows)
+
+
 def lines_if_any(name: str) -> list[Line]:
     return lines(name) if (RESULTS / f"{name}.jsonl").exists() else []
 
@@ -580,6 +647,8 @@ def kernel_development_table(name: str) -> str:
 
 TABLES: dict[str, Callable[[str], str]] = {
     "facts-32k": facts_lists_table,
+    "exactness": exactness_table,
+    "guard": guard_table,
     "prefill": prefill_table,
     "prefill-quality": prefill_quality_table,
     "prefill-rivals": prefill_rivals_table,
