@@ -25,6 +25,7 @@ TAIL_RESULTS = RESULTS.with_name("tail-correction.jsonl")
 SPATTEN_RESULTS = RESULTS.with_name("spatten.jsonl")
 BUDGET_RESULTS = RESULTS.with_name("budgets.jsonl")
 EXACTNESS_RESULTS = RESULTS.with_name("exactness.jsonl")
+DRAWS_RESULTS = RESULTS.with_name("draws.jsonl")
 GUARD_RESULTS = RESULTS.with_name("guard.jsonl")
 BACKENDS = ("auto", "triton", "cuda", "reference")
 BAD_INPUT = 2
@@ -297,6 +298,36 @@ def exactness(
             replace_rows(output, [row | {"device": known["device"], "conditions": known}], ("setting", "device"))
             shown = f"{row['identical']:>7,} of {row['tokens']:>7,}, {row['rolled_back']:,} rolled back, {row['seconds']:.0f} s"
             print(f"{row['setting']:36s} {shown}", *row["parted"], flush=True)
+
+
+@app.command()
+def draws(
+    count: Annotated[int, typer.Option("--draws", help="texts of two tokens, in each setting")] = 100_000,
+    batch: Annotated[int, typer.Option(help="of them at a time")] = 512,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    output: Annotated[Path, typer.Option(help="file of JSON lines; same rows are replaced")] = DRAWS_RESULTS,
+) -> None:
+    """Are drawn texts of mode exact distributed as the dense target's? Chi-square, on a tiny model with 12 tokens."""
+    from outrider.bench.results import replace_rows
+    from outrider.cli.files import writable_file
+    from outrider.cli.screen import Screen
+
+    for option, number in (("--draws", count), ("--batch", batch)):
+        if number < 1:
+            raise OptionError(option, number, "a whole number >= 1")
+    output = writable_file("--output", output)
+
+    import torch
+
+    from benchmarks.draws import count as counted
+    from outrider.bench.conditions import conditions
+
+    known = conditions(torch.device(device), shlex.join([*PROGRAM.split(), *sys.argv[1:]]))
+    screen = Screen()
+    with screen.working():
+        for row in counted(count, batch, torch.device(device), screen.progress):
+            replace_rows(output, [row | {"device": known["device"], "conditions": known}], ("setting", "device"))
+            print(f"{row['setting']:44s} {row['chi_square']:10.1f} of {row['freedom']}, p {row['p']:.3g}", flush=True)
 
 
 @app.command()

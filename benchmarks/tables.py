@@ -556,6 +556,24 @@ def exactness_table(name: str) -> str:
     return markdown(header, rows)
 
 
+def draws_table(name: str) -> str:
+    """Chi-square of drawn texts against the dense target's distribution."""
+    header = ["device", "rounds", "texts", "chi-square", "degrees of freedom", "p", "rolled back"]
+    rows = [
+        [
+            row["device"],
+            row["setting"],
+            f"{row['draws']:,}",
+            f"{row['chi_square']:,.0f}",
+            str(row["freedom"]),
+            f"{row['p']:.2f}" if row["p"] >= 0.01 else "< 1e-6" if row["p"] < 1e-6 else f"{row['p']:.1g}",
+            f"{100 * row['rolled_back'] / row['tentative']:.0f}%" if row["tentative"] else "",
+        ]
+        for row in lines_if_any(name)
+    ]
+    return markdown(header, rows)
+
+
 def guard_table(name: str) -> str:
     """What audits found, by lists and temperature, over all texts."""
     groups: dict[tuple[str, str, float], list[Line]] = {}
@@ -648,6 +666,7 @@ def kernel_development_table(name: str) -> str:
 TABLES: dict[str, Callable[[str], str]] = {
     "facts-32k": facts_lists_table,
     "exactness": exactness_table,
+    "draws": draws_table,
     "guard": guard_table,
     "prefill": prefill_table,
     "prefill-quality": prefill_quality_table,
