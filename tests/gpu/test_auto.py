@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 import pytest
 import torch
 
-from outrider.bench.cases import TINY_CASE
+from outrider.bench.cases import CASES
 from outrider.bench.decode import measure
 from outrider.bench.dummy import dummy_workloads
 from outrider.bench.options import DecodeOptions, Run
@@ -50,24 +49,22 @@ def test_whatever_is_chosen_the_text_is_that_of_mode_exact(seed, eager, gpu_pair
         assert {name.split()[0] for name in total([r.statistics for r in results]).chosen} == {"plain", "dense", "exact"}
 
 
+def decoded(device, rate):
+    """A row of the 8B shapes at 8K, where the draft is right in this share of rounds."""
+    [work] = dummy_workloads([CASES["llama-8k-b1"]], (rate,) * 4, device, agreement=rate)
+    options = DecodeOptions(mode=("auto",), rounds=60)
+    run = Run(engine="outrider", mode="auto", drafting="sparse")
+    return measure(work, run, options, {"stream_gb_s": 4000.0}, lambda *_: None)
+
+
 def test_a_draft_that_is_worth_nothing_is_left_out(device):
     """Speed is measured by `outrider bench decode --mode plain --mode auto --acceptance 0,0,0,0`; here, that it is seen."""
-    case = replace(TINY_CASE, name="long", context=16_384)
-    [work] = dummy_workloads([case], (0.0,) * 4, device, agreement=0.0)
-    options = DecodeOptions(case=("tiny",), device="cpu", mode=("auto",), rounds=60)
-    row = measure(
-        work, Run(engine="outrider", mode="auto", drafting="sparse"), options, {"stream_gb_s": 4000.0}, lambda *_: None
-    )
+    row = decoded(device, 0.0)
     assert row.chosen["plain"] > 0.8 * sum(row.chosen.values())
     assert row.predicted_ms == pytest.approx(row.round_ms, rel=0.3)
 
 
 def test_a_good_draft_is_used(device):
-    case = replace(TINY_CASE, name="long", context=16_384)
-    [work] = dummy_workloads([case], (1.0,) * 4, device, agreement=1.0)
-    options = DecodeOptions(case=("tiny",), device="cpu", mode=("auto",), rounds=60)
-    row = measure(
-        work, Run(engine="outrider", mode="auto", drafting="sparse"), options, {"stream_gb_s": 4000.0}, lambda *_: None
-    )
+    row = decoded(device, 1.0)
     assert row.chosen.get("plain", 0) < 0.2 * sum(row.chosen.values())
     assert Choice("dense", 4).name in row.chosen or Choice("exact", 4).name in row.chosen

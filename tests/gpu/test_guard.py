@@ -38,7 +38,7 @@ def test_who_only_watches_changes_nothing(dtype, kv_dtype, eager, gpu_pair, make
         assert tokens(found) == tokens(plain.generate(prompts, given))
     counted = total([result.statistics for result in found])
     assert counted.audits > 0 and counted.seconds["audit"] > 0
-    assert 0 < counted.disagreement <= 1 and 0.2 < counted.recalled_mass < 1
+    assert 0 < counted.disagreement <= 1 and 0.1 < counted.recalled_mass < 1
 
 
 def test_graphs_find_what_eager_rounds_find(gpu_pair, make_engine, random_prompts):

@@ -26,3 +26,8 @@ PLAIN = Choice("plain", 0)
 def fixed_choice(config: EngineConfig) -> Choice:
     """The only one in every mode but auto."""
     return PLAIN if config.mode == "plain" else Choice(config.mode, config.draft_tokens)
+
+
+def widths(most: int) -> list[int]:
+    """Numbers of drafted tokens that are chosen among, where `most` are asked for; ascending."""
+    return sorted({most, *(k for k in (1, 2, 4, 8) if k < most)})

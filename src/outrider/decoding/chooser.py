@@ -15,7 +15,7 @@ from typing import Protocol
 
 from outrider.config import MAX_EXACT_EVERY, EngineConfig
 from outrider.decoding.acceptance import Acceptance
-from outrider.decoding.choice import PLAIN, Choice
+from outrider.decoding.choice import PLAIN, Choice, widths
 from outrider.decoding.costs import Costs
 from outrider.decoding.pace import Confirmations
 from outrider.decoding.sequence import Sequence
@@ -125,9 +125,8 @@ class Fastest:
         modes = [mode for mode in ("dense", "sparse") if mode in costs.rounds]
         if config.confirms and "sparse" in modes:
             modes[modes.index("sparse")] = "exact"
-        k = config.draft_tokens
-        widths = sorted({k, *(width for width in (1, 2, 4, 8) if width < k)})
-        self._choices = [Choice(mode, width) for mode in modes for width in widths]
+        self._choices = [Choice(mode, width) for mode in modes for width in widths(config.draft_tokens)]
+        self._listed = False  # rounds are long enough for lists
         self._drift = dict.fromkeys(("plain", *modes), 1.0)  # measured over predicted seconds
 
     @property
@@ -137,21 +136,30 @@ class Fastest:
     def choose(self, running: list[Sequence], *, listed: bool) -> Choice:
         if self._left > 0 and self._rows == len(running) and (self._current == PLAIN or self._fits(self._current, running)):
             return self._current
-        rates = {PLAIN: self._rate(PLAIN, running)}
-        for choice in self._choices:
-            if (listed or choice.mode == "dense") and self._fits(choice, running):
-                rates[choice] = self._rate(choice, running)
-        best = max(rates, key=lambda choice: rates[choice])
-        if self._current not in rates or rates[best] > BETTER * rates[self._current] or not self._rows:
-            self._current = best
+        self._listed = listed
+        self._current = self._best(running)
         self._left, self._rows = REVIEW, len(running)
         self._pace(running)
         return self._current
 
     def stays(self, running: list[Sequence]) -> bool:
-        if self._left <= 1 or self._rows != len(running):
+        if self._rows != len(running):
             return False
+        if self._left <= 1:  # thought over while a round is under way, which need not be waited for if nothing changes
+            if self._best(running) != self._current:
+                return False
+            self._left = REVIEW + 1
         return self._current == PLAIN or self._fits(self._current, running, rounds=2)
+
+    def _best(self, running: list[Sequence]) -> Choice:
+        """The fastest of what puts no sequence at risk; the current choice if it is about as fast."""
+        rates = {PLAIN: self._rate(PLAIN, running)}
+        for choice in self._choices:
+            if (self._listed or choice.mode == "dense") and self._fits(choice, running):
+                rates[choice] = self._rate(choice, running)
+        best = max(rates, key=lambda choice: rates[choice])
+        known = self._rows > 0 and self._current in rates
+        return self._current if known and rates[best] <= BETTER * rates[self._current] else best
 
     def settles(self, running: list[Sequence]) -> bool:
         return self._current.mode == "exact" and not self._fits(self._current, running)

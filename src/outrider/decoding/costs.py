@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from statistics import median
 
 from outrider.decoding.choice import PLAIN, Choice
@@ -21,6 +22,7 @@ from outrider.decoding.runner import Runner
 
 WARM, TIMED = 2, 3  # rehearsals of a kind: the first is as it is, the second is captured; and those that count
 CONFIRMED = 32  # tokens of the confirmation that is measured
+CAPTURED = CONFIRMED, 64  # and of those that are captured beside it
 LEAST = 1024  # cached tokens of the shorter caches, where there is room
 
 KindOf = Callable[[Choice, int, bool], RoundKind]  # of a choice, a number of rows, and whether they are long enough for lists
@@ -96,11 +98,15 @@ def measure(
     cached: int,
     chunk: int,
     progress: ProgressCallback,
+    *,
+    narrower: tuple[int, ...] = (),
 ) -> Costs:
     """Time rounds of these modes on an idle runner, of batches of so many rows with up to `cached` tokens; from `least` on
     there are lists. The draft reads `chunk` tokens at a time.
 
-    Waits for the device. What the caches held is gone.
+    Rounds of `narrower` numbers of drafted tokens, and of the batches between, are built and captured, where rounds are, but
+    not timed: what runs for the first time behind a prompt would be slower than the target alone. Waits for the device. What
+    the caches held is gone.
     """
     if runner.draft is not None:
         runner.caches[1].fill_with_noise()  # equal keys would make equal scores, which are no task for a selection
@@ -129,6 +135,14 @@ def measure(
         return {"confirm": rehearse_confirmation(runner, kind, length, tokens)["confirm"]}
 
     rounds = {mode: timed(round_of(mode), corners) for mode in modes}
+    if narrower and runner.stages.capture:
+        for rows, mode, k in product(powers(max(batches)), modes, (*narrower, runner.k)):
+            for _ in range(WARM):
+                rehearse(runner, kind_of(PLAIN if mode == "plain" else Choice(mode, k), rows, shortest >= least), shortest)
+        for rows, width in product(powers(max(batches)), CAPTURED if confirms else ()):
+            for _ in range(WARM):
+                kind = kind_of(Choice("exact", runner.k), rows, shortest >= least)
+                rehearse_confirmation(runner, kind, shortest, min(width, runner.most_tentative))
     confirm = timed(confirmation, corners)["confirm"] if confirms else None
     read = None
     if runner.draft is not None:
@@ -146,6 +160,11 @@ def measure(
         rows=max(batches),
         cached=longest,
     )
+
+
+def powers(rows: int) -> list[int]:
+    """Batches that rounds have: powers of two, up to the largest."""
+    return sorted({*(1 << at for at in range(rows.bit_length()) if 1 << at < rows), rows})
 
 
 def _median(once: Callable[[int, int], dict[str, float]], rows: int, cached: int) -> dict[str, float]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from outrider.config import MODES, EngineConfig, SamplingParams, check
 from outrider.decoding.acceptance import Acceptance
-from outrider.decoding.choice import fixed_choice
+from outrider.decoding.choice import fixed_choice, widths
 from outrider.decoding.chooser import Chooser, Fastest, Fixed
 from outrider.decoding.confirmation import most_tentative, spare_rows
 from outrider.decoding.costs import Costs, KindOf, measure
@@ -146,7 +146,9 @@ class Engine:
             "exact": ("plain", "sparse"),
         }.get(config.mode, (config.mode,))
         batches = {runner.slots, 1} if config.mode == "auto" else {runner.slots}
-        self._costs = measure(runner, kind_of, modes, batches, least, longest, config.prefill_chunk, progress)
+        narrower = tuple(widths(config.draft_tokens)[:-1]) if config.mode == "auto" else ()
+        measured = modes, batches, least, longest, config.prefill_chunk
+        self._costs = measure(runner, kind_of, *measured, progress, narrower=narrower)
         return self._costs
 
     def chooser(self, confirmations: Confirmations, costs: Costs | None, slots: int) -> Chooser:

@@ -3,6 +3,9 @@
 A captured stage reads and writes the same memory at every replay. What it needs comes from tensors that stay where they are:
 the caches, the inputs of the round, the results of the captured stages before it. Its own result stays in place, too, until the
 next replay.
+
+Stages of one name share memory, those of two names none. A stage that not every round has is captured behind others, and runs
+before them: in their memory its result would lie where they have what they need on the way.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ class Stages:
         self.capture = capture
         self._variants: dict[Hashable, _Variant] = {}
         self._current = _Variant()
-        self._pool: Any = None
+        self._pools: dict[str, Any] = {}  # by the name of a stage
 
     def begin(self, kind: Hashable) -> None:
         """A round of this kind starts."""
@@ -54,16 +57,16 @@ class Stages:
             self._current.warm.add(name)
             return function()
         if name not in self._current.stages:
-            self._current.stages[name] = self._record(function)
+            self._current.stages[name] = self._record(name, function)
         graph, result = self._current.stages[name]
         graph.replay()
         return result
 
-    def _record(self, function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    def _record(self, name: str, function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
         graph = torch.cuda.CUDAGraph()
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+        if name not in self._pools:
+            self._pools[name] = torch.cuda.graph_pool_handle()
         # thread_local: NCCL has a thread of its own that asks the device how collectives go
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pools[name], capture_error_mode="thread_local"):
             result = function()
         return graph, result

@@ -5,7 +5,7 @@ from __future__ import annotations
 from outrider.config import MAX_EXACT_EVERY, EngineConfig
 from outrider.decoding.sequence import Sequence
 
-DENSE_ROUNDS = 2.0  # a dense forward costs as much as so many sparse rounds, where nobody has measured it
+DENSE_ROUNDS = 1.5  # a dense forward costs as much as so many sparse rounds, where nobody has measured it
 PRIOR = 15.0, 0.5  # tokens that passed and that did not, as if they had been seen
 MEMORY = 0.95  # what was seen before a round or a confirmation counts so much behind it
 
