@@ -266,6 +266,54 @@ def decode_table(name: str) -> str:
     return markdown(header, rows) if rows else NOT_MEASURED
 
 
+def decode_trust_table(name: str) -> str:
+    """Exact, auto and guarded rounds beside plain, dense and sparse ones of the same machine."""
+    found = lines_if_any(name)
+    beside = {(row["case"], row["mode"]): row for row in reversed(found) if row["conditions"]["guard_every"] is None}
+
+    def run(row: Line) -> str:
+        said = row["acceptance"]
+        script = (
+            f"agreement {said['agreement']:g}" if "agreement" in said else None,
+            "acceptance 0" if said["kind"] == "scripted" and not any(said["rates"]) else None,
+            f"audits every {row['conditions']['guard_every']} rounds" if row["conditions"]["guard_every"] else None,
+        )
+        return ", ".join(filter(None, (row["mode"], *script)))
+
+    rows = []
+    for row in found:
+        speed, extra = row["tokens_per_second"], row["stages"]
+        ratios = [
+            f"{speed / beside[row['case'], mode]['tokens_per_second']:.2f}x" if (row["case"], mode) in beside else ""
+            for mode in ("plain", "dense")
+        ]
+        confirm = extra.get("confirm", extra.get("audit"))
+        rows.append(
+            [
+                row["case"],
+                run(row),
+                f"{speed:.0f}",
+                *ratios,
+                f"{row['acceptance']['tokens_per_round']:.2f}",
+                f"{row['round_ms']:.2f}",
+                "" if confirm is None else f"{confirm:.2f}",
+                f"{row['predicted_ms']:.2f}",
+            ]
+        )
+    header = [
+        "case",
+        "mode",
+        "tokens/s",
+        "of plain",
+        "of dense",
+        "tokens a round",
+        "ms a round",
+        "of these dense forwards",
+        "predicted",
+    ]
+    return markdown(header, rows)
+
+
 def decode_stages_table(name: str) -> str:
     """The stages of our sparse rounds: ms, and the share of the floor."""
     rows = []
@@ -676,6 +724,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "generate": generate_table,
     "pair-gpu": pair_gpu_table,
     "decode": decode_table,
+    "decode-trust": decode_trust_table,
     "decode-stages": decode_stages_table,
     "decode-lists": decode_lists_table,
     "decode-profile": decode_profile_table,

@@ -17,19 +17,19 @@ def warm_up(runner: Runner, kind: RoundKind, progress: ProgressCallback) -> None
         return
     for done in range(2):
         progress("compile rounds", done, 2)
-        rehearse(runner, kind, 1)
+        rehearse(runner, kind, 1, audit=True)
         if runner.confirms and kind.sparse:
             rehearse_confirmation(runner, kind, 1, 1)
     runner.clear(slice(None))
     progress("compile rounds", 2, 2)
 
 
-def rehearse(runner: Runner, kind: RoundKind, cached: int) -> dict[str, float]:
-    """A round of rows of `cached` tokens each; seconds by stage."""
+def rehearse(runner: Runner, kind: RoundKind, cached: int, *, audit: bool = False) -> dict[str, float]:
+    """A round of rows of `cached` tokens each; seconds by stage. With `audit` it is audited, where rounds ever are."""
     clock = _begin(runner, cached)
     if runner.quantized is not None and kind.sparse:
         runner.quantized.rows(0, kind.rows).fill(runner.caches[1].rows(0, kind.rows))
-    runner.run_stages(kind, clock, audit=runner.audits is not None and kind.sparse)
+    runner.run_stages(kind, clock, audit=audit and kind.sparse)
     return clock.settle()
 
 
