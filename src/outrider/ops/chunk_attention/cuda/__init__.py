@@ -13,6 +13,7 @@ from outrider.ops import compiler
 SOURCE = Path(__file__).with_name("kernel.cu")
 ELEMENTS = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
 WARPGROUPS = {64: 3, 128: 2}  # that attend, 64 rows each, by head dim
+MAX_SPLITS = 32  # of a row tile: a lane each where they are merged
 VARIANTS = [  # compiled by the tests
     (f"ELEMENT={element}", f"HEAD_DIM={D}", f"WARPGROUPS={warpgroups}")
     for element in ELEMENTS.values()
@@ -26,13 +27,21 @@ class Arguments(ctypes.Structure):
     _fields_ = (
         [
             (name, ctypes.c_void_p)
-            for name in ("queries", "keys", "values", "indices", "counts", "lengths", "output", "logsumexp")
+            for name in (
+                "queries", "keys", "values", "indices", "counts", "lengths", "output", "logsumexp", "partial_outputs",
+                "partial_logsumexp",
+            )
         ]
         + [
             (name, ctypes.c_longlong * 3)
             for name in ("query_stride", "stride", "index_stride", "count_stride", "logsumexp_stride")
         ]
-        + [(name, ctypes.c_int) for name in ("wide_lengths", "B", "T", "block", "group", "heads", "heads_per_kv", "row_tiles")]
+        + [
+            (name, ctypes.c_int)
+            for name in (
+                "wide_lengths", "B", "T", "block", "group", "heads", "heads_per_kv", "row_tiles", "splits",
+            )
+        ]
         + [("scale", ctypes.c_float)]
     )  # fmt: skip
 
@@ -85,6 +94,9 @@ def chunk_attention(
     output = torch.empty(B, T, Hq, D, dtype=queries.dtype, device=queries.device)
     group = Hq // heads
     row_tiles = -(-block * group // (64 * WARPGROUPS[D]))
+    programs = row_tiles * heads * blocks  # of a sequence
+    splits = max(1, min(MAX_SPLITS, compiler.multiprocessors(queries.device) // programs))
+    partial = output.new_empty((splits, B, T, Hq, D + 1) if splits > 1 else 0, dtype=torch.float32)
     library = compiler.build(SOURCE, f"ELEMENT={ELEMENTS[queries.dtype]}", f"HEAD_DIM={D}", f"WARPGROUPS={WARPGROUPS[D]}")
     arguments = Arguments(
         queries=queries.data_ptr(),
@@ -95,6 +107,8 @@ def chunk_attention(
         lengths=lengths.data_ptr(),
         output=output.data_ptr(),
         logsumexp=None if logsumexp is None else logsumexp.data_ptr(),
+        partial_outputs=partial.data_ptr(),
+        partial_logsumexp=partial.data_ptr() + partial.numel() // (D + 1) * D * partial.element_size(),
         query_stride=queries.stride()[:3],
         stride=keys.stride()[:3],
         index_stride=(0, 0, 0) if indices is None else indices.stride()[:3],
@@ -108,10 +122,11 @@ def chunk_attention(
         heads=heads,
         heads_per_kv=heads // Hkv,
         row_tiles=row_tiles,
+        splits=splits,
         scale=scale * 1.4426950408889634,  # log2(e): the kernel works in powers of two
     )
     stream = ctypes.c_void_p(torch.cuda.current_stream(queries.device).cuda_stream)
     with torch.cuda.device(queries.device):
-        error = library.launch(ctypes.byref(arguments), row_tiles * heads * B * blocks, stream)
+        error = library.launch(ctypes.byref(arguments), programs * B * splits, stream)
     compiler.check(library, error, "chunk_attention")
     return output

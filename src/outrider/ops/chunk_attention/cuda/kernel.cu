@@ -1,6 +1,6 @@
 // Chunk attention for Hopper, in the frame of FlashAttention-3 (arXiv 2407.08608), with rows of the cache gathered from lists.
 //
-//     grid     B x blocks x heads that own a list x row tiles. The rows of a tile are queries of one block, each with its query heads of
+//     grid     B x blocks x heads that own a list x row tiles x splits. The rows of a tile are queries of one block, each with its query heads of
 //              one KV head side by side. What they may see is one run of slots: those of the list, then the block's own tokens. Query
 //              `step` of the block sees the slots up to count + step. Without lists the chunk is one block and a slot is a position.
 //     ring     rows of keys and values in shared memory, TILE slots each, in the order they are needed: K0, K1, V0, K2, V1, ...
@@ -9,6 +9,8 @@
 //              their softmax is taken while P V still runs. At D = 64, where the softmax takes as long as the products, the warpgroups
 //              take turns at the tensor cores, so that the softmax of one falls into the products of another.
 //
+// Where there are fewer row tiles than multiprocessors, the slots of each are split among several programs, and a second kernel merges
+// what they found. How they are split depends on the shapes of one sequence alone, so a row's result does not know its neighbours.
 // Programs are ordered by their work, the last block first, and in it the last queries. Row tiles that walk the same list run side by side,
 // so that one of them brings a row into the L2 cache for all. Slots behind the causal edge load nothing: their rows are zeros.
 // Built for one ELEMENT, HEAD_DIM and WARPGROUPS that attend.
@@ -34,6 +36,7 @@ constexpr int STAGES = FIT < 8 ? FIT : 8;
 constexpr int SHARED_BYTES = WARPGROUPS * QUERY_BYTES + STAGES * TILE_BYTES + 2 * STAGES * 8;
 constexpr int COPY_REGISTERS = WARPGROUPS == 2 ? 56 : 32, ATTEND_REGISTERS = WARPGROUPS == 2 ? 224 : 160;
 constexpr bool ORDERED = D == 64;                  // measured: at 128 they do better left alone
+constexpr float LN_2 = 0.6931471805599453f;
 constexpr float LOWEST = -1e30f;                   // below every logit, and finite: of rows that see nothing no inf - inf comes
 static_assert(D == 64 || D == 128, "unsupported shape");
 
@@ -44,8 +47,10 @@ struct Arguments {
   const void* lengths;     // [B] int32 or int64
   ELEMENT* output;         // [B, T, Hq, D] contiguous
   float* logsumexp;        // [B, Hq, T], or null
+  float* partial_outputs;  // [splits, B, T, Hq, D], if splits > 1
+  float* partial_logsumexp;  // [splits, B, T, Hq], in powers of two
   long long query_stride[3], stride[3], index_stride[3], count_stride[3], logsumexp_stride[3];  // elements; stride: of keys and values
-  int wide_lengths, B, T, block, group, heads, heads_per_kv, row_tiles;  // heads: of lists or KV
+  int wide_lengths, B, T, block, group, heads, heads_per_kv, row_tiles, splits;  // heads: of lists or KV
   float scale;             // on the logits, times log2(e)
 };
 
@@ -60,9 +65,9 @@ struct Ring {
   }
 };
 
-// A program's row tile.
+// A program's row tile, and the tiles of slots that it reads, begin .. stop - 1.
 struct Part {
-  int b, here, head, first, tokens, count, listed, own, end;
+  int b, here, head, split, first, tokens, count, listed, own, end, begin, stop;
   __device__ __forceinline__ Part(const Arguments& a) {
     int rest = gridDim.x - 1 - blockIdx.x;
     auto digit = [&](int values) {
@@ -70,6 +75,7 @@ struct Part {
       rest /= values;
       return value;
     };
+    split = digit(a.splits);
     first = digit(a.row_tiles) * ROWS;                    // row
     head = digit(a.heads);
     b = digit(a.B);
@@ -80,8 +86,16 @@ struct Part {
     count = a.counts ? a.counts[b * a.count_stride[0] + here * a.count_stride[1] + head * a.count_stride[2]] : own;
     listed = a.counts ? count : 0;
     end = count + min((first + ROWS - 1) / a.group, tokens - 1) + 1;  // no row sees what is behind
+    const int tiles = (end + TILE - 1) / TILE, each = (tiles + a.splits - 1) / a.splits;
+    begin = split * each;
+    stop = min(begin + each, tiles);
   }
-  __device__ __forceinline__ int tiles() const { return (end + TILE - 1) / TILE; }
+  // Of a partial result: number of the row, or -1 where there is none.
+  __device__ __forceinline__ long long partial_row(const Arguments& a, int row) const {
+    const int step = row / a.group;
+    const long long token = ((long long)split * a.B + b) * a.T + here * (long long)a.block + step;
+    return step < tokens ? (token * a.heads + head) * a.group + row % a.group : -1;
+  }
 };
 
 // Gathers the rows of all tiles into the ring. A warp has 32 slots of a tile; each lane looks one up and tells the others.
@@ -116,16 +130,15 @@ __device__ __forceinline__ void copy(const Arguments& a, const Part& at, Ring ri
     ptx::barrier_arrive_after_copies(ring.full + ring.stage);
     ring.next();
   };
-  const int tiles = at.tiles();
-  int ahead = look_up(0), before = 0;
-  for (int tile = 0; tile < tiles; tile++) {
+  int ahead = look_up(at.begin), before = 0;
+  for (int tile = at.begin; tile < at.stop; tile++) {
     const int mine = ahead;
     ahead = look_up(tile + 1);
     load(keys, mine, tile);
-    if (tile > 0) load(values, before, tile - 1);
+    if (tile > at.begin) load(values, before, tile - 1);
     before = mine;
   }
-  load(values, before, tiles - 1);
+  load(values, before, at.stop - 1);
 }
 
 // Online softmax over the 64 rows of a warpgroup; a thread has two of them, and of these every fourth pair of columns.
@@ -213,7 +226,6 @@ __device__ __forceinline__ void attend(const Arguments& a, const Part& at, Ring 
     for (int i = 0; i < 32; i++) p[i] = ptx::pack<ELEMENT>(s[2 * i], s[2 * i + 1]);
   };
 
-  const int tiles = at.tiles();
   arrived();
   wgmma::begin();
   multiply_keys();
@@ -221,10 +233,10 @@ __device__ __forceinline__ void attend(const Arguments& a, const Part& at, Ring 
   wgmma::settle(s);
   release(ring.empty + ring.stage);
   ring.next();
-  weigh(0);
+  weigh(at.begin);
   pack();
-  if (ORDERED && warpgroup == WARPGROUPS - 1 && tiles > 1) ptx::named_barrier_arrive(1, 256);  // the first one's turn
-  for (int tile = 1; tile < tiles; tile++) {
+  if (ORDERED && warpgroup == WARPGROUPS - 1 && at.stop - at.begin > 1) ptx::named_barrier_arrive(1, 256);  // the first one's turn
+  for (int tile = at.begin + 1; tile < at.stop; tile++) {
     arrived();
     if (ORDERED) ptx::named_barrier(1 + warpgroup, 256);
     wgmma::begin();
@@ -236,7 +248,7 @@ __device__ __forceinline__ void attend(const Arguments& a, const Part& at, Ring 
     multiply_values();
     uint64_t* const values_read = ring.empty + ring.stage;
     ring.next();
-    if (ORDERED && (warpgroup < WARPGROUPS - 1 || tile < tiles - 1)) ptx::named_barrier_arrive(1 + (warpgroup + 1) % WARPGROUPS, 256);
+    if (ORDERED && (warpgroup < WARPGROUPS - 1 || tile < at.stop - 1)) ptx::named_barrier_arrive(1 + (warpgroup + 1) % WARPGROUPS, 256);
     wgmma::wait<1>();
     wgmma::settle(s);
     release(keys_read);
@@ -262,9 +274,18 @@ __device__ __forceinline__ void attend(const Arguments& a, const Part& at, Ring 
     const int step = mine[r] / a.group, head = at.head * a.group + mine[r] % a.group;
     const long long token = at.here * (long long)a.block + step;
     if (step >= at.tokens) continue;
+    if (a.splits > 1) {
+      const long long to = at.partial_row(a, mine[r]);
+      const float share = total > 0 ? 1 / total : 0;  // a row may see nothing of these slots
+      if (lane % 4 == 0) a.partial_logsumexp[to] = total > 0 ? softmax.best[r] * a.scale + log2f(total) : -INFINITY;
+      float2* const output = (float2*)(a.partial_outputs + to * D) + lane % 4;
+#pragma unroll
+      for (int i = 0; i < D / 8; i++) output[4 * i] = make_float2(o[4 * i + 2 * r] * share, o[4 * i + 2 * r + 1] * share);
+      continue;
+    }
     if (a.logsumexp && lane % 4 == 0)
       a.logsumexp[at.b * a.logsumexp_stride[0] + head * a.logsumexp_stride[1] + token * a.logsumexp_stride[2]] =
-          (softmax.best[r] * a.scale + log2f(total)) * 0.6931471805599453f;
+          (softmax.best[r] * a.scale + log2f(total)) * LN_2;
     uint32_t* const to = (uint32_t*)(a.output + ((at.b * (long long)a.T + token) * a.heads * a.group + head) * D) + lane % 4;
     const float share = 1 / total;
 #pragma unroll
@@ -276,6 +297,11 @@ __global__ void __launch_bounds__(THREADS, 1) chunk_attention(const __grid_const
   extern __shared__ __align__(1024) char shared[];
   const Part at(a);
   if (at.first / a.group >= at.tokens) return;
+  if (at.begin >= at.stop) {  // fewer tiles than splits
+    for (int row = at.first + threadIdx.x; row < at.first + ROWS; row += THREADS)
+      if (const long long to = at.partial_row(a, row); to >= 0) a.partial_logsumexp[to] = -INFINITY;
+    return;
+  }
   char* const tiles = shared + WARPGROUPS * QUERY_BYTES;
   uint64_t* const barriers = (uint64_t*)(tiles + STAGES * TILE_BYTES);
   const Ring ring{ptx::shared_address(tiles), barriers, barriers + STAGES};
@@ -296,6 +322,37 @@ __global__ void __launch_bounds__(THREADS, 1) chunk_attention(const __grid_const
   }
 }
 
+// A warp has one row of the result; a lane D / 32 of its columns, and the sum of one split.
+constexpr int MERGING = 128;
+__global__ void __launch_bounds__(MERGING) merge(const __grid_constant__ Arguments a) {
+  const int lane = threadIdx.x % 32, Hq = a.heads * a.group;
+  const long long rows = (long long)a.B * a.T * Hq, row = (blockIdx.x * (long long)MERGING + threadIdx.x) / 32;
+  if (row >= rows) return;
+  const float mine = lane < a.splits ? a.partial_logsumexp[lane * rows + row] : -INFINITY;
+  float highest = mine;
+#pragma unroll
+  for (int other = 16; other > 0; other /= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, other));
+  const float weight = ptx::exp2(mine - highest);
+  float total = weight, x[D / 32] = {};
+#pragma unroll
+  for (int other = 16; other > 0; other /= 2) total += __shfl_xor_sync(~0u, total, other);
+  for (int split = 0; split < a.splits; split++) {
+    const float share = __shfl_sync(~0u, weight, split);
+    if (share == 0) continue;  // nothing was written there
+    const float2* const part = (const float2*)(a.partial_outputs + (split * rows + row) * D) + lane * (D / 64);
+#pragma unroll
+    for (int i = 0; i < D / 64; i++) x[2 * i] += share * part[i].x, x[2 * i + 1] += share * part[i].y;
+  }
+  uint32_t* const output = (uint32_t*)(a.output + row * D) + lane * (D / 64);
+#pragma unroll
+  for (int i = 0; i < D / 64; i++) output[i] = ptx::pack<ELEMENT>(x[2 * i] / total, x[2 * i + 1] / total);
+  if (a.logsumexp && lane == 0) {
+    const long long token = row / Hq, b = token / a.T;
+    a.logsumexp[b * a.logsumexp_stride[0] + row % Hq * a.logsumexp_stride[1] + token % a.T * a.logsumexp_stride[2]] =
+        (highest + log2f(total)) * LN_2;
+  }
+}
+
 extern "C" int launch(const Arguments* arguments, int programs, void* stream) {
   static const cudaError_t prepared =
       cudaFuncSetAttribute(chunk_attention, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
@@ -305,5 +362,11 @@ extern "C" int launch(const Arguments* arguments, int programs, void* stream) {
   configuration.blockDim = dim3(THREADS);
   configuration.dynamicSmemBytes = SHARED_BYTES;
   configuration.stream = (cudaStream_t)stream;
-  return (int)cudaLaunchKernelEx(&configuration, chunk_attention, *arguments);
+  const cudaError_t error = cudaLaunchKernelEx(&configuration, chunk_attention, *arguments);
+  if (error != cudaSuccess || arguments->splits == 1) return (int)error;
+  const long long rows = (long long)arguments->B * arguments->T * arguments->heads * arguments->group;
+  configuration.gridDim = dim3((unsigned)((rows * 32 + MERGING - 1) / MERGING));
+  configuration.blockDim = dim3(MERGING);
+  configuration.dynamicSmemBytes = 0;
+  return (int)cudaLaunchKernelEx(&configuration, merge, *arguments);
 }
