@@ -37,7 +37,7 @@ def test_every_token_is_the_dense_targets(small, make_engine, make_pair, random_
     for row in rows:
         assert row["tokens"] == row["identical"] == 12 * row["texts"] and row["parted"] == []
         assert row["kept"] < 0.5
-    assert rows[1]["accepted_per_round"] < rows[0]["accepted_per_round"], "a draft of noise is of no use"
+    assert rows[1]["accepted_per_round"] < 0.1, "a draft of noise is of no use"
     assert rows[1]["rolled_back"] > 0
 
 

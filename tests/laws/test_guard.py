@@ -75,11 +75,12 @@ def test_figures_of_an_audit_by_their_definition(method, make_pair, make_engine,
     """Against a softmax in fp64 over the same queries and keys, and distributions one by one."""
     compare, checked = Audits.compare, []
 
-    def check(self, dense, logits, inputs, lists, cache):
-        spec, done = self._target.spec, self._done
-        figures = compare(self, dense, logits, inputs, lists, cache)
+    def check(self, dense, logits, inputs, lists, cache, turns):
+        spec = self._target.spec
+        figures = compare(self, dense, logits, inputs, lists, cache, turns)
         for row in dense.rows.nonzero()[:, 0].tolist():
-            length, shares = int(cache.lengths[row]), []
+            length, shares, done = int(cache.lengths[row]), [], int(inputs.audited[row]) - 1
+            assert done in turns
             for layer in lists.layers[done % min(WINDOW, len(lists.layers)) :: WINDOW]:
                 indices, counts = (x[row] for x in lists.of(layer))
                 queries, keys = dense.queries[layer][row].double(), cache.keys(layer)[row].double()
@@ -141,6 +142,7 @@ def test_law_7_a_row_of_a_batch_equals_the_row_alone(make_pair, make_engine, ran
         for name in COUNTED:
             assert getattr(result.statistics, name) == getattr(single.statistics, name), name
         assert result.statistics.differed == pytest.approx(single.statistics.differed, abs=1e-3)
+        assert result.statistics.recalled == pytest.approx(single.statistics.recalled, abs=1e-3)
     counted = total([result.statistics for result in together])
     assert 0 < counted.fallbacks < len(prompts)
 

@@ -10,6 +10,7 @@ of an audit: the target's weights, all keys and values of the audited rows, and 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -41,12 +42,11 @@ class Audits:
         self._target, self._least = target, least
         device = target.spec.device
         self._everything = torch.arange(capacity, dtype=torch.int32, device=device).expand(slots, 1, -1).contiguous()
-        self._done = 0  # audited rounds
 
     def read(self, cache: KVCache, drafted: Tensor, inputs: Inputs) -> Dense:
         """The dense forward of the pending and the drafted tokens [B, K] behind what `cache` holds. Waits for nothing."""
         assert inputs.audited is not None
-        rows = (inputs.audited > 0) & (cache.lengths >= self._least)
+        rows = (inputs.audited > 0) & (cache.lengths >= self._least)  # others have no turn
         lengths = torch.where(rows, cache.lengths, 0)
         layers = self._target.spec.full_layers
         places = self._everything[: len(rows)]
@@ -60,39 +60,48 @@ class Audits:
         output = self._target.forward(tokens, cache, selection=everything, record_queries=True)
         return Dense(rows=rows, lengths=lengths, logits=output.logits, queries=output.queries)
 
-    def compare(self, dense: Dense, logits: Tensor, inputs: Inputs, lists: Selection, cache: KVCache) -> Tensor:
+    def compare(
+        self, dense: Dense, logits: Tensor, inputs: Inputs, lists: Selection, cache: KVCache, turns: Iterable[int]
+    ) -> Tensor:
         """Figures [B, T + 3] fp64 of the sparse target's `logits` [B, T, V]: disagreement by position, recalled mass, share of
-        the tokens on lists, and 1 in audited rows. `cache` does not yet count the round's tokens. Waits for nothing."""
+        the tokens on lists, and 1 in audited rows. `cache` does not yet count the round's tokens, `turns` are the rows'.
+
+        Waits for nothing.
+        """
         if inputs.sampling.greedy:
             differences = (greedy(dense.logits) != greedy(logits)).double()
         else:
             wanted, found = (distributions(x, inputs.sampling) for x in (dense.logits, logits))
             differences = (wanted - found).clamp(min=0).sum(-1).double().nan_to_num(1.0).clamp(max=1)
-        recalled, kept = self._recalled(dense, lists, cache), lists.counts.double().mean((0, 2)) / dense.lengths.clamp(min=1)
-        self._done += 1
+        assert inputs.audited is not None
+        kept = lists.counts.double().mean((0, 2)) / dense.lengths.clamp(min=1)
+        recalled = torch.zeros_like(kept)
+        for turn in sorted(turns):
+            own = inputs.audited.eq(turn + 1)
+            recalled = torch.where(own, self._recalled(dense, torch.where(own, dense.lengths, 0), lists, cache, turn), recalled)
         figures = torch.cat([differences, torch.stack([recalled, kept, dense.rows.double()], dim=1)], dim=1)
         return self._target.ranks.mean(figures)  # each has seen its own heads' lists
 
-    def _recalled(self, dense: Dense, lists: Selection, cache: KVCache) -> Tensor:
-        """[B] fp64: share of the mass on cached tokens that is on listed ones, mean over lists, and over every `WINDOW`-th
-        layer with lists: others with each audit, so that a few audits have seen all."""
+    def _recalled(self, dense: Dense, lengths: Tensor, lists: Selection, cache: KVCache, turn: int) -> Tensor:
+        """[B] fp64: share of the mass on `lengths` cached tokens that is on listed ones, mean over lists, and over every
+        `WINDOW`-th layer with lists: others with each of a sequence's audits, so that a few have seen all."""
         spec = self._target.spec
         backend = "auto" if self._target.backend == "cuda" else self._target.backend  # there is no unlisted_mass in CUDA C++
         found = []
-        for at in range(self._done % min(WINDOW, len(lists.layers)), len(lists.layers), WINDOW):
+        for at in range(turn % min(WINDOW, len(lists.layers)), len(lists.layers), WINDOW):
             layer, owners = lists.layers[at], lists.indices.shape[2]
             shape = spec.layers[layer]
             mass = attention_mass(
                 dense.queries[layer],
                 cache.keys(layer),
-                dense.lengths,
+                lengths,
                 scale=shape.scale,
                 heads=torch.arange(shape.query_heads, device=cache.device).view(owners, -1),  # that share a list
                 key_scale=cache.key_scales[layer],
                 backend=backend,
             )
             own = torch.arange(owners, device=cache.device).view(1, -1, 1)
-            given = mass, dense.lengths, own, lists.indices[at : at + 1], lists.counts[at : at + 1]
+            given = mass, lengths, own, lists.indices[at : at + 1], lists.counts[at : at + 1]
             found.append(1 - unlisted_mass(*given, backend=backend)[0].double().mean(-1))
         return torch.stack(found).mean(0)
 

@@ -131,6 +131,11 @@ class Guard:
         self._recalled: deque[float] = deque(maxlen=WINDOW)
 
 
+def turn_of(sequence: Sequence) -> int:
+    """Which layers the next audit of a sequence looks at, of `WINDOW` parts: its own audits alone decide."""
+    return sequence.statistics.audits % WINDOW
+
+
 class Guards:
     """The guards of a run; none in other modes, or where nobody has asked for them."""
 

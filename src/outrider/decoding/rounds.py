@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from outrider.decoding.guard import turn_of
 from outrider.decoding.noise import Noise
 from outrider.decoding.sampling import Sampling, all_greedy, any_filtered, distributions, greedy, in_parts
 from outrider.decoding.sequence import Sequence
@@ -58,7 +59,7 @@ class Inputs:
     verify_uniforms: Tensor  # [B, K + 1] fp32
     sampling: Sampling
     shares: Tensor | None = None  # [B] fp64: what lists keep of each row; None: as the budget says
-    audited: Tensor | None = None  # [B] fp64: 1 in rows that are to be audited
+    audited: Tensor | None = None  # [B] fp64: 1 + the turn in rows that are to be audited, else 0
     noise: Noise | None = None  # by which draft and target choose; None: they draw by the uniforms
 
 
@@ -89,7 +90,8 @@ class InputBuffer:
         for row, sequence in enumerate(running):
             params = sequence.params
             share = self._share if sequence.share is None else sequence.share
-            numbers = (1.0, params.temperature, params.top_k, params.top_p, sequence.key, share, float(audited[row]))
+            turn = audited[row] * (1 + turn_of(sequence))
+            numbers = (1.0, params.temperature, params.top_k, params.top_p, sequence.key, share, turn)
             host[row, : self.PARAMETERS] = torch.tensor(numbers, dtype=torch.float64)
             host[row, self.PARAMETERS :] = sequence.uniforms(2 * self.k + 1)
         self._device[:rows].copy_(host[:rows], non_blocking=True)

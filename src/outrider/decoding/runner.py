@@ -12,6 +12,7 @@ from outrider.decoding.confirmation import BlockBuffer, ConfirmationKind, confir
 from outrider.decoding.drafting import DraftLists, propose
 from outrider.decoding.flight import Flight, Landed
 from outrider.decoding.graphs import Stages
+from outrider.decoding.guard import turn_of
 from outrider.decoding.guidance import Guidance
 from outrider.decoding.guides import ByRow
 from outrider.decoding.prefill import ReadChunk, read_on
@@ -126,7 +127,8 @@ class Runner:
         self._follow(kind, running)
         self.inputs.load(running, kind.rows, audited)
         before, fresh = self._touched(kind, running), self._is_fresh(kind)
-        outcome, figures = self.run_stages(kind, clock, audit=kind.sparse and any(audited))
+        turns = {turn_of(sequence) for sequence, due in zip(running, audited, strict=True) if due and kind.sparse}
+        outcome, figures = self.run_stages(kind, clock, turns)
         touched = [after - x for x, after in zip(before, self._touched(kind, running), strict=True)]
         host, arrived = self._landing[0][: outcome.numbers.numel()].view_as(outcome.numbers), None
         self._landing.reverse()
@@ -226,9 +228,9 @@ class Runner:
                 self.rivals.begin(row, running[row].text_cached)
         self._begun.update(range(len(running)))
 
-    def run_stages(self, kind: RoundKind, clock: StageClock, *, audit: bool) -> tuple[Outcome, Tensor | None]:
-        """Propose, score, select, verify and accept over the first `kind.rows` rows, without waiting for the device. With
-        `audit` the dense target reads the round, too: the second result are its figures."""
+    def run_stages(self, kind: RoundKind, clock: StageClock, turns: set[int]) -> tuple[Outcome, Tensor | None]:
+        """Propose, score, select, verify and accept over the first `kind.rows` rows, without waiting for the device. Where rows
+        are to be audited, at these `turns`, the dense target reads the round, too: the second result are its figures."""
         run, spec = self.stages.run, self.target.spec
         caches = [cache.rows(0, kind.rows) for cache in self.caches]
         guidance = self.guidance if kind.sparse else None
@@ -275,7 +277,7 @@ class Runner:
                 chosen = run("select", lambda: selected(guidance))
         if self.rivals is not None and kind.sparse:
             chosen = self.rivals.lists(torch.cat([inputs.pending[:, None], trace.tokens], dim=1), len(self._begun))
-        audits = self.audits if audit else None
+        audits = self.audits if turns else None
         if audits is not None:
             with clock.stage("audit"):
                 dense = run("audit", lambda: audits.read(caches[0], trace.tokens, inputs))
@@ -283,6 +285,6 @@ class Runner:
             logits = run("verify", lambda: verify(self.target, caches[0], inputs.pending, trace.tokens, chosen))
         if audits is not None and dense is not None and chosen is not None and chosen.made is not None:
             with clock.stage("audit"):
-                figures = audits.compare(dense, logits, inputs, chosen.made, caches[0])
+                figures = audits.compare(dense, logits, inputs, chosen.made, caches[0], turns)
         with clock.stage("accept"):
             return run("accept", accepted), figures
