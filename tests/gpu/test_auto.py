@@ -61,7 +61,6 @@ def test_a_draft_that_is_worth_nothing_is_left_out(device):
     """Speed is measured by `outrider bench decode --mode plain --mode auto --acceptance 0,0,0,0`; here, that it is seen."""
     row = decoded(device, 0.0)
     assert row.chosen["plain"] > 0.8 * sum(row.chosen.values())
-    assert row.predicted_ms == pytest.approx(row.round_ms, rel=0.3)
 
 
 def test_a_good_draft_is_used(device):
