@@ -33,6 +33,7 @@ class DraftTrace:
     tokens: Tensor  # [B, K] int64, the drafted tokens
     probs: Tensor | None  # [B, K, V] fp32, the distribution each was drawn from; None where all are greedy, or chosen by noise
     queries: tuple[Tensor, ...]  # per draft layer [B, T, Hq, D]: post-RoPE queries of the pending and all drafted tokens
+    tentative: Tensor | None = None  # [B] int64: of the tokens, how many first ones the sparse target has chosen; None: none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

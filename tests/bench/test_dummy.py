@@ -14,9 +14,11 @@ from outrider.types import DraftTrace
 RATES = (0.9, 0.8, 0.7, 0.6)
 
 
-def judged(judge: ScriptedJudge, rows: int, k: int = len(RATES), vocabulary: int = 7):
+def judged(judge: ScriptedJudge, rows: int, k: int = len(RATES), vocabulary: int = 7, tentative: int = 0):
     """The next verdict on so many rows, and the logits [B, K + 1, V] it was made on."""
-    trace = DraftTrace(tokens=torch.zeros(rows, k, dtype=torch.int64), probs=torch.zeros(rows, k, vocabulary), queries=())
+    count = torch.full((rows,), tentative)
+    tokens, probs = torch.zeros(rows, k, dtype=torch.int64), torch.zeros(rows, k, vocabulary)
+    trace = DraftTrace(tokens=tokens, probs=probs, queries=(), tentative=count)
     logits = torch.randn(rows, k + 1, vocabulary, generator=torch.Generator().manual_seed(1))
     return judge(trace, logits, None), logits
 
@@ -46,15 +48,26 @@ def test_without_drafted_tokens_nothing_is_accepted():
 
 def test_agreement_is_that_of_the_script():
     """By the token: of blocks of 20 tokens, where each passes at a rate of 0.9 if all before it do."""
-    agreement, passed, tested = ScriptedAgreement.at(0.9, 4, torch.device("cpu")), 0, 0
+    agreement, passed, tested = ScriptedAgreement.at(0.9, RATES, 4, torch.device("cpu")), 0, 0
     for _ in range(300):
-        verdict, logits = judged(agreement, 1, k=20)
+        verdict, logits = judged(agreement, 1, k=20, tentative=20)
         [accepted] = verdict.accepted.tolist()
+        accepted = min(accepted, 20)
         passed, tested = passed + accepted, tested + min(accepted + 1, 20)
         assert verdict.next_token.tolist() == [int(logits[0, accepted].argmax())]
     assert passed / tested == pytest.approx(0.9, abs=0.02)
     for rate, wanted in ((0.0, 0), (1.0, 20)):
-        assert judged(ScriptedAgreement.at(rate, 4, torch.device("cpu")), 1, k=20)[0].accepted.tolist() == [wanted]
+        judge = ScriptedAgreement.at(rate, RATES, 4, torch.device("cpu"))
+        assert judged(judge, 1, k=20, tentative=20)[0].accepted.tolist() == [wanted]
+
+
+def test_drafted_tokens_behind_tentative_ones_pass_as_drafted_ones_do():
+    """Where all tentative tokens pass, at the rates of rounds."""
+    judge, k = ScriptedAgreement.at(1.0, RATES, 4, torch.device("cpu")), len(RATES)
+    passed = torch.stack([judged(judge, 4, k=3 + k, tentative=3)[0].accepted - 3 for _ in range(400)])
+    assert passed.min() >= 0
+    for at, rate in enumerate(RATES):
+        assert float((passed > at).double().mean()) == pytest.approx(rate, abs=0.03)
 
 
 def test_noise_fills_the_rows_of_a_chunk_and_no_others(work):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,7 +46,9 @@ def test_other_widths_are_between_plain_and_measured_rounds():
     assert made.round(Choice("dense", 4), 1, 1) == 15
     assert made.round(Choice("dense", 2), 1, 1) == pytest.approx(3 + 9)
     assert made.round(Choice("exact", 2), 1, 1) == pytest.approx(3 + 4.5)
-    assert made.confirm(16, 1, 1) == pytest.approx(10)
+    assert made.confirm(16, 1, 1) == 13, "never less than a plain round and a draft's steps"
+    wide = replace(made, confirmation=Plane({(1, 1): 17.0}))
+    assert wide.confirm(16, 1, 1) == pytest.approx(13 + 2)
     assert (made.read(0, 50), made.read(1, 50), made.read(300, 300)) == (0, 0.5, 6)
 
 

@@ -30,7 +30,8 @@ def sequence(prompt=20, tentative=0, index=0, **params):
 def test_every_number_is_the_best_by_its_own_rule():
     for pace in (Pace(None), seen(3, 4), seen(16, 16), seen(0, 4)):
         a, m = pace.agreement, 4.0 if pace._rounds > 1 else 2.0
-        worth = [sum(a**i for i in range(n + 1)) / (n / m + DENSE_ROUNDS) for n in range(1, MAX_EXACT_EVERY + 1)]
+        stand = [sum(a**i for i in range(n + 1)) + a**n * (m - 1) for n in range(1, MAX_EXACT_EVERY + 1)]
+        worth = [tokens / (n / m + DENSE_ROUNDS) for n, tokens in enumerate(stand, start=1)]
         assert worth[pace.every - 1] == pytest.approx(max(worth))
 
 

@@ -92,7 +92,8 @@ def test_law_3_builtin_pair(builtin_pair, make_engine, alone, book):
     results = engine.generate(prompts, SamplingParams(max_new_tokens=40))
     assert tokens(results) == [alone(target, prompt, 40) for prompt in prompts]
     counted = check_counts(results)
-    assert counted.rolled_back > 0 and counted.confirmed > 2 * counted.confirmations
+    assert counted.rolled_back > 0 and counted.confirmed + counted.drafted_on > 2 * counted.confirmations
+    assert counted.drafted_on > 0
 
 
 @pytest.mark.parametrize("every", [1, 4, None])
@@ -226,12 +227,12 @@ def test_law_8_what_a_confirmation_replaces_is_not_read(make_pair, make_engine, 
 
 
 def test_law_8_a_run_reports_what_it_has_read(make_pair, make_engine, random_prompts, monkeypatch):
-    """Rounds as in mode sparse, and every row of the cache once for each confirmation."""
+    """Rounds as in mode sparse, and every row of the cache once for each confirmation, drafted tokens among them."""
     engine = make_engine(make_pair("llama"), mode="exact", exact_every=6)
     read, confirm = [], Runner.confirm
 
     def spy(self, running, kind):
-        read.append(sum(sequence.cached + 1 for sequence in running))  # C cached ones and n + 1 of its own
+        read.append(sum(sequence.cached + 1 + self.k for sequence in running))  # C cached ones and n + 1 + K of its own
         return confirm(self, running, kind)
 
     monkeypatch.setattr(Runner, "confirm", spy)

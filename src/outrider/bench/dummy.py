@@ -52,21 +52,30 @@ class ScriptedJudge:
 class ScriptedAgreement:
     """Confirms tentative tokens at a given rate, in place of the engine's `judge` of these, by numbers as evenly spread."""
 
-    rate: float  # chance that a token passes where all before it do
-    judged: Tensor  # [rows] fp64: tokens of each row so far, those behind a rejected one left out
+    rate: float  # chance that a tentative token passes where all before it do
+    drafted: Tensor  # [K] fp32: share of blocks in which drafted token i passes, of those whose tentative tokens all pass
+    judged: Tensor  # [rows] fp64: tentative tokens of each row so far, those behind a rejected one left out
+    passed: Tensor  # [rows] fp64: blocks whose tentative tokens have all passed
 
     @classmethod
-    def at(cls, rate: float, rows: int, device: torch.device) -> ScriptedAgreement:
-        """For batches of up to `rows`, each of which begins with a number of its own."""
-        return cls(rate, 1000 * torch.arange(rows, dtype=torch.float64, device=device))
+    def at(cls, rate: float, drafted: tuple[float, ...], rows: int, device: torch.device) -> ScriptedAgreement:
+        """For batches of up to `rows`, each of which begins with a number of its own; `drafted`: see `ScriptedJudge`."""
+        begin = torch.arange(rows, dtype=torch.float64, device=device)
+        return cls(rate, torch.tensor(drafted, device=device), 1000 * begin, 1000 * begin)
 
     def __call__(self, trace: DraftTrace, logits: Tensor, inputs: Inputs) -> Verified:
-        """logits [B, W, V] over W - 1 tentative tokens and filler -> accepted [B] and the target's own next token [B]."""
-        tokens, judged = trace.tokens, self.judged[: len(logits)]
-        numbers = (judged[:, None] + torch.arange(tokens.shape[1], device=logits.device) + 0.5) * GOLDEN % 1
-        real = tokens >= 0
-        accepted = ((numbers < self.rate) & real).long().cumprod(-1).sum(-1)
-        judged += torch.minimum(accepted + 1, real.sum(-1))
+        """logits [B, W, V] over W - 1 tokens, tentative, drafted and filler -> accepted [B] and the target's next token [B]."""
+        tokens, judged, blocks = trace.tokens, self.judged[: len(logits)], self.passed[: len(logits)]
+        assert trace.tentative is not None
+        place = torch.arange(tokens.shape[1], device=logits.device)
+        numbers = (judged[:, None] + place + 0.5) * GOLDEN % 1
+        tentative = place < trace.tentative[:, None]
+        stand = ((numbers < self.rate) & tentative).long().cumprod(-1).sum(-1)
+        judged += torch.minimum(stand + 1, trace.tentative)
+        whole = stand == trace.tentative
+        behind = ((blocks + 0.5) * GOLDEN % 1)[:, None] < self.drafted  # one number decides for all positions
+        accepted = stand + whole * torch.minimum(behind.sum(-1), (tokens >= 0).sum(-1) - trace.tentative)
+        blocks += whole
         return Verified(accepted, greedy(logits).gather(1, accepted[:, None])[:, 0])
 
 
@@ -129,7 +138,7 @@ def dummy_workloads(
             prompts=random_prompts(case.context, case.batch, target.spec.vocabulary),
             rates=rates,
             agreement=agreement,
-            seams={"read": read_noise, "judge": judge, "confirming": ScriptedAgreement.at(agreement, MOST_ROWS, device)},
+            seams={"read": read_noise, "judge": judge, "confirming": ScriptedAgreement.at(agreement, rates, MOST_ROWS, device)},
         )
         for case in cases
     ]

@@ -46,6 +46,7 @@ def run_table(runs: Sequence[Statistics]) -> Table:
             ("of these confirmed", _of_tentative(lambda s: s.confirmed)),
             ("rolled back", _of_tentative(lambda s: s.rolled_back)),
             ("dense forwards that confirm", _of_tentative(lambda s: s.confirmations)),
+            ("drafted tokens behind them", _of_tentative(lambda s: s.drafted_on)),
         ]
     if any(run.mode == "auto" for run in runs):
         at = [name for name, _ in rows].index("tokens/s")

@@ -256,8 +256,9 @@ class Fastest:
         agreements = [self._confirmations.pace(sequence).agreement for sequence in running]
         for every in (1, 2, 4, 8, 12, 16, 24, 32, 48, MAX_EXACT_EVERY):
             rounds = max(every / max(tokens), 1.0)
-            cost = rounds * seconds + self._costs.confirm(every + 1, rows, cached)
-            stand = sum((1 - a ** (rounds * m + 1)) / (1 - a) for a, m in zip(agreements, tokens, strict=True))
+            cost = rounds * seconds + self._costs.confirm(every + 1 + choice.k, rows, cached)
+            each = [(a, rounds * m, m) for a, m in zip(agreements, tokens, strict=True)]
+            stand = sum((1 - a ** (n + 1)) / (1 - a) + a**n * (m - 1) for a, n, m in each)
             best = max(best, stand / cost)
         return best
 

@@ -2,25 +2,27 @@
 
     caches before   [ confirmed 0 .. C )[ C .. C + n )      written over lists: the last confirmed token and all n tentative
                                                             ones but the last, which is pending
-    dense forward                       [ last, x_1 .. x_n ]   writes these rows anew; says p_1 .. p_n, and p_n+1 behind them
-    caches after    [ 0 .. C + a + 1 )                      a tentative tokens passed; what follows them is drawn, and pending
+    the draft                           [ x_n ] d_1 .. d_K     proposes behind them
+    dense forward                       [ last, x_1 .. x_n, d_1 .. d_K ]   writes these rows anew; says what follows each
+    caches after    [ 0 .. C + a + 1 )                      a of these tokens passed; what follows them is drawn, and pending
 
 Tentative token x_i is what the sparse target chose by the noise of its position (see `noise`). What the dense target chooses by
 the same noise stands, so x_i passes where that is x_i: the text is the one that the dense target alone would have drawn,
-whatever the sparse rounds proposed. The test is that of a round, with the sparse target as the draft. See docs/exactness.md.
+whatever the sparse rounds proposed. The test is that of a round, with the sparse target as the draft. Drafted tokens d_i have
+been chosen by the same noise, and pass by the same test. See docs/exactness.md.
 
 All rows of a batch take part as soon as one is due. One that has no tentative token gets its next one from the dense target.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from outrider.config import MAX_EXACT_EVERY, EngineConfig
-from outrider.decoding.drafting import DraftLists
+from outrider.decoding.drafting import DraftLists, propose
 from outrider.decoding.rounds import Inputs, Judge, Outcome, RoundKind, accept
 from outrider.decoding.sequence import Sequence
 from outrider.models import KVCache, LanguageModel
@@ -37,7 +39,7 @@ def most_tentative(config: EngineConfig) -> int:
 
 def spare_rows(config: EngineConfig) -> int:
     """Rows that a cache has beyond those of its sequences, which a forward that confirms may write on."""
-    return most_tentative(config) + 1 + WIDTH if config.confirms else 0
+    return most_tentative(config) + config.draft_tokens + 1 + WIDTH if config.confirms else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,9 +66,9 @@ class BlockBuffer:
 
     COUNTS = 3  # confirmed, tentative, behind; tokens follow
 
-    def __init__(self, slots: int, most: int, device: torch.device) -> None:
-        """Of up to `most` tokens a sequence."""
-        self._step = WIDTH if device.type == "cuda" else 1
+    def __init__(self, slots: int, most: int, k: int, device: torch.device) -> None:
+        """Of up to `most` tokens a sequence, with room for `k` drafted ones behind them."""
+        self._step, self._k = WIDTH if device.type == "cuda" else 1, k
         shape = slots, self.COUNTS + self._padded(most + 1)
         self._host = torch.zeros(shape, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._device = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -85,14 +87,14 @@ class BlockBuffer:
 
     def load_nothing(self, rows: int, cached: int, tokens: int) -> int:
         """Put rows without a sequence there, `tokens` to be read behind `cached` ones; returns W."""
-        width = self._padded(tokens)
+        width = self._padded(max(tokens - self._k, 1))
         self._host[:rows] = 0
         self._host[:rows, 0] = cached
         self._device[:rows].copy_(self._host[:rows], non_blocking=True)
         return width
 
     def _padded(self, tokens: int) -> int:
-        return -(-tokens // self._step) * self._step
+        return -(-(tokens + self._k) // self._step) * self._step
 
     def unpack(self, rows: int, width: int) -> Block:
         """The first rows; waits for nothing."""
@@ -111,19 +113,22 @@ def confirm(
     *,
     listed: bool,
 ) -> Outcome:
-    """Judge the tentative tokens of all rows by the dense target; bring both caches to what passed. Waits for nothing.
+    """Judge the tentative tokens of all rows, and K drafted ones behind them, by the dense target; bring both caches to what
+    passed. Waits for nothing.
 
     No row has more than `stop` tokens with all W behind what is confirmed. The draft reads `lists` where it is `listed`.
     `models` and `caches` are the target's, then the draft's. The noise of `inputs` begins behind the confirmed tokens. In the
     outcome all W - 1 tokens behind the first count as drafted, of which none that is filler is accepted.
     """
     (target, draft), (cache, draft_cache) = models, caches
-    tokens = block.tokens.clamp(min=0)
-    cache.truncate(block.confirmed)
-    logits = target.forward(tokens, cache, stop=stop).logits
     read = draft_cache.lengths.clone()
-    _complete(draft, draft_cache, block, lists, listed=listed)
-    trace = DraftTrace(tokens=block.tokens[:, 1:], probs=None, queries=())
+    drafted = _go_on(draft, draft_cache, block, inputs, lists if listed else None, target.spec.vocabulary)
+    target.ranks.same(drafted)
+    places = block.counts[:, None] + 1 + torch.arange(drafted.shape[1], device=drafted.device)
+    tokens = block.tokens.scatter(1, places, drafted)
+    cache.truncate(block.confirmed)
+    logits = target.forward(tokens.clamp(min=0), cache, stop=stop).logits
+    trace = DraftTrace(tokens=tokens[:, 1:], probs=None, queries=(), tentative=block.counts)
     outcome = accept(trace, logits, inputs, None, target, [cache], judge)
     draft_cache.truncate(torch.where(block.behind, read, cache.lengths))
     if lists is not None:
@@ -131,15 +136,15 @@ def confirm(
     return outcome
 
 
-def _complete(draft: LanguageModel, cache: KVCache, block: Block, lists: DraftLists | None, *, listed: bool) -> None:
-    """The draft reads the last tentative token of each row: its cache has them all, should they all pass."""
+def _go_on(
+    draft: LanguageModel, cache: KVCache, block: Block, inputs: Inputs, lists: DraftLists | None, vocabulary: int
+) -> Tensor:
+    """What the draft proposes behind the last tentative token of each row, [B, K]. Its cache has all of them then, should they
+    all pass."""
     lengths = torch.where(block.behind, cache.lengths, block.confirmed + block.counts)
     cache.truncate(lengths)
-    selection = None
     if lists is not None:
         lists.truncate(lengths)
-        if listed:
-            [selection] = lists.steps(lengths, 1)
-    last = block.tokens.gather(1, block.counts[:, None])
-    draft.forward(last.clamp(max=draft.spec.vocabulary - 1), cache, selection=selection, logits=False)
-    cache.advance(1)
+    last = block.tokens.gather(1, block.counts[:, None])[:, 0]
+    noise = None if inputs.noise is None else replace(inputs.noise, first=lengths + 1)
+    return propose(draft, cache, last, inputs.sampling, inputs.draft_uniforms, vocabulary, lists, noise).tokens

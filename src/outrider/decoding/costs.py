@@ -76,10 +76,10 @@ class Costs:
         return sum(found.values())
 
     def confirm(self, tokens: int, rows: int, cached: float) -> float:
-        """Seconds of confirming so many tokens of every row."""
+        """Seconds of a confirmation of so many tokens of every row, drafted ones among them."""
         assert self.confirmation is not None
-        alone, measured = self.round(PLAIN, rows, cached), self.confirmation.at(rows, cached)
-        return alone + max(measured - alone, 0.0) * tokens / self.tokens
+        least = self.round(PLAIN, rows, cached) + self.rounds["sparse"]["propose"].at(rows, cached)
+        return least + max(self.confirmation.at(rows, cached) - least, 0.0) * tokens / self.tokens
 
     def read(self, tokens: int, cached: float) -> float:
         """Seconds in which the draft reads the last `tokens` of a row's `cached` ones."""

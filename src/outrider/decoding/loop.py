@@ -235,11 +235,11 @@ class Loop:
                 continue
             spent = {name: x / len(running) for name, x in landed.seconds.items()}
             self.confirmations.pace(sequence).confirmed(len(outcome.tokens) - 1, len(sequence.tentative))
-            self.records.confirmation(sequence, outcome, spent)
+            self.records.confirmation(sequence, outcome, self.runner.k, spent)
             events.append(self._emit(sequence, outcome.tokens, now))
             gains.append(Gain(sequence, len(outcome.tokens) - 1, len(events[-1].tokens)))
         seconds = None if landed.fresh else sum(landed.seconds.values())
-        self.chooser.confirmed(kind.rows, tentative + 1, gains, seconds)
+        self.chooser.confirmed(kind.rows, tentative + 1 + self.runner.k, gains, seconds)
         self._release()
         yield from events
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from outrider.config import MAX_EXACT_EVERY, EngineConfig
 from outrider.decoding.sequence import Sequence
 
-DENSE_ROUNDS = 1.5  # a dense forward costs as much as so many sparse rounds, where nobody has measured it
+DENSE_ROUNDS = 1.75  # a confirmation costs as much as so many sparse rounds, where nobody has measured it
 PRIOR = 15.0, 0.5  # tokens that passed and that did not, as if they had been seen
 MEMORY = 0.95  # what was seen before a round or a confirmation counts so much behind it
 
@@ -15,8 +15,9 @@ class Pace:
 
     Where a token passes with probability a, and a round brings m tokens, N tentative tokens bring
 
-        1 + a + .. + a^N = (1 - a^(N + 1)) / (1 - a)    tokens that stand, the recovered or bonus one counted in,
-        N / m + c                                       rounds: sparse ones, and a dense forward that costs c = `dense_rounds`
+        (1 - a^(N + 1)) / (1 - a) + a^N (m - 1)     tokens that stand: tentative ones, one recovered or bonus token, and where
+                                                    all pass those that the draft has proposed behind them,
+        N / m + c                                   rounds: sparse ones, and a confirmation that costs c = `dense_rounds`
 
     and N is where the quotient is largest. It is flat there, so c need not be known well. All of this is the row's own.
     """
@@ -42,7 +43,8 @@ class Pace:
             return self._fixed
         if self._every is None:
             a, m = self.agreement, self._tokens / self._rounds
-            worth = [(1 - a ** (n + 1)) / (1 - a) / (n / m + self.dense_rounds) for n in range(1, MAX_EXACT_EVERY + 1)]
+            stand = [(1 - a ** (n + 1)) / (1 - a) + a**n * (m - 1) for n in range(1, MAX_EXACT_EVERY + 1)]
+            worth = [tokens / (n / m + self.dense_rounds) for n, tokens in enumerate(stand, start=1)]
             self._every = 1 + worth.index(max(worth))
         return self._every
 
@@ -53,7 +55,7 @@ class Pace:
 
     def confirmed(self, passed: int, of: int) -> None:
         """So many of a block's tentative tokens have passed."""
-        self._passed = MEMORY * self._passed + passed
+        self._passed = MEMORY * self._passed + min(passed, of)
         self._rejected = MEMORY * self._rejected + (passed < of)
         self._every = None
 

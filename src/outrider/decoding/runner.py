@@ -61,7 +61,7 @@ class Runner:
         self.models = [model for model in (target, draft) if model is not None]
         self.caches = [model.new_cache(slots, capacity) for model in self.models]
         self.inputs = InputBuffer(slots, self.k, self.device, common_noise=common_noise, share=share)
-        self.tentative = BlockBuffer(slots, most_tentative, self.device)
+        self.tentative = BlockBuffer(slots, most_tentative, self.k, self.device)
         self.most_tentative, self.confirms = most_tentative, most_tentative > 0
         self.audits = None if audits_from is None else Audits(target, slots, capacity, audits_from)
         self.stages = Stages(capture=capture)

@@ -45,6 +45,7 @@ class Statistics:
     confirmed: int = 0  # of these, how many passed; every confirmation emits one recovered or bonus token more
     rolled_back: int = 0  # of these, how many did not, or came behind one that did not
     confirmations: int = 0  # dense forwards over tentative tokens
+    drafted_on: int = 0  # tokens that passed there behind all tentative ones, by the draft's proposal alone
     audits: int = 0  # rounds that the dense target has read, too (see `guard.py`)
     audited_positions: int = 0  # tokens of these
     differed: float = 0.0  # disagreement with the dense target, summed over them
@@ -128,6 +129,7 @@ def total(parts: list[Statistics]) -> Statistics:
         "confirmed",
         "rolled_back",
         "confirmations",
+        "drafted_on",
         "listed",
         "cached",
         "audits",

@@ -32,6 +32,7 @@ COUNTERS = {  # name, without the _total that the client adds -> field of Statis
     "confirmed_tokens": ("confirmed", "Tentative tokens that were confirmed."),
     "rolled_back_tokens": ("rolled_back", "Tentative tokens that were not."),
     "confirmations": ("confirmations", "Dense forwards over tentative tokens."),
+    "drafted_on_tokens": ("drafted_on", "Drafted tokens that passed behind tentative ones."),
     "guard_audits": ("audits", "Rounds that the quality guard has audited."),
     "guard_audited_positions": ("audited_positions", "Positions of audited rounds."),
     "guard_differed": ("differed", "Disagreement of sparse and dense target at these positions, summed."),
