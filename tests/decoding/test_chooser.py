@@ -35,7 +35,7 @@ def costs_of(ms, rows=4, read=0.02):
         "sparse": {"propose": plane("draft"), "verify": plane("sparse")},
     }
     reading = Plane({(1, 1000): read * MS})
-    return Costs(rounds=rounds, k=4, confirmation=plane("confirm"), reading=reading, chunk=1, rows=rows, cached=1000)
+    return Costs(rounds=rounds, k=4, confirmations={32: plane("confirm")}, reading=reading, chunk=1, rows=rows, cached=1000)
 
 
 def sequence_of(index, new_tokens=400, prompt=5000):

@@ -41,14 +41,14 @@ def test_other_widths_are_between_plain_and_measured_rounds():
         "plain": {"verify": planes["plain"]},
         **{mode: {"propose": planes["propose"], "verify": planes[mode]} for mode in ("dense", "sparse")},
     }
-    made = Costs(rounds=rounds, k=4, confirmation=Plane({(1, 1): 12.0}), tokens=32, reading=Plane({(1, 1): 2.0}), chunk=100)
+    made = Costs(rounds=rounds, k=4, confirmations={32: Plane({(1, 1): 12.0})}, reading=Plane({(1, 1): 2.0}), chunk=100)
     assert made.round(PLAIN, 1, 1) == 8
     assert made.round(Choice("dense", 4), 1, 1) == 15
     assert made.round(Choice("dense", 2), 1, 1) == pytest.approx(3 + 9)
     assert made.round(Choice("exact", 2), 1, 1) == pytest.approx(3 + 4.5)
     assert made.confirm(16, 1, 1) == 13, "never less than a plain round and a draft's steps"
-    wide = replace(made, confirmation=Plane({(1, 1): 17.0}))
-    assert wide.confirm(16, 1, 1) == pytest.approx(13 + 2)
+    longer = replace(made, confirmations={16: Plane({(1, 1): 15.0}), 32: Plane({(1, 1): 17.0})})
+    assert [longer.confirm(tokens, 1, 1) for tokens in (8, 16, 24, 32, 64)] == pytest.approx([14, 15, 16, 17, 21])
     assert (made.read(0, 50), made.read(1, 50), made.read(300, 300)) == (0, 0.5, 6)
 
 
@@ -65,7 +65,8 @@ def test_every_mode_can_be_measured(mode, make_pair, make_engine, random_prompts
     found = inner._costs
     wanted = {"exact": {"plain", "sparse"}, "auto": {"plain", "dense", "sparse"}}.get(mode, {mode})
     assert set(found.rounds) == wanted and (found.rows, found.cached) == (2, 72)
-    assert (found.confirmation is not None) == (mode in ("exact", "auto")) and (found.reading is None) == (mode == "plain")
+    assert list(found.confirmations) == ([16, 32] if mode in ("exact", "auto") else [])
+    assert (found.reading is None) == (mode == "plain")
     for choice in [Choice(name, 3) if name != "plain" else PLAIN for name in wanted]:
         assert 0 < found.round(choice, 1, 60) <= found.round(choice, 2, 60)
     for result in results:
@@ -96,4 +97,4 @@ def test_measuring_tells_its_progress(make_pair, make_engine, random_prompts):
     engine = make_engine(make_pair("llama"), mode="auto")
     engine.generate(random_prompts([50]), SamplingParams(max_new_tokens=4), progress=lambda *one: seen.append(one))
     told = [(done, of) for what, done, of in seen if what == "measure rounds"]
-    assert told == [(done, 5) for done in range(6)], "plain, dense, sparse, a confirmation, a chunk of a prompt"
+    assert told == [(done, 6) for done in range(7)], "plain, dense, sparse, two confirmations, a chunk of a prompt"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from outrider.config import MAX_EXACT_EVERY, EngineConfig, SamplingParams, engine_config
-from outrider.decoding.pace import DENSE_ROUNDS, Confirmations, Pace
+from outrider.decoding.pace import NARROW, WIDE, Confirmations, Pace
 from outrider.decoding.sequence import Sequence
 from outrider.decoding.statistics import Statistics
 from outrider.errors import OptionError
 
 
 def seen(passed, of, times=40, tokens=4):
-    pace = Pace(None)
+    pace = Pace(None, 4)
     for _ in range(times):
         pace.brought(tokens)
         pace.confirmed(passed, of)
@@ -28,10 +28,11 @@ def sequence(prompt=20, tentative=0, index=0, **params):
 
 
 def test_every_number_is_the_best_by_its_own_rule():
-    for pace in (Pace(None), seen(3, 4), seen(16, 16), seen(0, 4)):
+    for pace in (Pace(None, 4), seen(3, 4), seen(16, 16), seen(0, 4)):
         a, m = pace.agreement, 4.0 if pace._rounds > 1 else 2.0
         stand = [sum(a**i for i in range(n + 1)) + a**n * (m - 1) for n in range(1, MAX_EXACT_EVERY + 1)]
-        worth = [tokens / (n / m + DENSE_ROUNDS) for n, tokens in enumerate(stand, start=1)]
+        # up to 7 tokens come to at most 11 with the round that brings the last of them: 16 with one before and 4 behind
+        worth = [tokens / (n / m + (NARROW if n <= 7 else WIDE)) for n, tokens in enumerate(stand, start=1)]
         assert worth[pace.every - 1] == pytest.approx(max(worth))
 
 
@@ -47,7 +48,7 @@ def test_the_pace_follows_what_it_sees():
 
 
 def test_a_fixed_number_stays():
-    pace = Pace(13)
+    pace = Pace(13, 4)
     pace.confirmed(0, 13)
     assert pace.every == 13
 

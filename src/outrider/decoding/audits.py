@@ -19,6 +19,7 @@ from torch import Tensor
 from outrider.decoding.guard import WINDOW, Audit
 from outrider.decoding.rounds import Inputs
 from outrider.decoding.sampling import distributions, greedy
+from outrider.decoding.sequence import Sequence
 from outrider.models import KVCache, LanguageModel
 from outrider.ops import attention_mass, unlisted_mass
 from outrider.types import Selection
@@ -104,6 +105,19 @@ class Audits:
             given = mass, lengths, own, lists.indices[at : at + 1], lists.counts[at : at + 1]
             found.append(1 - unlisted_mass(*given, backend=backend)[0].double().mean(-1))
         return torch.stack(found).mean(0)
+
+
+def count_agreed(target: LanguageModel, cache: KVCache, sequence: Sequence, chunk: int) -> None:
+    """Count the generated tokens of a finished sequence that the dense target, given the same text, holds for the most
+    probable. It reads `chunk` of them at a time, and writes over what `cache`, of this sequence, has of them."""
+    cache.truncate(len(sequence.prompt) - 1)
+    tokens = torch.tensor([[sequence.prompt[-1], *sequence.tokens[:-1]]])
+    choices = []
+    for part in tokens.split(chunk, dim=1):
+        choices.append(target.forward(part, cache).logits.argmax(-1).cpu())
+        cache.advance(part.shape[1])
+    sequence.statistics.audited = len(sequence.tokens)
+    sequence.statistics.agreed = int((torch.cat(choices, dim=1)[0] == torch.tensor(sequence.tokens)).sum())
 
 
 def landed(rows: int, figures: Tensor | None) -> list[Audit | None]:

@@ -16,7 +16,7 @@ from typing import Protocol
 from outrider.config import MAX_EXACT_EVERY, EngineConfig
 from outrider.decoding.acceptance import Acceptance
 from outrider.decoding.choice import PLAIN, Choice, widths
-from outrider.decoding.costs import Costs
+from outrider.decoding.costs import CONFIRMED, Costs
 from outrider.decoding.pace import Confirmations
 from outrider.decoding.sequence import Sequence
 
@@ -24,7 +24,6 @@ LOSS = 0.03  # of the time that plain decoding takes
 HORIZON = 64  # tokens that a sequence is expected to have at least
 REVIEW = 8  # rounds after which a choice is thought over
 CORRECTION = 0.1  # how much of a difference between measured and predicted rounds the next prediction takes over
-TYPICAL = 32  # tokens of a confirmation, on which its cost depends little
 BETTER = 1.03  # times as many tokens a second for which it is changed
 
 
@@ -229,7 +228,7 @@ class Fastest:
         cost = rounds * self._seconds(choice, rows, cached) + self._catching_up(running)
         sure = rounds
         if choice.mode == "exact":
-            cost, sure = cost + self._costs.confirm(TYPICAL, rows, cached), 1
+            cost, sure = cost + self._costs.confirm(CONFIRMED[-1], rows, cached), 1
         for sequence in running:
             account = self._account(sequence)
             allowed = LOSS * max(account.alone, alone * min(HORIZON, sequence.params.max_new_tokens))
@@ -266,9 +265,9 @@ class Fastest:
         """What a confirmation costs in rounds decides how many tokens it is worth waiting for."""
         if self._current.mode == "exact":
             rows, cached = self._padded(len(running)), _mean_cached(running)
-            worth = self._costs.confirm(TYPICAL, rows, cached) / self._seconds(self._current, rows, cached)
-            for sequence in running:
-                self._confirmations.pace(sequence).dense_rounds = worth
+            seconds = self._seconds(self._current, rows, cached)
+            for pace in map(self._confirmations.pace, running):
+                pace.narrow, pace.wide = (self._costs.confirm(tokens, rows, cached) / seconds for tokens in CONFIRMED)
 
     def _catching_up(self, running: list[Sequence]) -> float:
         """Seconds in which the draft reads what it has not."""

@@ -26,9 +26,10 @@ from outrider.decoding.drafting import DraftLists, propose
 from outrider.decoding.rounds import Inputs, Judge, Outcome, RoundKind, accept
 from outrider.decoding.sequence import Sequence
 from outrider.models import KVCache, LanguageModel
+from outrider.models.attention import ROUND
 from outrider.types import DraftTrace
 
-WIDTH = 32  # on a GPU the tokens of a forward are filled up to a multiple: few shapes to capture, and kernels are as fast
+WIDTH = 32  # on a GPU tokens are filled up to `ROUND`, whose attention is faster, or a multiple: few shapes to capture
 FILLER = -1  # equal to no token, so it never passes
 
 
@@ -68,8 +69,9 @@ class BlockBuffer:
 
     def __init__(self, slots: int, most: int, k: int, device: torch.device) -> None:
         """Of up to `most` tokens a sequence, with room for `k` drafted ones behind them."""
-        self._step, self._k = WIDTH if device.type == "cuda" else 1, k
-        shape = slots, self.COUNTS + self._padded(most + 1)
+        self._fills_up, self._k = device.type == "cuda", k
+        self.width = self._padded(most + 1)  # the largest W
+        shape = slots, self.COUNTS + self.width
         self._host = torch.zeros(shape, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._device = torch.zeros(shape, dtype=torch.int64, device=device)
 
@@ -94,7 +96,10 @@ class BlockBuffer:
         return width
 
     def _padded(self, tokens: int) -> int:
-        return -(-(tokens + self._k) // self._step) * self._step
+        width = tokens + self._k
+        if not self._fills_up:
+            return width
+        return ROUND if width <= ROUND else -(-width // WIDTH) * WIDTH
 
     def unpack(self, rows: int, width: int) -> Block:
         """The first rows; waits for nothing."""

@@ -10,19 +10,21 @@ grows evenly from that of one token.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from statistics import median
 
 from outrider.decoding.choice import PLAIN, Choice
+from outrider.decoding.confirmation import WIDTH
 from outrider.decoding.prefill import ProgressCallback
 from outrider.decoding.rehearsal import rehearse, rehearse_confirmation, rehearse_reading
 from outrider.decoding.rounds import RoundKind
 from outrider.decoding.runner import Runner
+from outrider.models.attention import ROUND
 
 WARM, TIMED = 2, 3  # rehearsals of a kind: the first is as it is, the second is captured; and those that count
-CONFIRMED = 32  # tokens of the confirmation that is measured
-CAPTURED = CONFIRMED, 64  # and of those that are captured beside it
+CONFIRMED = ROUND, WIDTH  # tokens of the confirmations that are measured
+CAPTURED = 2 * WIDTH  # and of one that is captured beside them
 LEAST = 1024  # cached tokens of the shorter caches, where there is room
 
 KindOf = Callable[[Choice, int, bool], RoundKind]  # of a choice, a number of rows, and whether they are long enough for lists
@@ -57,8 +59,7 @@ class Costs:
 
     rounds: Mapping[str, Mapping[str, Plane]]  # by mode (exact counts as sparse), by stage; of K drafted tokens
     k: int  # this K
-    confirmation: Plane | None = None  # of some tokens of each row; None: nothing is confirmed
-    tokens: int = CONFIRMED  # so many
+    confirmations: Mapping[int, Plane] = field(default_factory=dict)  # by tokens of each row; empty: nothing is confirmed
     reading: Plane | None = None  # of a chunk of a prompt by the draft, one row; None without a draft
     chunk: int = 1  # tokens of that
     rows: int = 1  # the largest batch that was measured
@@ -77,9 +78,9 @@ class Costs:
 
     def confirm(self, tokens: int, rows: int, cached: float) -> float:
         """Seconds of a confirmation of so many tokens of every row, drafted ones among them."""
-        assert self.confirmation is not None
         least = self.round(PLAIN, rows, cached) + self.rounds["sparse"]["propose"].at(rows, cached)
-        return least + max(self.confirmation.at(rows, cached) - least, 0.0) * tokens / self.tokens
+        width = min((width for width in self.confirmations if tokens <= width), default=max(self.confirmations))
+        return least + max(self.confirmations[width].at(rows, cached) - least, 0.0) * tokens / width
 
     def read(self, tokens: int, cached: float) -> float:
         """Seconds in which the draft reads the last `tokens` of a row's `cached` ones."""
@@ -114,8 +115,9 @@ def measure(
     shortest = min(max(least, LEAST), longest)
     chunk = max(min(chunk, longest // 2), 1)
     corners = [(rows, length) for rows in sorted(batches) for length in sorted({shortest, longest})]
-    confirms, tokens = runner.confirms and "sparse" in modes, min(CONFIRMED, runner.most_tentative)
-    done, of = 0, len(modes) + confirms + (runner.draft is not None)
+    most = runner.tentative.width
+    confirmed = sorted({min(tokens, most) for tokens in CONFIRMED}) if runner.confirms and "sparse" in modes else []
+    done, of = 0, len(modes) + len(confirmed) + (runner.draft is not None)
 
     def timed(once: Callable[[int, int], dict[str, float]], at: list[tuple[int, int]]) -> dict[str, Plane]:
         """By stage."""
@@ -130,20 +132,19 @@ def measure(
         choice = Choice(mode, runner.k) if mode != "plain" else PLAIN
         return lambda rows, length: rehearse(runner, kind_of(choice, rows, length >= least), length)
 
-    def confirmation(rows: int, length: int) -> dict[str, float]:
-        kind = kind_of(Choice("exact", runner.k), rows, length >= least)
-        return {"confirm": rehearse_confirmation(runner, kind, length, tokens)["confirm"]}
+    def confirmation_of(tokens: int) -> Callable[[int, int], dict[str, float]]:
+        choice = Choice("exact", runner.k)
+        return lambda rows, length: rehearse_confirmation(runner, kind_of(choice, rows, length >= least), length, tokens)
 
     rounds = {mode: timed(round_of(mode), corners) for mode in modes}
     if narrower and runner.stages.capture:
         for rows, mode, k in product(powers(max(batches)), modes, (*narrower, runner.k)):
             for _ in range(WARM):
                 rehearse(runner, kind_of(PLAIN if mode == "plain" else Choice(mode, k), rows, shortest >= least), shortest)
-        for rows, width in product(powers(max(batches)), CAPTURED if confirms else ()):
+        for rows, tokens in product(powers(max(batches)), (*confirmed, min(CAPTURED, most)) if confirmed else ()):
             for _ in range(WARM):
-                kind = kind_of(Choice("exact", runner.k), rows, shortest >= least)
-                rehearse_confirmation(runner, kind, shortest, min(width, runner.most_tentative))
-    confirm = timed(confirmation, corners)["confirm"] if confirms else None
+                confirmation_of(tokens)(rows, shortest)
+    confirmations = {tokens: timed(confirmation_of(tokens), corners)["confirm"] for tokens in confirmed}
     read = None
     if runner.draft is not None:
         starts = [(1, length) for length in sorted({0, longest - chunk})]
@@ -153,8 +154,7 @@ def measure(
     return Costs(
         rounds=rounds,
         k=runner.k,
-        confirmation=confirm,
-        tokens=tokens,
+        confirmations=confirmations,
         reading=read,
         chunk=chunk,
         rows=max(batches),

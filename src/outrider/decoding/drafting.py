@@ -75,14 +75,17 @@ class DraftLists:
                               count of them                     what was accepted since, and the round's own tokens
 
     A step at length S takes the first `count + S - S0` entries. The lists stay in place from round to round, for CUDA graphs;
-    rows are those of the cache.
+    rows are those of the cache. Where the draft proposes once more before they are replaced, to be confirmed, K + 1 positions
+    more follow.
     """
 
-    def __init__(self, draft: ModelSpec, budget: Budget, slots: int, capacity: int, draft_tokens: int) -> None:
+    def __init__(
+        self, draft: ModelSpec, budget: Budget, slots: int, capacity: int, draft_tokens: int, *, confirms: bool = False
+    ) -> None:
         self.layers = draft.full_layers
         self.budget = budget
         self._capacity = capacity
-        self._room = 2 * (draft_tokens + 1)
+        self._room = (3 if confirms else 2) * (draft_tokens + 1)
         device = draft.device
         chosen = longest_list(budget, capacity, budget.sinks + budget.recent)
         heads = draft.full_shape.kv_heads

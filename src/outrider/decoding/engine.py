@@ -192,7 +192,7 @@ class Engine:
         slots = plan_rows(demand, slots, free, prompt=longest, tokens=lengths[longest], reading=reading)
         lists = None
         if guidance is not None and guidance.draft is not None:
-            lists = DraftLists(draft, self.config.draft_budget, slots, capacity, k)
+            lists = DraftLists(draft, self.config.draft_budget, slots, capacity, k, confirms=self.config.confirms)
         return Runner(
             self.target,
             self.draft if drafts else None,

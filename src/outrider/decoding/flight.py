@@ -1,4 +1,4 @@
-"""A round on its way from the device to the host."""
+"""A round, or a confirmation, on its way from the device to the host."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from outrider.decoding.audits import landed
 from outrider.decoding.guard import Audit
-from outrider.decoding.rounds import RowOutcome
+from outrider.decoding.rounds import Outcome, RowOutcome
 from outrider.decoding.sequence import Sequence
 from outrider.decoding.statistics import StageClock
 from outrider.types import Selection
@@ -17,7 +17,7 @@ from outrider.types import Selection
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flight:
-    """A round under way."""
+    """A round under way, or a confirmation, whose numbers have its own width."""
 
     sequences: list[Sequence]  # by row
     rows: int  # of the batch, idle ones counted in
@@ -29,6 +29,36 @@ class Flight:
     audits: Tensor | None  # its figures, on the host once `arrived`; None: nobody was to be audited
     arrived: torch.cuda.Event | None
 
+    @classmethod
+    def of(
+        cls,
+        running: list[Sequence],
+        outcome: Outcome,
+        landing: Tensor,
+        clock: StageClock,
+        *,
+        fresh: bool,
+        touched: list[float] | None = None,
+        audits: Tensor | None = None,
+    ) -> Flight:
+        """Let an outcome be on its way to `landing`, pinned memory on the host; `audits` are on theirs."""
+        numbers = landing[: outcome.numbers.numel()].view_as(outcome.numbers).copy_(outcome.numbers, non_blocking=True)
+        arrived = None
+        if outcome.numbers.is_cuda:
+            arrived = torch.cuda.Event()
+            arrived.record()
+        return cls(
+            sequences=list(running),
+            rows=len(numbers),
+            fresh=fresh,
+            selection=outcome.selection,
+            touched=touched or [0.0] * len(running),
+            clock=clock,
+            numbers=numbers,
+            audits=audits,
+            arrived=arrived,
+        )
+
     def land(self) -> tuple[list[RowOutcome], list[Audit | None]]:
         """The outcome by row, and what audits have found; waits for the round."""
         if self.arrived is not None:
@@ -36,12 +66,3 @@ class Flight:
         rows = len(self.sequences)
         audits = landed(rows, self.audits)
         return [RowOutcome.of(row) for row in self.numbers[:rows].tolist()], audits
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Landed:
-    """What has come of a confirmation."""
-
-    outcomes: list[RowOutcome]  # by row
-    fresh: bool  # see Flight
-    seconds: dict[str, float]  # by stage

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from outrider.decoding.audits import count_agreed
 from outrider.decoding.choice import PLAIN, Choice, fixed_choice
 from outrider.decoding.chooser import Chooser, Fixed, Gain
 from outrider.decoding.flight import Flight
@@ -73,13 +74,13 @@ class Loop:
                 yield from self._drop_cancelled()
                 if not self.scheduler.running:
                     yield from self._refill()
-                landed, flight = flight, self._launch(flight)
+                landed, flight = flight, self._launch_behind(flight) if flight is not None else self._launch()
                 if flight is not None:
                     yield from self._refill()
                 if landed is not None:
                     yield from self._commit(landed)
                 if flight is None:
-                    yield from self._confirm()
+                    flight = yield from self._confirm()
             except self.recoverable as error:
                 flight = None
                 self.runner.forget()
@@ -139,33 +140,37 @@ class Loop:
             if others_wait and room <= 0:
                 return
 
-    def _launch(self, ahead_of: Flight | None) -> Flight | None:
-        """Start the next round; None where it depends on what the round under way, if there is one, will bring."""
-        running = self.scheduler.running
+    def _launch(self) -> Flight | None:
+        """Start a round while none is under way; None where nobody runs."""
+        running, now = self.scheduler.running, time.perf_counter()
         if not running:
             return None
-        now = time.perf_counter()
         for sequence in running:
             sequence.statistics.began = sequence.statistics.began or now
-        if ahead_of is None:
-            listed = self._is_sparse(running, 0)
-            undecided = not any(sequence.tentative for sequence in running)
-            choice = self.chooser.choose(running, listed=listed) if undecided else self.chooser.current
-            return self.runner.launch(running, self._kind(choice, running, listed), self.guards.due(running, 0))
-        choice = self.chooser.current
-        most = choice.k + 1  # tokens that the round under way may emit
-        sparse = self._is_sparse(running, 1)
+        listed = self._is_sparse(running, 0)
+        undecided = not any(sequence.tentative for sequence in running)
+        choice = self.chooser.choose(running, listed=listed) if undecided else self.chooser.current
+        return self.runner.launch(running, self._kind(choice, running, listed), self.guards.due(running, 0))
+
+    def _launch_behind(self, flight: Flight, *, confirms: bool = False) -> Flight | None:
+        """Start the next round behind one that is under way, or behind a confirmation; None where it depends on what that will
+        bring."""
+        running, choice = self.scheduler.running, self.chooser.current
+        most = choice.k + 1  # tokens by which a sequence may outgrow what it has and holds
+        grown = 0 if confirms else 1  # tokens, at least; who holds some is long enough without them
+        sparse = self._is_sparse(running, grown)
         known = (
-            self.runner.device.type == "cuda"
+            self.runner.launches_ahead
             and self.runner.rivals is None  # these look at the text, so they need its tokens
-            and running == ahead_of.sequences
+            and running == flight.sequences
             and sparse == self._is_sparse(running, most)
-            and all(len(s.tokens) + len(s.tentative) + most < s.params.max_new_tokens for s in running)
-            and not (choice.mode == "exact" and self.confirmations.may_be_due(running, most))
+            and all(len(s.tokens) + len(s.tentative) + most < s.params.max_new_tokens and not s.closing for s in running)
+            and (confirms or choice.mode != "exact" or not self.confirmations.may_be_due(running, most))
             and self.chooser.stays(running)
-            and ahead_of.audits is None  # which may change what its rows read
+            and flight.audits is None  # which may change what its rows read
         )
-        return self.runner.launch(running, self._kind(choice, running, sparse), self.guards.due(running, 1)) if known else None
+        kind = self._kind(choice, running, sparse)
+        return self.runner.launch(running, kind, self.guards.due(running, grown)) if known else None
 
     def _is_sparse(self, sequences: list[Sequence], more: int) -> bool:
         """Whether a round reads lists once each sequence has so many more tokens."""
@@ -219,36 +224,41 @@ class Loop:
         if self.guards.heed(sequence, audit) and sequence.finish_reason is None:
             self.records.reread(sequence, self.runner.reread(row, sequence, self.engine.read))
 
-    def _confirm(self) -> Iterator[Event]:
-        """Emit what a dense forward makes of the tentative tokens, once a row has enough of them or might end."""
-        running = list(self.scheduler.running)
+    def _confirm(self) -> Generator[Event, None, Flight | None]:
+        """Emit what a dense forward makes of the tentative tokens, once a row has enough of them or might end. Returns a round
+        that has begun behind it."""
+        running = self.scheduler.running
         tentative = max([len(sequence.tentative) for sequence in running], default=0)
         if not tentative or not (self.confirmations.are_due(running) or self.chooser.settles(running)):
-            return
-        kind = self._kind(self.chooser.current, running, self._is_sparse(running, 0))
-        landed, now = self.runner.confirm(running, kind), time.perf_counter()
+            return None
+        flight = self.runner.confirm(running, self._kind(self.chooser.current, running, self._is_sparse(running, 0)))
+        if (ahead := self._launch_behind(flight, confirms=True)) is not None:
+            yield from self._refill()
+        (outcomes, _), seconds, now = flight.land(), flight.clock.settle(), time.perf_counter()
         events, gains = [], []
-        for sequence, outcome in zip(running, landed.outcomes, strict=True):
+        for sequence, outcome in zip(flight.sequences, outcomes, strict=True):
             if not outcome.finite:
                 sequence.end("error", "the dense target's logits are not finite numbers")
                 events.append(Event(sequence=sequence, tokens=[]))
                 continue
-            spent = {name: x / len(running) for name, x in landed.seconds.items()}
+            spent = {name: x / len(outcomes) for name, x in seconds.items()}
             self.confirmations.pace(sequence).confirmed(len(outcome.tokens) - 1, len(sequence.tentative))
             self.records.confirmation(sequence, outcome, self.runner.k, spent)
             events.append(self._emit(sequence, outcome.tokens, now))
             gains.append(Gain(sequence, len(outcome.tokens) - 1, len(events[-1].tokens)))
-        seconds = None if landed.fresh else sum(landed.seconds.values())
-        self.chooser.confirmed(kind.rows, tentative + 1 + self.runner.k, gains, seconds)
+        tokens = tentative + 1 + self.runner.k
+        self.chooser.confirmed(flight.rows, tokens, gains, None if flight.fresh else sum(seconds.values()))
         self._release()
         yield from events
+        return ahead
 
     def _emit(self, sequence: Sequence, tokens: list[int], now: float) -> Event:
         event = Event(sequence=sequence, tokens=sequence.extend(tokens))
         sequence.statistics.generated_tokens = len(sequence.tokens)
         sequence.statistics.decode_seconds = now - (sequence.statistics.began or now)
         if sequence.finish_reason is not None and self.config.audit:
-            self._audit(sequence)
+            _, cache = self.runner.rows_of(self.scheduler.running.index(sequence))[0]
+            count_agreed(self.engine.target, cache, sequence, self.config.prefill_chunk)
         return event
 
     def _release(self) -> None:
@@ -281,19 +291,6 @@ class Loop:
         for sequence in [s for s in scheduler.running if s.cancelled]:
             yield from self._end(sequence, "cancelled")
         self._release()
-
-    def _audit(self, sequence: Sequence) -> None:
-        """Count the generated tokens that the dense target, given the same text, holds for the most probable."""
-        _, cache = self.runner.rows_of(self.scheduler.running.index(sequence))[0]
-        prompt = len(sequence.prompt) - 1
-        cache.truncate(prompt)
-        tokens = torch.tensor([[sequence.prompt[-1], *sequence.tokens[:-1]]])
-        choices = []
-        for chunk in tokens.split(self.config.prefill_chunk, dim=1):
-            choices.append(self.engine.target.forward(chunk, cache).logits.argmax(-1).cpu())
-            cache.advance(chunk.shape[1])
-        sequence.statistics.audited = len(sequence.tokens)
-        sequence.statistics.agreed = int((torch.cat(choices, dim=1)[0] == torch.tensor(sequence.tokens)).sum())
 
 
 def _first_line(error: Exception) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from outrider.config import MAX_EXACT_EVERY, EngineConfig
 from outrider.decoding.sequence import Sequence
+from outrider.models.attention import ROUND
 
-DENSE_ROUNDS = 1.75  # a confirmation costs as much as so many sparse rounds, where nobody has measured it
+NARROW, WIDE = 1.6, 1.75  # a confirmation, of `ROUND` tokens or more, is as long as so many sparse rounds; until measured
 PRIOR = 15.0, 0.5  # tokens that passed and that did not, as if they had been seen
 MEMORY = 0.95  # what was seen before a round or a confirmation counts so much behind it
 
@@ -17,15 +18,18 @@ class Pace:
 
         (1 - a^(N + 1)) / (1 - a) + a^N (m - 1)     tokens that stand: tentative ones, one recovered or bonus token, and where
                                                     all pass those that the draft has proposed behind them,
-        N / m + c                                   rounds: sparse ones, and a confirmation that costs c = `dense_rounds`
+        N / m + c                                   rounds: sparse ones, and a confirmation that costs c = `narrow` where it
+                                                    has at most `ROUND` tokens for sure, else `wide`
 
     and N is where the quotient is largest. It is flat there, so c need not be known well. All of this is the row's own.
     """
 
-    def __init__(self, fixed: int | None) -> None:
-        """`fixed` is N where it is given."""
-        self.dense_rounds = DENSE_ROUNDS
+    def __init__(self, fixed: int | None, k: int) -> None:
+        """`fixed` is N where it is given, `k` are the drafted tokens of a round."""
+        self.narrow, self.wide = NARROW, WIDE
         self._fixed = fixed
+        # N - 1 tokens are too few, and a round brings K + 1; with the last confirmed one and K drafted ones it is read
+        self._fits = ROUND - 2 * k - 1
         self._every: int | None = None  # N until the next confirmation, once asked for
         self._passed = self._rejected = 0.0
         self._tokens, self._rounds = 2.0, 1.0  # that sparse rounds brought: m
@@ -44,7 +48,8 @@ class Pace:
         if self._every is None:
             a, m = self.agreement, self._tokens / self._rounds
             stand = [(1 - a ** (n + 1)) / (1 - a) + a**n * (m - 1) for n in range(1, MAX_EXACT_EVERY + 1)]
-            worth = [tokens / (n / m + self.dense_rounds) for n, tokens in enumerate(stand, start=1)]
+            costs = [n / m + (self.narrow if n <= self._fits else self.wide) for n in range(1, MAX_EXACT_EVERY + 1)]
+            worth = [tokens / rounds for tokens, rounds in zip(stand, costs, strict=True)]
             self._every = 1 + worth.index(max(worth))
         return self._every
 
@@ -64,7 +69,8 @@ class Confirmations:
     """Which tokens of a run are tentative, and when rows are to be confirmed. Every row has a pace of its own."""
 
     def __init__(self, sequences: list[Sequence], config: EngineConfig) -> None:
-        self._paces = {sequence.index: Pace(config.exact_every) for sequence in sequences if config.confirms}
+        k = config.draft_tokens
+        self._paces = {sequence.index: Pace(config.exact_every, k) for sequence in sequences if config.confirms}
         # a shorter sequence reads everything in its rounds, whatever its neighbours do
         self._least = max(config.budget.min_context, 1) if config.confirms else None
 

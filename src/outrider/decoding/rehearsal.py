@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from outrider.decoding.confirmation import ConfirmationKind
+from outrider.decoding.confirmation import WIDTH, ConfirmationKind
 from outrider.decoding.prefill import ProgressCallback, read_chunk
 from outrider.decoding.rounds import RoundKind
 from outrider.decoding.runner import Runner
 from outrider.decoding.statistics import StageClock
+from outrider.models.attention import ROUND
 
 
 def warm_up(runner: Runner, kind: RoundKind, progress: ProgressCallback) -> None:
@@ -18,8 +19,8 @@ def warm_up(runner: Runner, kind: RoundKind, progress: ProgressCallback) -> None
     for done in range(2):
         progress("compile rounds", done, 2)
         rehearse(runner, kind, 1, audit=True)
-        if runner.confirms and kind.sparse:
-            rehearse_confirmation(runner, kind, 1, 1)
+        for tokens in (ROUND, WIDTH) if runner.confirms and kind.sparse else ():
+            rehearse_confirmation(runner, kind, 1, min(tokens, runner.tentative.width))
     runner.clear(slice(None))
     progress("compile rounds", 2, 2)
 

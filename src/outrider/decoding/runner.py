@@ -10,13 +10,13 @@ from torch import Tensor
 from outrider.decoding.audits import Audits
 from outrider.decoding.confirmation import BlockBuffer, ConfirmationKind, confirm
 from outrider.decoding.drafting import DraftLists, propose
-from outrider.decoding.flight import Flight, Landed
+from outrider.decoding.flight import Flight
 from outrider.decoding.graphs import Stages
 from outrider.decoding.guard import turn_of
 from outrider.decoding.guidance import Guidance
 from outrider.decoding.guides import ByRow
 from outrider.decoding.prefill import ReadChunk, read_on
-from outrider.decoding.rounds import InputBuffer, Inputs, Judge, Outcome, RoundKind, RowOutcome, accept, propose_nothing, verify
+from outrider.decoding.rounds import InputBuffer, Inputs, Judge, Outcome, RoundKind, accept, propose_nothing, verify
 from outrider.decoding.scoring import score
 from outrider.decoding.sequence import Sequence
 from outrider.decoding.statistics import StageClock
@@ -58,6 +58,7 @@ class Runner:
         self._chunk = chunk
         self.slots, self.capacity = slots, capacity
         self.device = target.spec.device
+        self.launches_ahead = self.device.type == "cuda"  # a round may begin before the last one's tokens are read
         self.models = [model for model in (target, draft) if model is not None]
         self.caches = [model.new_cache(slots, capacity) for model in self.models]
         self.inputs = InputBuffer(slots, self.k, self.device, common_noise=common_noise, share=share)
@@ -67,17 +68,29 @@ class Runner:
         self.stages = Stages(capture=capture)
         rival = guidance.rival if guidance is not None else None
         self.rivals = None if rival is None else ByRow(rival, target, self.caches[0])
+        self._parts: dict[int, tuple[list[KVCache], DraftLists | None, QuantizedKeys | None]] = {}  # by rows
         self._begun: set[int] = set()  # rows whose draft lists, records and rivals follow their rounds
         self._behind: set[int] = set()  # rows of which the draft's cache lacks tokens
         pinned = self.device.type == "cuda"
         room = slots * (self.k + 5)
         self._landing = [torch.zeros(room, dtype=torch.float64, pin_memory=pinned) for _ in range(2)]  # in turn, as inputs
+        self._confirmed_landing = torch.zeros(slots * (self.tentative.width + 4), dtype=torch.float64, pin_memory=pinned)
         # one will do: behind an audited round nothing is launched before its figures are read
         self._audit_landing = torch.zeros(slots, self.k + 4, dtype=torch.float64, pin_memory=pinned)
 
     def rows_of(self, slot: int) -> list[tuple[LanguageModel, KVCache]]:
         """The models, the target first, each with its cache of one slot."""
         return [(model, cache.rows(slot, slot + 1)) for model, cache in zip(self.models, self.caches, strict=True)]
+
+    def _first(self, rows: int) -> tuple[list[KVCache], DraftLists | None, QuantizedKeys | None]:
+        """The caches, draft lists and records of the first rows. Made once: views of so many tensors take the host long."""
+        if rows not in self._parts:
+            self._parts[rows] = (
+                [cache.rows(0, rows) for cache in self.caches],
+                self.drafting.rows(0, rows) if self.drafting is not None else None,
+                self.quantized.rows(0, rows) if self.quantized is not None else None,
+            )
+        return self._parts[rows]
 
     def begin(self, slot: int, pending: int, *, drafted: bool) -> None:
         """A sequence whose prompt is cached runs from now on; the draft's cache has it where it was `drafted`."""
@@ -130,28 +143,15 @@ class Runner:
         turns = {turn_of(sequence) for sequence, due in zip(running, audited, strict=True) if due and kind.sparse}
         outcome, figures = self.run_stages(kind, clock, turns)
         touched = [after - x for x, after in zip(before, self._touched(kind, running), strict=True)]
-        host, arrived = self._landing[0][: outcome.numbers.numel()].view_as(outcome.numbers), None
-        self._landing.reverse()
-        host.copy_(outcome.numbers, non_blocking=True)
+        audits = None
         if figures is not None:
-            self._audit_landing[: kind.rows].copy_(figures, non_blocking=True)
-        if self.device.type == "cuda":
-            arrived = torch.cuda.Event()
-            arrived.record()
-        return Flight(
-            sequences=list(running),
-            rows=kind.rows,
-            fresh=fresh,
-            selection=outcome.selection,
-            touched=touched,
-            clock=clock,
-            numbers=host,
-            audits=None if figures is None else self._audit_landing,
-            arrived=arrived,
-        )
+            audits = self._audit_landing[: kind.rows].copy_(figures, non_blocking=True)
+        landing = self._landing[0]
+        self._landing.reverse()
+        return Flight.of(running, outcome, landing, clock, fresh=fresh, touched=touched, audits=audits)
 
-    def confirm(self, running: list[Sequence], kind: RoundKind) -> Landed:
-        """Confirm what the sequences in rows 0 .. n - 1 hold; waits for it. No round is under way."""
+    def confirm(self, running: list[Sequence], kind: RoundKind) -> Flight:
+        """Start to confirm what the sequences in rows 0 .. n - 1 hold, without waiting for it. No round is under way."""
         clock = StageClock(self.device)
         self.inputs.load(running, kind.rows, audited=[False] * len(running))
         listed = kind.sparse and self._begun.issuperset(range(len(running)))
@@ -162,8 +162,7 @@ class Runner:
         outcome = self.run_confirmation(confirmation, stop, clock)
         if self.rivals is not None:  # what they keep is of tokens that may be gone, and of keys that were written anew
             self._begun.clear()
-        outcomes = [RowOutcome.of(row) for row in outcome.numbers[: len(running)].tolist()]
-        return Landed(outcomes=outcomes, fresh=fresh, seconds=clock.settle())
+        return Flight.of(running, outcome, self._confirmed_landing, clock, fresh=fresh)
 
     def _is_fresh(self, kind: Hashable) -> bool:
         return self.stages.capture and not self.stages.knows(kind)
@@ -171,14 +170,13 @@ class Runner:
     def run_confirmation(self, kind: ConfirmationKind, stop: int, clock: StageClock) -> Outcome:
         """Confirm what `tentative` holds, without waiting for the device; no row has more than `stop` tokens then."""
         rows = kind.round.rows
-        models = [model.uncompiled() for model in self.models]  # of widths that are not worth a compilation
-        caches = [cache.rows(0, rows) for cache in self.caches]
-        lists = self.drafting.rows(0, rows) if self.drafting is not None else None
+        caches, lists, _ = self._first(rows)
 
         def confirmed() -> Outcome:
             block = self.tentative.unpack(rows, kind.width)
             inputs = self.inputs.unpack(kind.round, block.confirmed)
             room = caches[0].capacity if self.stages.capture else stop  # a graph is replayed with other lengths
+            models = [model.uncompiled() for model in self.models]  # of widths that are not worth a compilation
             return confirm(models, caches, block, inputs, lists, room, self.confirming, listed=kind.listed)
 
         self.stages.begin(kind)
@@ -232,10 +230,9 @@ class Runner:
         """Propose, score, select, verify and accept over the first `kind.rows` rows, without waiting for the device. Where rows
         are to be audited, at these `turns`, the dense target reads the round, too: the second result are its figures."""
         run, spec = self.stages.run, self.target.spec
-        caches = [cache.rows(0, kind.rows) for cache in self.caches]
+        caches, lists, quantized = self._first(kind.rows)
         guidance = self.guidance if kind.sparse else None
-        lists = self.drafting.rows(0, kind.rows) if self.drafting is not None and kind.sparse else None
-        quantized = self.quantized.rows(0, kind.rows) if self.quantized is not None else None
+        lists = lists if kind.sparse else None
         self.stages.begin(kind)
 
         def proposed() -> tuple[Inputs, DraftTrace]:

@@ -215,7 +215,8 @@ class LanguageModel:
         tokens = tokens.to(self.spec.device)
         if stop is None:
             stop = int(cache.lengths.max()) + tokens.shape[1] if tokens.shape[1] > ROUND else cache.capacity
-        fused = tokens.numel() <= MAX_ROWS or tokens.shape[1] > ROUND  # between them, compiled layers are faster
+        # between them, compiled layers are faster
+        fused = tokens.numel() <= MAX_ROWS or tokens.shape[1] > ROUND or not self.compiled
         if positions is None:
             positions = cache.lengths[:, None]
             if tokens.shape[1] > 1:

@@ -22,6 +22,8 @@ from outrider.ops.checks import (
 )
 from outrider.ops.sparse_attention import reference
 
+CUDA_ROWS = 32  # query rows of a program in CUDA C++; with more, dense attention reads the cache twice, and Triton's once
+
 
 def sparse_attention(
     queries: Tensor,
@@ -132,14 +134,10 @@ def sparse_attention(
         raise ValueError(f"indices: expected lists of at most N={capacity} tokens, got width M={sizes['M']}")
     arguments = {"scale": scale, "key_scale": key_scale, "value_scale": value_scale, "page_table": page_table, "window": window}
     arguments |= {"unlisted_values": unlisted_values, "unlisted_shares": unlisted_shares}
-    chosen = choose(
-        backend,
-        queries.device,
-        {
-            "cuda": lambda: _cuda().obstacle(queries, keys, values),
-            "triton": lambda: _triton().obstacle(queries, keys),
-        },
-    )
+    kernels = {"cuda": lambda: _cuda().obstacle(queries, keys, values), "triton": lambda: _triton().obstacle(queries, keys)}
+    if indices is None and sizes["T"] * (sizes["Hq"] // sizes["Hkv"]) > CUDA_ROWS:
+        kernels = dict(reversed(kernels.items()))
+    chosen = choose(backend, queries.device, kernels)
     if chosen == "reference" or debug():
         check_range("lengths", lengths, 0, capacity - sizes["T"])
         check_pages(page_table, lengths + sizes["T"], keys.shape[1], keys.shape[0])

@@ -1,0 +1,98 @@
+"""Rounds that begin before the last one's tokens are read, as on a GPU: the same texts as one round after the other.
+
+On a CPU a round is over once it is launched, so nothing is gained; what the host knows, and when, is the same.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from outrider.config import SamplingParams
+from outrider.decoding.drafting import DraftLists
+from outrider.decoding.loop import Loop
+from outrider.decoding.runner import Runner
+
+LENGTHS = [40, 23, 61, 35, 52]
+STARVED = {"keep": 0.05, "sinks": 0, "recent": 0}
+
+
+@pytest.fixture
+def ahead(monkeypatch):
+    """Launches ahead from now on; returns the list of them: True behind a confirmation, False behind a round."""
+    made, launched = Runner.__init__, []
+    launch = Loop._launch_behind
+
+    def build(self, *given, **options):
+        made(self, *given, **options)
+        self.launches_ahead = True
+
+    def spy(self, flight, *, confirms=False):
+        found = launch(self, flight, confirms=confirms)
+        if found is not None:
+            launched.append(confirms)
+        return found
+
+    def begin():
+        monkeypatch.setattr(Runner, "__init__", build)
+        monkeypatch.setattr(Loop, "_launch_behind", spy)
+        return launched
+
+    return begin
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "plain"},
+        {"mode": "dense", "draft_tokens": 2},
+        {"mode": "sparse"},
+        {"mode": "sparse", "min_context": 50},
+        {"mode": "exact"},
+        {"mode": "exact", "exact_every": 3, "min_context": 50},
+        {"mode": "exact", "exact_every": 20, **STARVED},
+    ],
+    ids=str,
+)
+def test_texts_are_those_of_one_round_after_the_other(temperature, options, ahead, make_pair, make_engine, random_prompts):
+    pair, prompts = make_pair("llama"), random_prompts(LENGTHS)
+    params = [
+        SamplingParams(max_new_tokens=30 - 3 * i, temperature=temperature, seed=i, ignore_eos=i % 2 == 0)
+        for i in range(len(prompts))
+    ]
+    wanted = make_engine(pair, batch_size=2, **options).generate(prompts, params)
+    launched = ahead()
+    found = make_engine(pair, batch_size=2, **options).generate(prompts, params)
+    for one, other in zip(found, wanted, strict=True):
+        assert (one.token_ids, one.finish_reason) == (other.token_ids, other.finish_reason)
+        assert one.statistics.generated_tokens == other.statistics.generated_tokens
+    assert len(launched) > 5
+    assert any(launched) == (options["mode"] == "exact")
+
+
+def test_waiting_prompts_are_read_where_every_round_is_confirmed(ahead, make_pair, make_engine, random_prompts, monkeypatch):
+    """Behind each confirmation a round is under way, so nobody else would admit them before all that run have ended."""
+    ahead()
+    engine = make_engine(make_pair("llama"), mode="exact", exact_every=1, batch_size=2)
+    params = [SamplingParams(max_new_tokens=count, ignore_eos=True) for count in (60, 4, 4, 4)]
+    order = [chunk.index for chunk in engine.stream(random_prompts(LENGTHS[:4]), params) if chunk.result is not None]
+    assert order[-1] == 0, "three short ones take turns beside the long one"
+
+
+@pytest.mark.parametrize("every", [None, 1, 9])
+def test_the_draft_is_never_without_lists(every, ahead, make_pair, make_engine, random_prompts, monkeypatch):
+    """It proposes once more before a confirmation, over lists that are a round old."""
+    target, _ = make_pair("llama")
+    steps, seen = DraftLists.steps, []
+
+    def spy(self, lengths, count):
+        made = steps(self, lengths, count)
+        seen.append(min(int(one.counts[:, lengths > 0].min()) for one in made))
+        return made
+
+    monkeypatch.setattr(DraftLists, "steps", spy)
+    ahead()
+    engine = make_engine((target, target), mode="exact", exact_every=every, drafting="sparse", keep=1.0)
+    results = engine.generate(random_prompts(LENGTHS[:3]), SamplingParams(max_new_tokens=40, ignore_eos=True))
+    assert sum(result.statistics.drafted_on for result in results) > 10, "so lists have to last longest"
+    assert min(seen) > 0
