@@ -93,16 +93,23 @@ class World:
                 choice, batch = self.chooser.current, pending
             self.choices.append(choice)
             self.log.append((len(self.sequences[0].tokens), choice))
-            launches = self.ahead and not (choice.mode == "exact" and self.confirmations.may_be_due(batch, choice.k + 1))
-            pending = batch if launches and self.chooser.stays(batch) else None
+            due = self.confirmations.are_due_behind(batch, choice.k + 1) if choice.mode == "exact" else False
+            pending = self.launched_behind(batch) if due is False else None
             self.round(choice, batch)
-            if pending is not None:
-                pending = [s for s in pending if s in self.running()] or None
+            pending = self.left(pending)
             running = self.running() if pending is None else []
             held = any(s.tentative for s in running)
-            if held and (self.confirmations.are_due(running) or self.chooser.settles(running)):
+            if held and (due or self.confirmations.are_due(running) or self.chooser.settles(running)):
+                pending = self.launched_behind(running)
                 self.confirm(running)
+                pending = self.left(pending)
         return self
+
+    def launched_behind(self, batch):
+        return batch if self.ahead and self.chooser.stays(batch) else None
+
+    def left(self, pending):
+        return [s for s in pending or [] if s in self.running()] or None
 
     def spend(self, batch, seconds):
         for sequence in batch:

@@ -116,11 +116,11 @@ def test_a_confirmation_that_fails_leaves_what_is_confirmed(error, make_pair, ma
     pair, prompts = make_pair("llama"), random_prompts(PROMPTS[:4])
     confirm, calls = Runner.confirm, []
 
-    def third(self, running, kind):
+    def third(self, running, kind, under_way):
         calls.append([sequence.index for sequence in running])
         if len(calls) == 3 and error is not None:
             raise error
-        flight = confirm(self, running, kind)
+        flight = confirm(self, running, kind, under_way)
         flight.numbers[:, -3] = len(calls) != 3  # whether the logits are finite
         return flight
 

@@ -62,8 +62,21 @@ def test_who_is_due():
     rows[1].hold([2, 7, 2])
     assert rows[1].closing and rows[1].tentative[-1] == 7, "what comes behind an end of text is dropped"
     assert confirmations.are_due(rows[1:3])
-    assert not confirmations.may_be_due(rows[2:3], 5)
-    assert confirmations.may_be_due(rows[2:3], 6)
+    assert confirmations.are_due_behind(rows[2:3], 5) is False
+    assert confirmations.are_due_behind(rows[2:3], 6) is None, "a round may bring as many"
+    assert confirmations.are_due_behind([sequence(index=1, tentative=5)], 5), "one is enough"
+
+
+def test_a_pace_is_kept_to_the_nearest_round():
+    """What a round under way brings is not known, but what rounds bring on average."""
+    confirmations = Confirmations([sequence()], engine_config(mode="exact", min_context=10))
+    pace = confirmations.pace(sequence())
+    for _ in range(200):
+        pace.brought(4)
+        pace.confirmed(19, 20)
+    assert pace.tokens == pytest.approx(4)
+    first = next(count for count in range(30) if confirmations.are_due_behind([sequence(tentative=count)], 5))
+    assert abs(first + 4 - pace.every) <= 2
 
 
 def test_below_min_context_and_in_other_modes_nothing_is_tentative():
@@ -77,7 +90,7 @@ def test_below_min_context_and_in_other_modes_nothing_is_tentative():
 def test_tentative_tokens_are_no_result_until_they_are_confirmed():
     one = sequence(prompt=3)
     assert one.hold([4, 5]) == 2
-    assert (one.tokens, one.pending, one.cached, one.text_cached, one.unconfirmed) == ([], 5, 4, [1, 1, 1, 4], [1, 4, 5])
+    assert (one.tokens, one.pending, one.cached, one.text_cached) == ([], 5, 4, [1, 1, 1, 4])
     assert one.extend([4, 9]) == [4, 9]
     assert (one.tokens, one.tentative, one.pending, one.cached) == ([4, 9], [], 9, 4)
     long = sequence(prompt=3)

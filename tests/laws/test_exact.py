@@ -212,14 +212,14 @@ def test_law_8_what_a_confirmation_replaces_is_not_read(make_pair, make_engine, 
     wanted = engine.generate(prompts, params)
     confirm, poisoned = Runner.confirm, []
 
-    def poison(self, running, kind):
+    def poison(self, running, kind, under_way):
         cache = self.caches[0]
         for row, sequence in enumerate(running):
             behind = slice(sequence.cached - len(sequence.tentative), None)
             for layer in range(len(cache.layers)):
                 cache.keys(layer)[row, behind] = cache.values(layer)[row, behind] = torch.nan
             poisoned.append(len(sequence.tentative))
-        return confirm(self, running, kind)
+        return confirm(self, running, kind, under_way)
 
     monkeypatch.setattr(Runner, "confirm", poison)
     assert tokens(engine.generate(prompts, params)) == tokens(wanted)
@@ -231,9 +231,9 @@ def test_law_8_a_run_reports_what_it_has_read(make_pair, make_engine, random_pro
     engine = make_engine(make_pair("llama"), mode="exact", exact_every=6)
     read, confirm = [], Runner.confirm
 
-    def spy(self, running, kind):
+    def spy(self, running, kind, under_way):
         read.append(sum(sequence.cached + 1 + self.k for sequence in running))  # C cached ones and n + 1 + K of its own
-        return confirm(self, running, kind)
+        return confirm(self, running, kind, under_way)
 
     monkeypatch.setattr(Runner, "confirm", spy)
     [result] = engine.generate(random_prompts([40]), SamplingParams(max_new_tokens=COUNT))

@@ -24,7 +24,6 @@ from torch import Tensor
 from outrider.config import MAX_EXACT_EVERY, EngineConfig
 from outrider.decoding.drafting import DraftLists, propose
 from outrider.decoding.rounds import Inputs, Judge, Outcome, RoundKind, accept
-from outrider.decoding.sequence import Sequence
 from outrider.models import KVCache, LanguageModel
 from outrider.models.attention import ROUND
 from outrider.types import DraftTrace
@@ -34,23 +33,13 @@ FILLER = -1  # equal to no token, so it never passes
 
 
 def most_tentative(config: EngineConfig) -> int:
-    """Tokens that a row may have to confirm at a time: a round begins with one too few, and may bring K + 1."""
-    return (config.exact_every or MAX_EXACT_EVERY) + config.draft_tokens
+    """Tokens that a row may have to confirm at a time: one too few, and those of a round under way and of one behind it."""
+    return (config.exact_every or MAX_EXACT_EVERY) + 2 * config.draft_tokens + 1
 
 
 def spare_rows(config: EngineConfig) -> int:
     """Rows that a cache has beyond those of its sequences, which a forward that confirms may write on."""
     return most_tentative(config) + config.draft_tokens + 1 + WIDTH if config.confirms else 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Block:
-    """What is to be confirmed, on the device."""
-
-    confirmed: Tensor  # [B] int64: C, cached tokens that stand
-    counts: Tensor  # [B] int64: n, tentative tokens
-    behind: Tensor  # [B] bool: rows whose tokens the draft has not read; its cache of these stays as it is
-    tokens: Tensor  # [B, W] int64: last confirmed token, tentative ones, FILLER
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,55 +51,63 @@ class ConfirmationKind:
     listed: bool  # the draft reads lists
 
 
-class BlockBuffer:
-    """The tentative tokens of up to `slots` sequences, on host and device."""
+class TentativeTokens:
+    """What sparse rounds have brought each of up to `slots` sequences since it was last confirmed. Rounds put it there, on the
+    device, and confirmations take it, so one can be launched before the host knows what it is to confirm."""
 
-    COUNTS = 3  # confirmed, tentative, behind; tokens follow
+    def __init__(self, slots: int, most: int, k: int, least: int, device: torch.device) -> None:
+        """Of up to `most` tokens a sequence, with room for `k` drafted ones behind them. What a round brings a sequence of less
+        than `least` cached tokens stands."""
+        self._fills_up, self._k, self._least = device.type == "cuda", k, least
+        self.width = self.width_of(most)  # the largest W
+        self._tokens = torch.zeros(slots, self.width, dtype=torch.int64, device=device)  # the last that stands, tentative ones
+        self._counts = torch.zeros(slots, dtype=torch.int64, device=device)  # n, tentative ones
 
-    def __init__(self, slots: int, most: int, k: int, device: torch.device) -> None:
-        """Of up to `most` tokens a sequence, with room for `k` drafted ones behind them."""
-        self._fills_up, self._k = device.type == "cuda", k
-        self.width = self._padded(most + 1)  # the largest W
-        shape = slots, self.COUNTS + self.width
-        self._host = torch.zeros(shape, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._device = torch.zeros(shape, dtype=torch.int64, device=device)
-
-    def load(self, running: list[Sequence], rows: int, behind: set[int]) -> int:
-        """Put what the sequences hold into the first rows, some of them `behind`; returns W."""
-        width = self._padded(1 + max([len(sequence.tentative) for sequence in running], default=0))
-        self._host[:rows] = FILLER
-        self._host[:rows, : self.COUNTS + 1] = 0  # idle rows read one token behind none
-        for row, sequence in enumerate(running):
-            count, tokens = len(sequence.tentative), sequence.unconfirmed
-            numbers = [sequence.cached - count, count, row in behind, *tokens]
-            self._host[row, : len(numbers)] = torch.tensor(numbers)
-        self._device[:rows].copy_(self._host[:rows], non_blocking=True)
-        return width
-
-    def load_nothing(self, rows: int, cached: int, tokens: int) -> int:
-        """Put rows without a sequence there, `tokens` to be read behind `cached` ones; returns W."""
-        width = self._padded(max(tokens - self._k, 1))
-        self._host[:rows] = 0
-        self._host[:rows, 0] = cached
-        self._device[:rows].copy_(self._host[:rows], non_blocking=True)
-        return width
-
-    def _padded(self, tokens: int) -> int:
-        width = tokens + self._k
+    def width_of(self, count: int) -> int:
+        """W of a forward over up to so many tentative tokens of each row."""
+        width = 1 + count + self._k
         if not self._fills_up:
             return width
         return ROUND if width <= ROUND else -(-width // WIDTH) * WIDTH
 
-    def unpack(self, rows: int, width: int) -> Block:
-        """The first rows; waits for nothing."""
-        held = self._device[:rows, : self.COUNTS + width]
-        return Block(confirmed=held[:, 0], counts=held[:, 1], behind=held[:, 2] > 0, tokens=held[:, self.COUNTS :])
+    def clear(self, slots: int | slice) -> None:
+        """Nothing is tentative there."""
+        self._counts[slots] = 0
+
+    def move(self, source: int, slot: int) -> None:
+        """A sequence changes its slot."""
+        for stored in (self._tokens, self._counts):
+            stored[slot] = stored[source]
+        self._counts[source] = 0
+
+    def hold(self, pending: Tensor, lengths: Tensor, outcome: Outcome, active: Tensor) -> None:
+        """Keep what a round has brought the first rows, behind `lengths` [B] cached tokens and the `pending` one [B]."""
+        k, rows = self._k, len(pending)
+        tokens, counts = self._tokens[:rows], self._counts[:rows]
+        drafted, accepted, following = outcome.numbers[:, : k + 2].long().split([k, 1, 1], dim=1)
+        tokens[:, 0] = torch.where(counts == 0, pending, tokens[:, 0])
+        place = torch.arange(k + 1, device=tokens.device)
+        brought = torch.where(place < accepted, torch.cat([drafted, following], dim=1), following)
+        tokens.scatter_(1, counts[:, None] + 1 + place, brought)
+        counts += torch.where(lengths >= self._least, (accepted[:, 0] + 1) * active, 0)
+
+    def take(self, rows: int, width: int, pending: Tensor) -> tuple[Tensor, Tensor]:
+        """What the first rows hold, and hold no longer: how many tentative tokens [B], and [B, W] the last token that stands,
+        the tentative ones and filler. Without tentative ones the last token is the `pending` one [B]."""
+        tokens, counts = self._tokens[:rows, :width], self._counts[:rows]
+        place = torch.arange(width, device=tokens.device)
+        first = torch.where(counts == 0, pending, tokens[:, 0])
+        held = torch.where(place <= counts[:, None], torch.cat([first[:, None], tokens[:, 1:]], dim=1), FILLER)
+        taken = counts.clone()
+        counts.zero_()
+        return taken, held
 
 
 def confirm(
     models: list[LanguageModel],
     caches: list[KVCache],
-    block: Block,
+    counts: Tensor,
+    tokens: Tensor,
     inputs: Inputs,
     lists: DraftLists | None,
     stop: int,
@@ -121,35 +118,22 @@ def confirm(
     """Judge the tentative tokens of all rows, and K drafted ones behind them, by the dense target; bring both caches to what
     passed. Waits for nothing.
 
-    No row has more than `stop` tokens with all W behind what is confirmed. The draft reads `lists` where it is `listed`.
-    `models` and `caches` are the target's, then the draft's. The noise of `inputs` begins behind the confirmed tokens. In the
-    outcome all W - 1 tokens behind the first count as drafted, of which none that is filler is accepted.
+    `counts` [B] and `tokens` [B, W] are those that `TentativeTokens` has had. No row has more than `stop` tokens with all W
+    behind what is confirmed. The draft reads `lists` where it is `listed`. `models` and `caches` are the target's, then the
+    draft's. The noise of `inputs` begins behind the confirmed tokens. In the outcome all W - 1 tokens behind the first count as
+    drafted, of which none that is filler is accepted.
     """
     (target, draft), (cache, draft_cache) = models, caches
-    read = draft_cache.lengths.clone()
-    drafted = _go_on(draft, draft_cache, block, inputs, lists if listed else None, target.spec.vocabulary)
+    noise = None if inputs.noise is None else replace(inputs.noise, first=cache.lengths + 1)
+    drafting = inputs.pending, inputs.sampling, inputs.draft_uniforms, target.spec.vocabulary
+    drafted = propose(draft, draft_cache, *drafting, lists if listed else None, noise).tokens
     target.ranks.same(drafted)
-    places = block.counts[:, None] + 1 + torch.arange(drafted.shape[1], device=drafted.device)
-    tokens = block.tokens.scatter(1, places, drafted)
-    cache.truncate(block.confirmed)
+    places = counts[:, None] + 1 + torch.arange(drafted.shape[1], device=drafted.device)
+    tokens = tokens.scatter(1, places, drafted)
+    cache.truncate(cache.lengths - counts)
     logits = target.forward(tokens.clamp(min=0), cache, stop=stop).logits
-    trace = DraftTrace(tokens=tokens[:, 1:], probs=None, queries=(), tentative=block.counts)
-    outcome = accept(trace, logits, inputs, None, target, [cache], judge)
-    draft_cache.truncate(torch.where(block.behind, read, cache.lengths))
+    trace = DraftTrace(tokens=tokens[:, 1:], probs=None, queries=(), tentative=counts)
+    outcome = accept(trace, logits, inputs, None, target, caches, judge)
     if lists is not None:
         lists.truncate(cache.lengths)
     return outcome
-
-
-def _go_on(
-    draft: LanguageModel, cache: KVCache, block: Block, inputs: Inputs, lists: DraftLists | None, vocabulary: int
-) -> Tensor:
-    """What the draft proposes behind the last tentative token of each row, [B, K]. Its cache has all of them then, should they
-    all pass."""
-    lengths = torch.where(block.behind, cache.lengths, block.confirmed + block.counts)
-    cache.truncate(lengths)
-    if lists is not None:
-        lists.truncate(lengths)
-    last = block.tokens.gather(1, block.counts[:, None])[:, 0]
-    noise = None if inputs.noise is None else replace(inputs.noise, first=lengths + 1)
-    return propose(draft, cache, last, inputs.sampling, inputs.draft_uniforms, vocabulary, lists, noise).tokens

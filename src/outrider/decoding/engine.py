@@ -203,6 +203,7 @@ class Engine:
             self.confirming,
             draft_tokens=k,
             most_tentative=most_tentative(self.config) if self.config.confirms else 0,
+            tentative_from=max(self.config.budget.min_context, 1),
             common_noise=self.config.shares_noise,
             share=levels(self.config.budget)[0],
             audits_from=self.config.budget.min_context if self.config.guards else None,

@@ -21,6 +21,7 @@ class Flight:
 
     sequences: list[Sequence]  # by row
     rows: int  # of the batch, idle ones counted in
+    confirms: bool
     fresh: bool  # something was built or captured meanwhile: its time says nothing
     selection: Selection | None  # its lists; those of a captured round are overwritten by the next
     touched: list[float]  # bytes that a rival has read in order to choose, by row
@@ -38,6 +39,7 @@ class Flight:
         clock: StageClock,
         *,
         fresh: bool,
+        confirms: bool = False,
         touched: list[float] | None = None,
         audits: Tensor | None = None,
     ) -> Flight:
@@ -50,6 +52,7 @@ class Flight:
         return cls(
             sequences=list(running),
             rows=len(numbers),
+            confirms=confirms,
             fresh=fresh,
             selection=outcome.selection,
             touched=touched or [0.0] * len(running),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -78,9 +78,7 @@ class Loop:
                 if flight is not None:
                     yield from self._refill()
                 if landed is not None:
-                    yield from self._commit(landed)
-                if flight is None:
-                    flight = yield from self._confirm()
+                    yield from self._commit_confirmation(landed) if landed.confirms else self._commit(landed)
             except self.recoverable as error:
                 flight = None
                 self.runner.forget()
@@ -141,23 +139,27 @@ class Loop:
                 return
 
     def _launch(self) -> Flight | None:
-        """Start a round while none is under way; None where nobody runs."""
+        """Start what is next while nothing is under way: a confirmation, once a row has enough tentative tokens or might end,
+        else a round; None where nobody runs."""
         running, now = self.scheduler.running, time.perf_counter()
         if not running:
             return None
         for sequence in running:
             sequence.statistics.began = sequence.statistics.began or now
         listed = self._is_sparse(running, 0)
-        undecided = not any(sequence.tentative for sequence in running)
-        choice = self.chooser.choose(running, listed=listed) if undecided else self.chooser.current
+        if any(sequence.tentative for sequence in running):
+            choice = self.chooser.current
+            if self.confirmations.are_due(running) or self.chooser.settles(running):
+                return self.runner.confirm(running, self._kind(choice, running, listed), 0)
+        else:
+            choice = self.chooser.choose(running, listed=listed)
         return self.runner.launch(running, self._kind(choice, running, listed), self.guards.due(running, 0))
 
-    def _launch_behind(self, flight: Flight, *, confirms: bool = False) -> Flight | None:
-        """Start the next round behind one that is under way, or behind a confirmation; None where it depends on what that will
-        bring."""
+    def _launch_behind(self, flight: Flight) -> Flight | None:
+        """Start what follows the round or confirmation under way; None where it depends on what that will bring."""
         running, choice = self.scheduler.running, self.chooser.current
         most = choice.k + 1  # tokens by which a sequence may outgrow what it has and holds
-        grown = 0 if confirms else 1  # tokens, at least; who holds some is long enough without them
+        grown = 0 if flight.confirms else 1  # at least; who holds tokens is long enough without them
         sparse = self._is_sparse(running, grown)
         known = (
             self.runner.launches_ahead
@@ -165,12 +167,19 @@ class Loop:
             and running == flight.sequences
             and sparse == self._is_sparse(running, most)
             and all(len(s.tokens) + len(s.tentative) + most < s.params.max_new_tokens and not s.closing for s in running)
-            and (confirms or choice.mode != "exact" or not self.confirmations.may_be_due(running, most))
             and self.chooser.stays(running)
             and flight.audits is None  # which may change what its rows read
         )
+        holds = choice.mode == "exact" and not flight.confirms
+        due = self.confirmations.are_due_behind(running, most) if holds else False
+        if not known or due is None:
+            return None
         kind = self._kind(choice, running, sparse)
-        return self.runner.launch(running, kind, self.guards.due(running, grown)) if known else None
+        return (
+            self.runner.confirm(running, kind, most)
+            if due
+            else self.runner.launch(running, kind, self.guards.due(running, grown))
+        )
 
     def _is_sparse(self, sequences: list[Sequence], more: int) -> bool:
         """Whether a round reads lists once each sequence has so many more tokens."""
@@ -179,11 +188,8 @@ class Loop:
     def _kind(self, choice: Choice, sequences: list[Sequence], listed: bool) -> RoundKind:
         guidance, dense = self.engine.guidance, choice.mode == "dense"
         sparse = listed and choice.k > 0 and guidance is not None and not (dense and guidance.draft is None)
-        return RoundKind.of(sequences, self.runner.slots, k=choice.k, sparse=sparse, dense_target=dense)
-
-    def _holds(self, sequence: Sequence) -> bool:
-        """What the current rounds bring this sequence is tentative."""
-        return self.chooser.current.mode == "exact" and self.confirmations.holds(sequence)
+        holds = sparse and choice.mode == "exact"
+        return RoundKind.of(sequences, self.runner.slots, k=choice.k, sparse=sparse, dense_target=dense, holds=holds)
 
     def _commit(self, flight: Flight) -> Iterator[Event]:
         """Emit the accepted tokens and the recovered or bonus one, or hold them; finished sequences leave their slots."""
@@ -193,7 +199,10 @@ class Loop:
         events = []
         gains: list[Gain] = []
         for row, (sequence, outcome) in enumerate(zip(flight.sequences, outcomes, strict=True)):
-            if sequence.finish_reason is not None or sequence.closing:  # it ended, or may end, while this round was under way
+            if sequence.finish_reason is not None:  # it ended while this round was under way
+                continue
+            if sequence.closing:  # or may end
+                sequence.hold(outcome.tokens)
                 continue
             if not outcome.finite:
                 sequence.end("error", "the target's logits are not finite numbers")
@@ -203,7 +212,7 @@ class Loop:
             self.records.round(sequence, outcome, self.chooser.current, layers, flight.touched[row], spent)
             if self.watch is not None:
                 self.watch(sequence, outcome, selection.rows(row, row + 1) if selection is not None else None)
-            if self._holds(sequence):
+            if self.chooser.current.mode == "exact" and self.confirmations.holds(sequence):
                 held = sequence.hold(outcome.tokens)
                 sequence.statistics.tentative += held
                 self.confirmations.pace(sequence).brought(held)
@@ -224,19 +233,14 @@ class Loop:
         if self.guards.heed(sequence, audit) and sequence.finish_reason is None:
             self.records.reread(sequence, self.runner.reread(row, sequence, self.engine.read))
 
-    def _confirm(self) -> Generator[Event, None, Flight | None]:
-        """Emit what a dense forward makes of the tentative tokens, once a row has enough of them or might end. Returns a round
-        that has begun behind it."""
-        running = self.scheduler.running
-        tentative = max([len(sequence.tentative) for sequence in running], default=0)
-        if not tentative or not (self.confirmations.are_due(running) or self.chooser.settles(running)):
-            return None
-        flight = self.runner.confirm(running, self._kind(self.chooser.current, running, self._is_sparse(running, 0)))
-        if (ahead := self._launch_behind(flight, confirms=True)) is not None:
-            yield from self._refill()
+    def _commit_confirmation(self, flight: Flight) -> Iterator[Event]:
+        """Emit what the dense target has made of the tentative tokens; finished sequences leave their slots."""
         (outcomes, _), seconds, now = flight.land(), flight.clock.settle(), time.perf_counter()
+        tokens = 1 + max(len(sequence.tentative) for sequence in flight.sequences) + self.runner.k
         events, gains = [], []
         for sequence, outcome in zip(flight.sequences, outcomes, strict=True):
+            if sequence.finish_reason is not None:
+                continue
             if not outcome.finite:
                 sequence.end("error", "the dense target's logits are not finite numbers")
                 events.append(Event(sequence=sequence, tokens=[]))
@@ -246,11 +250,9 @@ class Loop:
             self.records.confirmation(sequence, outcome, self.runner.k, spent)
             events.append(self._emit(sequence, outcome.tokens, now))
             gains.append(Gain(sequence, len(outcome.tokens) - 1, len(events[-1].tokens)))
-        tokens = tentative + 1 + self.runner.k
         self.chooser.confirmed(flight.rows, tokens, gains, None if flight.fresh else sum(seconds.values()))
         self._release()
         yield from events
-        return ahead
 
     def _emit(self, sequence: Sequence, tokens: list[int], now: float) -> Event:
         event = Event(sequence=sequence, tokens=sequence.extend(tokens))

@@ -41,12 +41,17 @@ class Pace:
         return passed / (passed + rejected)
 
     @property
+    def tokens(self) -> float:
+        """What a sparse round brings on average: m."""
+        return self._tokens / self._rounds
+
+    @property
     def every(self) -> int:
         """N, in 1 .. MAX_EXACT_EVERY; stays as it is until the next confirmation."""
         if self._fixed is not None:
             return self._fixed
         if self._every is None:
-            a, m = self.agreement, self._tokens / self._rounds
+            a, m = self.agreement, self.tokens
             stand = [(1 - a ** (n + 1)) / (1 - a) + a**n * (m - 1) for n in range(1, MAX_EXACT_EVERY + 1)]
             costs = [n / m + (self.narrow if n <= self._fits else self.wide) for n in range(1, MAX_EXACT_EVERY + 1)]
             worth = [tokens / rounds for tokens, rounds in zip(stand, costs, strict=True)]
@@ -69,7 +74,7 @@ class Confirmations:
     """Which tokens of a run are tentative, and when rows are to be confirmed. Every row has a pace of its own."""
 
     def __init__(self, sequences: list[Sequence], config: EngineConfig) -> None:
-        k = config.draft_tokens
+        k, self._fixed = config.draft_tokens, config.exact_every is not None
         self._paces = {sequence.index: Pace(config.exact_every, k) for sequence in sequences if config.confirms}
         # a shorter sequence reads everything in its rounds, whatever its neighbours do
         self._least = max(config.budget.min_context, 1) if config.confirms else None
@@ -85,12 +90,17 @@ class Confirmations:
         """Some row is to be confirmed now. All then are: they share the target's weights, and stay in step."""
         return any(sequence.tentative and self._is_due(sequence, 0) for sequence in running)
 
-    def may_be_due(self, running: list[Sequence], more: int) -> bool:
-        """Some row may have to be confirmed once a round under way has brought up to `more` tokens.
+    def are_due_behind(self, running: list[Sequence], most: int) -> bool | None:
+        """Some row is to be confirmed behind the round under way, which brings up to `most` tokens; None: that depends on them.
 
-        Not counted is a token that would end its text: a round too many changes nothing.
+        Where N follows the pace, it need not be met: what rounds bring on average tells behind which of them a row is nearest
+        to it. Not counted is a token that would end a text: a round too many changes nothing.
         """
-        return any(self.holds(sequence) and self._is_due(sequence, more) for sequence in running)
+        holding = [sequence for sequence in running if self.holds(sequence)]
+        if self._fixed:
+            surely, perhaps = (any(self._is_due(sequence, more) for sequence in holding) for more in (1, most))
+            return None if perhaps and not surely else surely
+        return any(self._is_due(sequence, 1.5 * self.pace(sequence).tokens) for sequence in holding)
 
-    def _is_due(self, sequence: Sequence, more: int) -> bool:
+    def _is_due(self, sequence: Sequence, more: float) -> bool:
         return sequence.closing or len(sequence.tentative) + more >= self.pace(sequence).every

@@ -37,7 +37,7 @@ def rehearse(runner: Runner, kind: RoundKind, cached: int, *, audit: bool = Fals
 def rehearse_confirmation(runner: Runner, kind: RoundKind, cached: int, tokens: int) -> dict[str, float]:
     """A confirmation of so many tokens a row."""
     clock = _begin(runner, cached)
-    width = runner.tentative.load_nothing(kind.rows, cached, tokens)
+    width = runner.tentative.width_of(max(tokens - 1 - runner.k, 0))
     runner.run_confirmation(ConfirmationKind(round=kind, width=width, listed=kind.sparse), cached + width, clock)
     return clock.settle()
 
@@ -52,6 +52,7 @@ def rehearse_reading(runner: Runner, cached: int, tokens: int) -> dict[str, floa
 
 
 def _begin(runner: Runner, cached: int) -> StageClock:
+    runner.tentative.clear(slice(None))
     for cache in runner.caches:
         cache.lengths.fill_(cached)
     return StageClock(runner.device)

@@ -31,9 +31,12 @@ class RoundKind:
     filtered: bool  # some row has a sampling top-k or top-p
     widest: float | None = None  # the largest share of a row's lists; None: all keep what the budget says
     reads_all: bool = False  # the target has no lists, or every row's would hold everything; the draft may have some
+    holds: bool = False  # what it brings sequences that are long enough for lists is tentative
 
     @classmethod
-    def of(cls, running: list[Sequence], slots: int, *, k: int, sparse: bool, dense_target: bool = False) -> RoundKind:
+    def of(
+        cls, running: list[Sequence], slots: int, *, k: int, sparse: bool, dense_target: bool = False, holds: bool = False
+    ) -> RoundKind:
         """The kind of a round of these sequences. In a `sparse` one with a `dense_target` the draft alone reads lists."""
         params = [sequence.params for sequence in running]
         rows = min(slots, 1 << (len(running) - 1).bit_length())
@@ -46,6 +49,7 @@ class RoundKind:
             filtered=any_filtered(params),
             widest=max(shares, default=None),
             reads_all=dense_target or (len(shares) == len(running) and min(shares) == 1),
+            holds=holds,
         )
 
 

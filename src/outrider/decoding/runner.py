@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from outrider.decoding.audits import Audits
-from outrider.decoding.confirmation import BlockBuffer, ConfirmationKind, confirm
+from outrider.decoding.confirmation import ConfirmationKind, TentativeTokens, confirm
 from outrider.decoding.drafting import DraftLists, propose
 from outrider.decoding.flight import Flight
 from outrider.decoding.graphs import Stages
@@ -43,6 +43,7 @@ class Runner:
         *,
         draft_tokens: int,
         most_tentative: int,  # tokens of a row that are confirmed at a time; 0: none are tentative
+        tentative_from: int,  # cached tokens from which on they are
         common_noise: bool,  # draft and target choose by the same noise
         share: float,  # what the budget lets lists keep
         audits_from: int | None,  # cached tokens from which on rows may be audited; None: no round ever is
@@ -62,8 +63,8 @@ class Runner:
         self.models = [model for model in (target, draft) if model is not None]
         self.caches = [model.new_cache(slots, capacity) for model in self.models]
         self.inputs = InputBuffer(slots, self.k, self.device, common_noise=common_noise, share=share)
-        self.tentative = BlockBuffer(slots, most_tentative, self.k, self.device)
-        self.most_tentative, self.confirms = most_tentative, most_tentative > 0
+        self.tentative = TentativeTokens(slots, most_tentative, self.k, tentative_from, self.device)
+        self.confirms = most_tentative > 0
         self.audits = None if audits_from is None else Audits(target, slots, capacity, audits_from)
         self.stages = Stages(capture=capture)
         rival = guidance.rival if guidance is not None else None
@@ -106,6 +107,7 @@ class Runner:
             return
         for cache in self.caches:
             cache.move(source, slot)
+        self.tentative.move(source, slot)
         self.inputs.pending[slot] = self.inputs.pending[source]
         self._begun.discard(slot)
         self._behind.discard(slot)
@@ -121,6 +123,7 @@ class Runner:
         """Nothing runs there any more. An idle row may take part in rounds: what it writes is behind its 0 tokens."""
         for cache in self.caches:
             cache.lengths[slots] = 0
+        self.tentative.clear(slots)
 
     def forget(self) -> None:
         """What was captured counts no more."""
@@ -129,14 +132,10 @@ class Runner:
     def launch(self, running: list[Sequence], kind: RoundKind, audited: list[bool]) -> Flight:
         """Start a round of the sequences in rows 0 .. n - 1, of which some are to be audited, without waiting for it."""
         clock = StageClock(self.device)
-        rows = set(range(len(running)))
-        if not kind.k:
-            self._behind |= rows
-        elif late := self._behind & rows:
-            with clock.stage("propose"):
-                for row in late:
-                    self._catch_up(row, running[row])
-            self._behind -= late
+        if kind.k:
+            self._catch_up(running, clock)
+        else:
+            self._behind |= set(range(len(running)))
         self._follow(kind, running)
         self.inputs.load(running, kind.rows, audited)
         before, fresh = self._touched(kind, running), self._is_fresh(kind)
@@ -150,19 +149,21 @@ class Runner:
         self._landing.reverse()
         return Flight.of(running, outcome, landing, clock, fresh=fresh, touched=touched, audits=audits)
 
-    def confirm(self, running: list[Sequence], kind: RoundKind) -> Flight:
-        """Start to confirm what the sequences in rows 0 .. n - 1 hold, without waiting for it. No round is under way."""
+    def confirm(self, running: list[Sequence], kind: RoundKind, under_way: int) -> Flight:
+        """Start to confirm what the sequences in rows 0 .. n - 1 hold, and up to so many tokens that a round under way brings,
+        without waiting for it."""
         clock = StageClock(self.device)
+        self._catch_up(running, clock)
         self.inputs.load(running, kind.rows, audited=[False] * len(running))
         listed = kind.sparse and self._begun.issuperset(range(len(running)))
-        width = self.tentative.load(running, kind.rows, self._behind)
-        stop = max(sequence.cached - len(sequence.tentative) for sequence in running) + width
+        width = self.tentative.width_of(max(sequence.held for sequence in running) + under_way)
+        stop = max(sequence.cached - len(sequence.tentative) for sequence in running) + under_way + width
         confirmation = ConfirmationKind(round=kind, width=width, listed=listed)
         fresh = self._is_fresh(confirmation)
         outcome = self.run_confirmation(confirmation, stop, clock)
         if self.rivals is not None:  # what they keep is of tokens that may be gone, and of keys that were written anew
             self._begun.clear()
-        return Flight.of(running, outcome, self._confirmed_landing, clock, fresh=fresh)
+        return Flight.of(running, outcome, self._confirmed_landing, clock, fresh=fresh, confirms=True)
 
     def _is_fresh(self, kind: Hashable) -> bool:
         return self.stages.capture and not self.stages.knows(kind)
@@ -173,11 +174,11 @@ class Runner:
         caches, lists, _ = self._first(rows)
 
         def confirmed() -> Outcome:
-            block = self.tentative.unpack(rows, kind.width)
-            inputs = self.inputs.unpack(kind.round, block.confirmed)
+            counts, tokens = self.tentative.take(rows, kind.width, self.inputs.pending[:rows])
+            inputs = self.inputs.unpack(kind.round, caches[0].lengths - counts)
             room = caches[0].capacity if self.stages.capture else stop  # a graph is replayed with other lengths
             models = [model.uncompiled() for model in self.models]  # of widths that are not worth a compilation
-            return confirm(models, caches, block, inputs, lists, room, self.confirming, listed=kind.listed)
+            return confirm(models, caches, counts, tokens, inputs, lists, room, self.confirming, listed=kind.listed)
 
         self.stages.begin(kind)
         with clock.stage("confirm"):
@@ -201,16 +202,20 @@ class Runner:
             return [0.0] * len(running)
         return self.rivals.touched(len(running))
 
-    def _catch_up(self, slot: int, sequence: Sequence) -> None:
-        """The draft reads what its cache lacks: tokens of rounds in which the target decoded alone, or all of them. No round is
-        under way.
+    def _catch_up(self, running: list[Sequence], clock: StageClock) -> None:
+        """The draft reads what its cache lacks of these: tokens of rounds in which the target decoded alone, or all of them.
+        Where there are any, no round is under way.
         """
-        assert self.draft is not None
-        cache = self.caches[1].rows(slot, slot + 1)
-        start = int(cache.lengths[0])
-        if missing := sequence.text_cached[start:]:
-            tokens = torch.tensor([missing], dtype=torch.int64).clamp(max=self.draft.spec.vocabulary - 1)
-            read_on(self.draft.uncompiled(), cache, tokens, start, self._chunk)
+        late = self._behind & set(range(len(running)))
+        self._behind -= late
+        for slot in late:
+            assert self.draft is not None
+            cache = self.caches[1].rows(slot, slot + 1)
+            start = int(cache.lengths[0])
+            if missing := running[slot].text_cached[start:]:
+                tokens = torch.tensor([missing], dtype=torch.int64).clamp(max=self.draft.spec.vocabulary - 1)
+                with clock.stage("propose"):
+                    read_on(self.draft.uncompiled(), cache, tokens, start, self._chunk)
 
     def _follow(self, kind: RoundKind, running: list[Sequence]) -> None:
         """Give rows that come from a prefill or a dense round draft lists, records and rivals to begin with."""
@@ -261,7 +266,12 @@ class Runner:
         def accepted() -> Outcome:
             selection = chosen.made if chosen is not None else None
             moved = caches if kind.k else caches[:1]  # without drafted tokens the draft's cache stays behind
-            return accept(trace, logits, inputs, selection, self.target, moved, self.judge)
+            if not kind.holds:
+                return accept(trace, logits, inputs, selection, self.target, moved, self.judge)
+            pending, lengths = inputs.pending.clone(), caches[0].lengths.clone()
+            outcome = accept(trace, logits, inputs, selection, self.target, moved, self.judge)
+            self.tentative.hold(pending, lengths, outcome, inputs.active)
+            return outcome
 
         chosen: Lists | None = None
         dense = figures = None

@@ -32,6 +32,7 @@ class Sequence:
         self.params = params
         self.tokens: list[int] = []  # generated
         self.tentative: list[int] = []  # behind these, brought by sparse rounds and to be confirmed by a dense forward
+        self.held = 0  # that the device has of these: further ones, too, behind one that would finish the sequence
         self.share: float | None = None  # what its lists keep, where its guard has a say; None: as the budget says
         self.closing = False  # the last tentative token would finish the sequence
         self.finish_reason: str | None = None  # "length", "eos", "stop", "cancelled" or "error" once finished
@@ -59,11 +60,6 @@ class Sequence:
         """The tokens in the caches."""
         return (self.prompt + self.tokens + self.tentative)[: self.cached]
 
-    @property
-    def unconfirmed(self) -> list[int]:
-        """The last token that stands, and the tentative ones behind it."""
-        return [(self.tokens or self.prompt)[-1], *self.tentative]
-
     def uniforms(self, count: int) -> Tensor:
         """The next `count` random numbers of this sequence, [count] fp32 in [0, 1)."""
         return torch.rand(count, generator=self._generator)
@@ -74,7 +70,7 @@ class Sequence:
 
     def extend(self, tokens: list[int]) -> list[int]:
         """Emit tokens until one finishes the sequence, in place of the tentative ones; returns those that were emitted."""
-        self.tentative, self.closing, self._ahead = [], False, None
+        self.tentative, self.held, self.closing, self._ahead = [], 0, False, None
         emitted = []
         for token in tokens:
             self.tokens.append(token)
@@ -87,6 +83,7 @@ class Sequence:
     def hold(self, tokens: list[int]) -> int:
         """Keep tokens as tentative ones, up to one that would finish the sequence; returns how many."""
         before = len(self.tentative)
+        self.held += len(tokens)
         if self._ahead is None:
             self._ahead = self.text.fork() if self.params.stop else TextStream(None)
         for token in tokens:

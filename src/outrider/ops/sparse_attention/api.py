@@ -22,7 +22,8 @@ from outrider.ops.checks import (
 )
 from outrider.ops.sparse_attention import reference
 
-CUDA_ROWS = 32  # query rows of a program in CUDA C++; with more, dense attention reads the cache twice, and Triton's once
+CUDA_ROWS = 32  # query rows of a list up to which the kernel in CUDA C++ reads its tokens once; Triton's reads them once for 64
+CUDA_TOKENS = 2**16  # rows of a cache up to which it is faster without lists, too
 
 
 def sparse_attention(
@@ -135,8 +136,9 @@ def sparse_attention(
     arguments = {"scale": scale, "key_scale": key_scale, "value_scale": value_scale, "page_table": page_table, "window": window}
     arguments |= {"unlisted_values": unlisted_values, "unlisted_shares": unlisted_shares}
     kernels = {"cuda": lambda: _cuda().obstacle(queries, keys, values), "triton": lambda: _triton().obstacle(queries, keys)}
-    if indices is None and sizes["T"] * (sizes["Hq"] // sizes["Hkv"]) > CUDA_ROWS:
-        kernels = dict(reversed(kernels.items()))
+    rows = sizes["T"] * sizes["Hq"] // max(sizes.get("Hs", 1), sizes["Hkv"])
+    if rows > CUDA_ROWS or (indices is None and sizes["B"] * capacity > CUDA_TOKENS):
+        kernels = dict(reversed(kernels.items()))  # measured, see docs/kernels.md
     chosen = choose(backend, queries.device, kernels)
     if chosen == "reference" or debug():
         check_range("lengths", lengths, 0, capacity - sizes["T"])
