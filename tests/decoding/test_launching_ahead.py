@@ -5,9 +5,13 @@ On a CPU a round is over once it is launched, so nothing is gained; what the hos
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from outrider.config import SamplingParams
+from outrider.decoding.choice import PLAIN
+from outrider.decoding.chooser import Fastest
 from outrider.decoding.drafting import DraftLists
 from outrider.decoding.loop import Loop
 from outrider.decoding.runner import Runner
@@ -69,6 +73,30 @@ def test_texts_are_those_of_one_round_after_the_other(temperature, options, ahea
     assert len(launched) > 5
     confirming = {(False, True), (True, False)} if options["mode"] == "exact" else set()
     assert set(launched) - {(False, False)} == confirming
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_is_chosen_the_text_is_that_of_mode_exact(seed, ahead, make_pair, make_engine, random_prompts, monkeypatch):
+    """Rounds of all kinds and widths, in any order."""
+    pair, prompts = make_pair("llama"), random_prompts(LENGTHS)
+    params = [SamplingParams(max_new_tokens=60, temperature=t, seed=i) for i, t in enumerate((1.0, 0.0, 0.7, 1.2, 0.9))]
+    options = {"keep": 0.2, "batch_size": 3, "draft_tokens": 4, "min_context": 30}
+    wanted = make_engine(pair, mode="exact", **options).generate(prompts, params)
+    dice = random.Random(seed)
+
+    def choose(self, running, *, listed):
+        self._current = dice.choice([PLAIN, *(choice for choice in self._choices if listed or choice.mode == "dense")])
+        return self._current
+
+    monkeypatch.setattr(Fastest, "choose", choose)
+    for question, chance in (("stays", 0.7), ("settles", 0.1), ("wants_draft", 0.5)):
+        monkeypatch.setattr(Fastest, question, lambda self, *given, chance=chance: dice.random() < chance)
+    launched = ahead()
+    found = make_engine(pair, mode="auto", **options).generate(prompts, params)
+    assert [one.token_ids for one in found] == [one.token_ids for one in wanted]
+    assert {(False, True), (True, False)} <= set(launched)
+    chosen = {name for one in found for name in one.statistics.chosen}
+    assert {name.split()[0] for name in chosen} == {"plain", "dense", "exact"} and "exact K=1" in chosen
 
 
 def test_waiting_prompts_are_read_where_every_round_is_confirmed(ahead, make_pair, make_engine, random_prompts, monkeypatch):

@@ -239,7 +239,8 @@ def test_fused_before_compiled(make_module, monkeypatch, launches):
     both = fused.compile()
     assert compilation.has_compiled_layers(plain.module)
     assert both.compiled and not fused.compiled
-    for model, t, few in ((both, 2, True), (both, 12, False), (fused, 2, True), (fused, 12, True), (plain, 2, False)):
+    never = [(model.uncompiled(), 12, model is not plain) for model in (both, fused, plain)]
+    for model, t, few in ((both, 2, True), (both, 12, False), (fused, 2, True), (fused, 12, False), (plain, 2, False), *never):
         launches.clear()
         tokens = torch.arange(t)[None]
         found = model.forward(tokens, model.new_cache(1, t)).logits

@@ -82,14 +82,12 @@ class TentativeTokens:
 
     def hold(self, pending: Tensor, lengths: Tensor, outcome: Outcome, active: Tensor) -> None:
         """Keep what a round has brought the first rows, behind `lengths` [B] cached tokens and the `pending` one [B]."""
-        k, rows = self._k, len(pending)
-        tokens, counts = self._tokens[:rows], self._counts[:rows]
-        drafted, accepted, following = outcome.numbers[:, : k + 2].long().split([k, 1, 1], dim=1)
+        tokens, counts = self._tokens[: len(pending)], self._counts[: len(pending)]
+        brought, emitted = outcome.emitted
         tokens[:, 0] = torch.where(counts == 0, pending, tokens[:, 0])
-        place = torch.arange(k + 1, device=tokens.device)
-        brought = torch.where(place < accepted, torch.cat([drafted, following], dim=1), following)
-        tokens.scatter_(1, counts[:, None] + 1 + place, brought)
-        counts += torch.where(lengths >= self._least, (accepted[:, 0] + 1) * active, 0)
+        places = counts[:, None] + 1 + torch.arange(emitted.shape[1], device=tokens.device)
+        tokens.scatter_(1, places, emitted)
+        counts += torch.where(lengths >= self._least, brought * active, 0)
 
     def take(self, rows: int, width: int, pending: Tensor) -> tuple[Tensor, Tensor]:
         """What the first rows hold, and hold no longer: how many tentative tokens [B], and [B, W] the last token that stands,

@@ -229,14 +229,15 @@ class Loop:
 
     def _heed(self, row: int, sequence: Sequence, audit: Audit, cached: int) -> None:
         """Record an audit of a round behind `cached` tokens, and do what the sequence's guard makes of it."""
-        self.records.audit(sequence, cached, self.runner.k + 1)
+        self.records.audit(sequence, cached, self.chooser.current.k + 1)
         if self.guards.heed(sequence, audit) and sequence.finish_reason is None:
             self.records.reread(sequence, self.runner.reread(row, sequence, self.engine.read))
 
     def _commit_confirmation(self, flight: Flight) -> Iterator[Event]:
         """Emit what the dense target has made of the tentative tokens; finished sequences leave their slots."""
         (outcomes, _), seconds, now = flight.land(), flight.clock.settle(), time.perf_counter()
-        tokens = 1 + max(len(sequence.tentative) for sequence in flight.sequences) + self.runner.k
+        k = self.chooser.current.k
+        tokens = 1 + max(len(sequence.tentative) for sequence in flight.sequences) + k
         events, gains = [], []
         for sequence, outcome in zip(flight.sequences, outcomes, strict=True):
             if sequence.finish_reason is not None:
@@ -247,7 +248,7 @@ class Loop:
                 continue
             spent = {name: x / len(outcomes) for name, x in seconds.items()}
             self.confirmations.pace(sequence).confirmed(len(outcome.tokens) - 1, len(sequence.tentative))
-            self.records.confirmation(sequence, outcome, self.runner.k, spent)
+            self.records.confirmation(sequence, outcome, k, spent)
             events.append(self._emit(sequence, outcome.tokens, now))
             gains.append(Gain(sequence, len(outcome.tokens) - 1, len(events[-1].tokens)))
         self.chooser.confirmed(flight.rows, tokens, gains, None if flight.fresh else sum(seconds.values()))

@@ -165,6 +165,13 @@ class Outcome:
     numbers: Tensor  # [B, K + 5] fp64: K drafted tokens, how many are accepted, the next token, 1 if logits are finite, Listed
     selection: Selection | None  # the lists that the target read
 
+    @property
+    def emitted(self) -> tuple[Tensor, Tensor]:
+        """How many tokens each row emits, [B] int64, and which, [B, K + 1]; behind the last of them it stands again."""
+        drafted, accepted, following = self.numbers[:, :-3].long().split([self.numbers.shape[1] - 5, 1, 1], dim=1)
+        place = torch.arange(drafted.shape[1] + 1, device=drafted.device)
+        return accepted[:, 0] + 1, torch.where(place < accepted, torch.cat([drafted, following], dim=1), following)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowOutcome:

@@ -106,6 +106,7 @@ class LanguageModel:
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=spec.dtype, device=spec.device)
         # by index; they run instead of transformers' own, but in rounds of many tokens
         self.fused_layers: dict[int, FusedLayer] = {}
+        self._always_fused = False  # in these, too
         self._measured: list[CacheScales] = []  # at most one; it belongs to the weights, so all copies share it
 
     def with_backend(self, backend: str) -> LanguageModel:
@@ -157,11 +158,11 @@ class LanguageModel:
         return made
 
     def uncompiled(self) -> LanguageModel:
-        """The same weights, layers as they are where they are not fused: for shapes that are not worth a compilation. This one
-        goes on as it is.
+        """The same weights, layers fused or as they are, never compiled: for shapes that are not worth it. This one goes on as
+        it is.
         """
         made = copy(self)
-        made.compiled = False
+        made.compiled, made._always_fused = False, True
         return made
 
     def unfused(self) -> LanguageModel:
@@ -215,8 +216,7 @@ class LanguageModel:
         tokens = tokens.to(self.spec.device)
         if stop is None:
             stop = int(cache.lengths.max()) + tokens.shape[1] if tokens.shape[1] > ROUND else cache.capacity
-        # between them, compiled layers are faster
-        fused = tokens.numel() <= MAX_ROWS or tokens.shape[1] > ROUND or not self.compiled
+        fused = tokens.numel() <= MAX_ROWS or tokens.shape[1] > ROUND or self._always_fused  # between, compiled ones are faster
         if positions is None:
             positions = cache.lengths[:, None]
             if tokens.shape[1] > 1:
