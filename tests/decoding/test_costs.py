@@ -13,6 +13,7 @@ from outrider.decoding import costs
 from outrider.decoding.choice import PLAIN, Choice
 from outrider.decoding.costs import Costs, Plane
 from outrider.decoding.rehearsal import rehearse
+from outrider.decoding.runner import Runner
 
 COEFFICIENTS = st.floats(0, 1)
 
@@ -74,6 +75,20 @@ def test_every_mode_can_be_measured(mode, make_pair, make_engine, random_prompts
         spent = sum(statistics.seconds.values()) - statistics.seconds["prefill"]
         assert statistics.predicted_seconds > 0.05 * spent
         assert sum(statistics.chosen.values()) == statistics.rounds
+
+
+@pytest.mark.parametrize("mode", ["sparse", "exact", "auto"])
+def test_rounds_are_measured_as_they_will_run(mode, make_pair, make_engine, random_prompts, monkeypatch):
+    """A kind that nobody has rehearsed would be captured behind a prompt."""
+    measured, run = set(), set()
+    monkeypatch.setattr(costs, "rehearse", lambda runner, kind, cached: measured.add(kind) or rehearse(runner, kind, cached))
+    launch = Runner.launch
+    monkeypatch.setattr(Runner, "launch", lambda self, running, kind, due: run.add(kind) or launch(self, running, kind, due))
+    engine = make_engine(make_pair("llama"), mode=mode)
+    engine._engine._predicts = True
+    engine.generate(random_prompts([50]), SamplingParams(max_new_tokens=40, ignore_eos=True))
+    assert {kind for kind in run if kind.k in (0, 3)} <= measured and any(kind.sparse for kind in measured)
+    assert all(kind.holds == (mode != "sparse") for kind in measured if kind.sparse and not kind.reads_all)
 
 
 def test_costs_are_measured_once_and_again_for_more(make_pair, make_engine, random_prompts, monkeypatch):

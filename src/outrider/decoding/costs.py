@@ -128,8 +128,13 @@ def measure(
         stages = {stage: None for times in found.values() for stage in times}
         return {stage: Plane({corner: times.get(stage, 0.0) for corner, times in found.items()}) for stage in stages}
 
+    def choice_of(mode: str, k: int) -> Choice:
+        """Sparse rounds are rehearsed as those of mode exact where their tokens will be tentative."""
+        named = "exact" if mode == "sparse" and runner.confirms else mode
+        return PLAIN if mode == "plain" else Choice(named, k)
+
     def round_of(mode: str) -> Callable[[int, int], dict[str, float]]:
-        choice = Choice(mode, runner.k) if mode != "plain" else PLAIN
+        choice = choice_of(mode, runner.k)
         return lambda rows, length: rehearse(runner, kind_of(choice, rows, length >= least), length)
 
     def confirmation_of(tokens: int) -> Callable[[int, int], dict[str, float]]:
@@ -140,7 +145,7 @@ def measure(
     if narrower and runner.stages.capture:
         for rows, mode, k in product(powers(max(batches)), modes, (*narrower, runner.k)):
             for _ in range(WARM):
-                rehearse(runner, kind_of(PLAIN if mode == "plain" else Choice(mode, k), rows, shortest >= least), shortest)
+                rehearse(runner, kind_of(choice_of(mode, k), rows, shortest >= least), shortest)
         for rows, tokens in product(powers(max(batches)), (*confirmed, min(CAPTURED, most)) if confirmed else ()):
             for _ in range(WARM):
                 confirmation_of(tokens)(rows, shortest)
