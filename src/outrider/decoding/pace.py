@@ -93,14 +93,17 @@ class Confirmations:
     def are_due_behind(self, running: list[Sequence], most: int) -> bool | None:
         """Some row is to be confirmed behind the round under way, which brings up to `most` tokens; None: that depends on them.
 
-        Where N follows the pace, it need not be met: what rounds bring on average tells behind which of them a row is nearest
-        to it. Not counted is a token that would end a text: a round too many changes nothing.
+        Where N follows the pace, what a round brings on average will do. Not counted is a token that would end a text: a round
+        too many changes nothing.
         """
         holding = [sequence for sequence in running if self.holds(sequence)]
         if self._fixed:
             surely, perhaps = (any(self._is_due(sequence, more) for sequence in holding) for more in (1, most))
             return None if perhaps and not surely else surely
-        return any(self._is_due(sequence, 1.5 * self.pace(sequence).tokens) for sequence in holding)
+        return any(self._is_due(sequence, self.pace(sequence).tokens) for sequence in holding)
 
     def _is_due(self, sequence: Sequence, more: float) -> bool:
-        return sequence.closing or len(sequence.tentative) + more >= self.pace(sequence).every
+        """With so many more tokens. A fixed N is reached; one that follows the pace is what a row comes nearest to."""
+        pace = self.pace(sequence)
+        nearest = 0 if self._fixed else pace.tokens / 2
+        return sequence.closing or len(sequence.tentative) + more + nearest >= pace.every

@@ -138,7 +138,7 @@ def sparse_attention(
     kernels = {"cuda": lambda: _cuda().obstacle(queries, keys, values), "triton": lambda: _triton().obstacle(queries, keys)}
     rows = sizes["T"] * sizes["Hq"] // max(sizes.get("Hs", 1), sizes["Hkv"])
     if rows > CUDA_ROWS or (indices is None and sizes["B"] * capacity > CUDA_TOKENS):
-        kernels = dict(reversed(kernels.items()))  # measured, see docs/kernels.md
+        kernels = dict(reversed(kernels.items()))  # measured, see docs/log.md
     chosen = choose(backend, queries.device, kernels)
     if chosen == "reference" or debug():
         check_range("lengths", lengths, 0, capacity - sizes["T"])
