@@ -6,6 +6,7 @@ On a CPU a round is over once it is launched, so nothing is gained; what the hos
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -15,6 +16,7 @@ from outrider.decoding.chooser import Fastest
 from outrider.decoding.drafting import DraftLists
 from outrider.decoding.loop import Loop
 from outrider.decoding.runner import Runner
+from outrider.models import LanguageModel
 
 LENGTHS = [40, 23, 61, 35, 52]
 STARVED = {"keep": 0.05, "sinks": 0, "recent": 0}
@@ -73,6 +75,22 @@ def test_texts_are_those_of_one_round_after_the_other(temperature, options, ahea
     assert len(launched) > 5
     confirming = {(False, True), (True, False)} if options["mode"] == "exact" else set()
     assert set(launched) - {(False, False)} == confirming
+
+
+@pytest.mark.parametrize("mode", ["plain", "dense", "sparse", "exact"])
+def test_texts_that_end_while_a_round_is_under_way(mode, ahead, make_pair, make_engine, random_prompts):
+    """By an end of text, which nobody expects: one row, the only one, and rows in a batch."""
+    (target, draft), prompts = make_pair("llama"), random_prompts(LENGTHS)
+    params = SamplingParams(max_new_tokens=30)
+    plain = make_engine((target, draft), mode="plain").generate(prompts, params)
+    eos = tuple({one.token_ids[8 + i] for i, one in enumerate(plain)})
+    ending = LanguageModel(target.module, None, replace(target.spec, eos_tokens=eos)), draft
+    wanted = make_engine(ending, mode=mode).generate(prompts, params)
+    assert {one.finish_reason for one in wanted} == {"eos"}
+    ahead()
+    for batch in (1, 2, 5):
+        found = make_engine(ending, mode=mode, batch_size=batch).generate(prompts, params)
+        assert [one.token_ids for one in found] == [one.token_ids for one in wanted]
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -158,13 +158,13 @@ class Loop:
     def _launch_behind(self, flight: Flight) -> Flight | None:
         """Start what follows the round or confirmation under way; None where it depends on what that will bring."""
         running, choice = self.scheduler.running, self.chooser.current
+        if not self.runner.launches_ahead or running != flight.sequences:
+            return None
         most = choice.k + 1  # tokens by which a sequence may outgrow what it has and holds
         grown = 0 if flight.confirms else 1  # at least; who holds tokens is long enough without them
         sparse = self._is_sparse(running, grown)
         known = (
-            self.runner.launches_ahead
-            and self.runner.rivals is None  # these look at the text, so they need its tokens
-            and running == flight.sequences
+            self.runner.rivals is None  # these look at the text, so they need its tokens
             and sparse == self._is_sparse(running, most)
             and all(len(s.tokens) + len(s.tentative) + most < s.params.max_new_tokens and not s.closing for s in running)
             and self.chooser.stays(running)
