@@ -109,10 +109,12 @@ def test_whatever_is_chosen_the_text_is_that_of_mode_exact(seed, ahead, make_pai
     monkeypatch.setattr(Fastest, "choose", choose)
     for question, chance in (("stays", 0.7), ("settles", 0.1), ("wants_draft", 0.5)):
         monkeypatch.setattr(Fastest, question, lambda self, *given, chance=chance: dice.random() < chance)
-    launched = ahead()
+    launched, confirm, confirmed = ahead(), Runner.run_confirmation, set()
+    monkeypatch.setattr(Runner, "run_confirmation", lambda self, kind, *rest: confirmed.add(kind) or confirm(self, kind, *rest))
     found = make_engine(pair, mode="auto", **options).generate(prompts, params)
     assert [one.token_ids for one in found] == [one.token_ids for one in wanted]
     assert {(False, True), (True, False)} <= set(launched)
+    assert {kind.round.k for kind in confirmed} == {4}, "those of narrower rounds, too: no further kinds to capture"
     chosen = {name for one in found for name in one.statistics.chosen}
     assert {name.split()[0] for name in chosen} == {"plain", "dense", "exact"} and "exact K=1" in chosen
 

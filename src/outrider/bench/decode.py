@@ -21,6 +21,7 @@ from outrider.models.quantized_keys import name_of_bits
 
 Progress = Callable[[str, int, int], None]  # what, done, of how many
 PER_ROUND = "cached", "confirmations", "audits"
+WORTH = 4096  # tokens of a scripted text in mode auto, which nobody reads: for fewer the draft might not be worth its prompt
 WARM_UP = 4  # rounds: run as they are, captured, replayed for the first time; and one more
 
 
@@ -118,7 +119,10 @@ def time_rounds(engine: Engine, sequences: list[Sequence], rounds: int, progress
 
 
 def _sequences(work: Workload, run: Run, options: DecodeOptions) -> list[Sequence]:
-    params = [SamplingParams(max_new_tokens=new_tokens(options), ignore_eos=True, seed=seed) for seed in range(work.batch)]
+    count = new_tokens(options)
+    if run.mode == "auto" and work.rates is not None:
+        count = max(count, WORTH)
+    params = [SamplingParams(max_new_tokens=count, ignore_eos=True, seed=seed) for seed in range(work.batch)]
     statistics = [
         Statistics(mode=run.mode, method=None, prompt_tokens=work.context, accepted_at=[0] * options.draft_tokens)
         for _ in work.prompts

@@ -52,8 +52,8 @@ class Chooser(Protocol):
     def settles(self, running: list[Sequence]) -> bool:
         """Tentative tokens are to be confirmed, though they are few: more would put too much at stake."""
 
-    def wants_draft(self, sequence: Sequence, running: int) -> bool:
-        """The draft is to read this prompt, too; so many sequences run."""
+    def wants_draft(self, sequence: Sequence, together: int) -> bool:
+        """The draft is to read this prompt, too; so many sequences will run, this one among them."""
 
     def brought(self, rows: int, gains: list[Gain], seconds: float | None) -> None:
         """A round of the current choice and so many rows took so long; None: it was captured meanwhile."""
@@ -81,7 +81,7 @@ class Fixed:
     def settles(self, running: list[Sequence]) -> bool:
         return False
 
-    def wants_draft(self, sequence: Sequence, running: int) -> bool:
+    def wants_draft(self, sequence: Sequence, together: int) -> bool:
         return True
 
     def brought(self, rows: int, gains: list[Gain], seconds: float | None) -> None:
@@ -163,8 +163,8 @@ class Fastest:
     def settles(self, running: list[Sequence]) -> bool:
         return self._current.mode == "exact" and not self._fits(self._current, running)
 
-    def wants_draft(self, sequence: Sequence, running: int) -> bool:
-        length, rows = len(sequence.prompt), self._padded(running + 1)
+    def wants_draft(self, sequence: Sequence, together: int) -> bool:
+        length, rows = len(sequence.prompt), self._padded(together)
         alone = self._seconds(PLAIN, rows, length)
         tokens = self._account(sequence).acceptance.tokens
         drafted = min((self._seconds(c, rows, length) / tokens(c.k) for c in self._choices if c.mode != "exact"), default=alone)
@@ -228,7 +228,8 @@ class Fastest:
         cost = rounds * self._seconds(choice, rows, cached) + self._catching_up(running)
         sure = rounds
         if choice.mode == "exact":
-            cost, sure = cost + self._costs.confirm(CONFIRMED[-1], rows, cached), 1
+            tokens = 1 + max(len(sequence.tentative) for sequence in running) + rounds * (choice.k + 1) + self._costs.k
+            cost, sure = cost + self._costs.confirm(tokens, rows, cached), 1
         for sequence in running:
             account = self._account(sequence)
             allowed = LOSS * max(account.alone, alone * min(HORIZON, sequence.params.max_new_tokens))
@@ -255,7 +256,7 @@ class Fastest:
         agreements = [self._confirmations.pace(sequence).agreement for sequence in running]
         for every in (1, 2, 4, 8, 12, 16, 24, 32, 48, MAX_EXACT_EVERY):
             rounds = max(every / max(tokens), 1.0)
-            cost = rounds * seconds + self._costs.confirm(every + 1 + choice.k, rows, cached)
+            cost = rounds * seconds + self._costs.confirm(every + 1 + self._costs.k, rows, cached)
             each = [(a, rounds * m, m) for a, m in zip(agreements, tokens, strict=True)]
             stand = sum((1 - a ** (n + 1)) / (1 - a) + a**n * (m - 1) for a, n, m in each)
             best = max(best, stand / cost)

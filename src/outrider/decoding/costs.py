@@ -83,11 +83,11 @@ class Costs:
         return least + max(self.confirmations[width].at(rows, cached) - least, 0.0) * tokens / width
 
     def read(self, tokens: int, cached: float) -> float:
-        """Seconds in which the draft reads the last `tokens` of a row's `cached` ones."""
+        """Seconds in which the draft reads the last `tokens` of a row's `cached` ones; as long as one token takes at least."""
         if self.reading is None or not tokens:
             return 0.0
-        step = self.reading.at(1, cached - tokens / 2)
-        return step * max(tokens / self.chunk, 1 / 4)  # few tokens take about as long as weights take to arrive
+        least = max(stages["propose"].at(1, cached) for stages in self.rounds.values() if "propose" in stages) / (self.k + 1)
+        return max(self.reading.at(1, cached - tokens / 2) * tokens / self.chunk, least)
 
 
 def measure(
@@ -142,18 +142,18 @@ def measure(
         return lambda rows, length: rehearse_confirmation(runner, kind_of(choice, rows, length >= least), length, tokens)
 
     rounds = {mode: timed(round_of(mode), corners) for mode in modes}
-    if narrower and runner.stages.capture:
+    confirmations = {tokens: timed(confirmation_of(tokens), corners)["confirm"] for tokens in confirmed}
+    read = None
+    if runner.draft is not None:
+        starts = [(1, length) for length in sorted({0, longest - chunk})]
+        read = timed(lambda _, length: rehearse_reading(runner, length, chunk), starts)["prefill"]
+    if narrower and runner.stages.capture:  # at last: while the host captures, clocks of an idle GPU fall
         for rows, mode, k in product(powers(max(batches)), modes, (*narrower, runner.k)):
             for _ in range(WARM):
                 rehearse(runner, kind_of(choice_of(mode, k), rows, shortest >= least), shortest)
         for rows, tokens in product(powers(max(batches)), (*confirmed, min(CAPTURED, most)) if confirmed else ()):
             for _ in range(WARM):
                 confirmation_of(tokens)(rows, shortest)
-    confirmations = {tokens: timed(confirmation_of(tokens), corners)["confirm"] for tokens in confirmed}
-    read = None
-    if runner.draft is not None:
-        starts = [(1, length) for length in sorted({0, longest - chunk})]
-        read = timed(lambda _, length: rehearse_reading(runner, length, chunk), starts)["prefill"]
     runner.clear(slice(None))
     progress("measure rounds", of, of)
     return Costs(

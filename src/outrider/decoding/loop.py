@@ -116,7 +116,7 @@ class Loop:
                 slot, sequence = admitted
                 rows = self.runner.rows_of(slot)
                 sparse = self.engine.prefill_for(sequence.params)
-                if sparse is None and not self.chooser.wants_draft(sequence, len(self.scheduler.running)):
+                if sparse is None and not self.chooser.wants_draft(sequence, self.scheduler.together):
                     rows = rows[:1]  # the draft is spared this prompt
                 self.filling = Prefill(sequence, rows, self.config.prefill_chunk, self.engine.read, self.progress, sparse)
             filling = self.filling
@@ -236,7 +236,7 @@ class Loop:
     def _commit_confirmation(self, flight: Flight) -> Iterator[Event]:
         """Emit what the dense target has made of the tentative tokens; finished sequences leave their slots."""
         (outcomes, _), seconds, now = flight.land(), flight.clock.settle(), time.perf_counter()
-        k = self.chooser.current.k
+        k = self.runner.k
         tokens = 1 + max(len(sequence.tentative) for sequence in flight.sequences) + k
         events, gains = [], []
         for sequence, outcome in zip(flight.sequences, outcomes, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -158,7 +159,8 @@ class Runner:
         listed = kind.sparse and self._begun.issuperset(range(len(running)))
         width = self.tentative.width_of(max(sequence.held for sequence in running) + under_way)
         stop = max(sequence.cached - len(sequence.tentative) for sequence in running) + under_way + width
-        confirmation = ConfirmationKind(round=kind, width=width, listed=listed)
+        # as many tokens are drafted behind rounds of any width: kinds that are captured are few
+        confirmation = ConfirmationKind(round=replace(kind, k=self.k), width=width, listed=listed)
         fresh = self._is_fresh(confirmation)
         outcome = self.run_confirmation(confirmation, stop, clock)
         if self.rivals is not None:  # what they keep is of tokens that may be gone, and of keys that were written anew

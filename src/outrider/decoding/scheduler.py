@@ -25,6 +25,11 @@ class Scheduler:
     def unfinished(self) -> bool:
         return bool(self.waiting or self.running or self.filling)
 
+    @property
+    def together(self) -> int:
+        """Sequences that will run beside each other once free slots are filled."""
+        return min(self.slots, len(self.running) + (self.filling is not None) + len(self.waiting))
+
     def admit(self) -> tuple[int, Sequence] | None:
         """Move the next waiting sequence into a free slot, where it is `filling`; returns both.
 
