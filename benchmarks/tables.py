@@ -725,7 +725,6 @@ TABLES: dict[str, Callable[[str], str]] = {
     "pair-gpu": pair_gpu_table,
     "decode": decode_table,
     "decode-trust": decode_trust_table,
-    "decode-auto": decode_trust_table,
     "decode-stages": decode_stages_table,
     "decode-lists": decode_lists_table,
     "decode-profile": decode_profile_table,
