@@ -28,7 +28,7 @@ from outrider.models import KVCache, LanguageModel
 from outrider.models.attention import ROUND
 from outrider.types import DraftTrace
 
-WIDTH = 32  # on a GPU tokens are filled up to `ROUND`, whose attention is faster, or a multiple: few shapes to capture
+WIDTH = 32  # on a GPU tokens are filled up to `ROUND` or a multiple of this: few shapes to capture, and kernels are as fast
 FILLER = -1  # equal to no token, so it never passes
 
 
