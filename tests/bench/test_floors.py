@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -30,7 +32,7 @@ TARGET_ROW, DRAFT_ROW = 2 * 2 * 16 * 2, 2 * 1 * 8 * 2  # bytes of a cached token
 def test_everything_dense():
     counted = stage_bytes(TARGET, DRAFT, WEIGHTS, Round(batch=3, cached=1000.0, draft_tokens=4))
     assert counted == {
-        "propose": DRAFT_WEIGHTS + (5 * 2 - 1) * 3 * 1000 * DRAFT_ROW,
+        "propose": 4 * (100 + 30 + 2 * 3 * 1000 * DRAFT_ROW),
         "score": 0,
         "select": 0,
         "verify": 1070 + 3 * (1000 * 2 + 8) * TARGET_ROW,
@@ -41,8 +43,9 @@ def test_everything_dense():
 
 
 def test_confirmations_read_everything_as_often_as_they_come():
-    round_ = Round(batch=3, cached=1000.0, draft_tokens=4, kept=0.1, confirmations=0.25)
-    assert stage_bytes(TARGET, DRAFT, WEIGHTS, round_)["confirm"] == round(0.25 * (1070 + 3 * (1000 * 2 + 8) * TARGET_ROW))
+    round_ = Round(batch=3, cached=1000.0, draft_tokens=4, kept=0.1, confirmations=0.25, tail=6)
+    dense, step = 1070 + 3 * (1000 * 2 + 8) * TARGET_ROW, 130 + 2 * 3 * 1000 * DRAFT_ROW
+    assert stage_bytes(TARGET, DRAFT, WEIGHTS, round_)["confirm"] == round(0.25 * (dense + 6 * step))
 
 
 def test_audits_read_everything_and_the_keys_of_a_quarter_of_the_layers_again():
@@ -77,7 +80,7 @@ def test_sparse_drafting():
     assert counted["propose"] == DRAFT_WEIGHTS + (5 * 2 - 1) * 50 * DRAFT_ROW
     assert counted["select"] == 1000 * 4 * 8 + 50 * 4 * 1 * 2
     assert counted["verify"] == 1070 + (1000 * 2 + 8) * TARGET_ROW
-    short = stage_bytes(TARGET, DRAFT, WEIGHTS, Round(batch=1, cached=20.0, draft_tokens=4, draft_listed=50.0))
+    short = stage_bytes(TARGET, DRAFT, WEIGHTS, replace(round_, cached=20.0))
     assert short["propose"] == DRAFT_WEIGHTS + (5 * 2 - 1) * 20 * DRAFT_ROW
 
 

@@ -36,7 +36,8 @@ def costs_of(ms, rows=4, read=0.02):
         "sparse": {"propose": plane("draft"), "verify": plane("sparse")},
     }
     reading = Plane({(1, 1000): read * MS})
-    return Costs(rounds=rounds, k=4, confirmations={32: plane("confirm")}, reading=reading, chunk=1, rows=rows, cached=1000)
+    confirmations = {32: plane("confirm")}
+    return Costs(rounds=rounds, k=4, confirmations=confirmations, reading=reading, chunk=1, rows=rows, cached=1000, tail=6)
 
 
 def chunked(costs, tokens, ms):
@@ -142,14 +143,14 @@ class World:
         self.chooser.brought(len(batch), gains, seconds)
 
     def confirm(self, batch):
-        k, gains = self.costs.k, []
-        tokens = 1 + max(len(s.tentative) for s in batch) + k
+        tail, gains = self.costs.tail, []
+        tokens = 1 + max(len(s.tentative) for s in batch) + tail
         seconds = self.spend(batch, self.costs.confirm(tokens, 1, 5000))
         for sequence in batch:
             held = len(sequence.tentative)
             accepted = self.passed(held, self.agrees)
             if accepted == held:  # those that were drafted behind them
-                accepted += self.passed(k, self.passes(sequence))
+                accepted += self.passed(tail, self.passes(sequence))
             self.confirmations.pace(sequence).confirmed(accepted, held)
             self.emit(sequence, accepted + 1)
             gains.append(Gain(sequence, accepted, accepted + 1))

@@ -42,14 +42,17 @@ def test_other_widths_are_between_plain_and_measured_rounds():
         "plain": {"verify": planes["plain"]},
         **{mode: {"propose": planes["propose"], "verify": planes[mode]} for mode in ("dense", "sparse")},
     }
-    made = Costs(rounds=rounds, k=4, confirmations={32: Plane({(1, 1): 12.0})}, reading=Plane({(1, 1): 2.0}), chunk=100)
+    made = Costs(rounds=rounds, k=4, confirmations={32: Plane({(1, 1): 12.0})}, reading=Plane({(1, 1): 2.0}), chunk=100, tail=6)
     assert made.round(PLAIN, 1, 1) == 8
     assert made.round(Choice("dense", 4), 1, 1) == 15
     assert made.round(Choice("dense", 2), 1, 1) == pytest.approx(3 + 9)
     assert made.round(Choice("exact", 2), 1, 1) == pytest.approx(3 + 4.5)
-    assert made.confirm(16, 1, 1) == 13, "never less than a plain round and a draft's steps"
-    longer = replace(made, confirmations={16: Plane({(1, 1): 15.0}), 32: Plane({(1, 1): 17.0})})
-    assert [longer.confirm(tokens, 1, 1) for tokens in (8, 16, 24, 32, 64)] == pytest.approx([14, 15, 16, 17, 21])
+    assert made.confirm(16, 1, 1) == 14, "never less than a plain round and a draft's steps"
+    longer = replace(made, confirmations={16: Plane({(1, 1): 16.0}), 32: Plane({(1, 1): 18.0})})
+    assert [longer.confirm(tokens, 1, 1) for tokens in (8, 16, 24, 32, 64)] == pytest.approx([15, 16, 17, 18, 22])
+    unscored = replace(made, steps={"plain": 0, "dense": 4, "sparse": 5})
+    assert unscored.round(Choice("dense", 2), 1, 1) == pytest.approx(2.5 + 9), "half the steps"
+    assert unscored.round(Choice("exact", 2), 1, 1) == made.round(Choice("exact", 2), 1, 1)
     assert (made.read(0, 50), made.read(1, 50), made.read(300, 300)) == (0, 1, 6), "one token takes a step of a round"
 
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outrider.config import Budget, SamplingParams, engine_config
-from outrider.decoding.drafting import DraftLists
+from outrider.decoding.drafting import Behind, DraftLists, propose
+from outrider.decoding.sampling import Sampling
 from outrider.errors import OptionError
 from outrider.models import LayerShape, ModelSpec
 from outrider.types import Selection
@@ -173,3 +174,57 @@ def test_a_row_of_a_batch_equals_the_row_alone(slots, make_pair, make_engine, ra
 def test_bad_options(options, message):
     with pytest.raises(OptionError, match=message):
         engine_config(**options)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_token_that_is_lacking_is_read_first(family, temperature, make_pair, random_prompts):
+    """Rows that lack one, rows that do not and an empty one, side by side: drafted tokens, distributions, queries and what is
+    cached are those of a draft that lacks none. Behind what is cached lies what must not be read."""
+    _, draft = make_pair(family)
+    draft = draft.with_backend("reference")
+    lengths, lacking, spoilt = torch.tensor([30, 41, 0, 30]), torch.tensor([1, 0, 0, 1]), 1e4
+    [text] = random_prompts([64])
+    tokens = torch.tensor([text, text[::-1], text, text[::-1]])
+    caches = [draft.new_cache(4, 64) for _ in range(2)]
+    for cache in caches:
+        draft.forward(tokens[:, :41], cache, logits=False)
+    caches[0].advance(lengths)
+    caches[1].advance(lengths - lacking)
+    for layer in range(len(draft.spec.layers)):
+        for row, cached in enumerate((lengths - lacking).tolist()):
+            caches[1].keys(layer)[row, cached:] = caches[1].values(layer)[row, cached:] = spoilt
+    pending, previous = tokens.gather(1, lengths[:, None])[:, 0], tokens.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
+    sampling = Sampling.of([SamplingParams(temperature=temperature)] * 4)
+    drafting = pending, sampling, torch.rand(4, K, generator=torch.Generator().manual_seed(3)).double(), draft.spec.vocabulary
+    whole = propose(draft, caches[0], *drafting)
+    late = propose(draft, caches[1], *drafting, behind=Behind(previous, lengths))
+    assert torch.equal(late.tokens, whole.tokens)
+    assert torch.equal(caches[1].lengths, caches[0].lengths)
+    given = [*late.queries, *(late.probs,)] if temperature else [*late.queries]
+    wanted = [*whole.queries, *(whole.probs,)] if temperature else [*whole.queries]
+    for layer in range(len(draft.spec.layers)):
+        for row, cached in enumerate(caches[0].lengths.tolist()):
+            given += [caches[1].keys(layer)[row, :cached], caches[1].values(layer)[row, :cached]]
+            wanted += [caches[0].keys(layer)[row, :cached], caches[0].values(layer)[row, :cached]]
+    for one, other in zip(given, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    caches[1].truncate(lengths)
+    unscored = propose(draft, caches[1], *drafting, behind=Behind(previous, lengths), scored=False)
+    assert torch.equal(unscored.tokens, whole.tokens) and unscored.queries == ()
+    assert torch.equal(caches[1].lengths, lengths + K), "the last drafted token is lacking now"
+
+
+@pytest.mark.parametrize("mode, drafting", [("dense", "dense"), ("exact", "dense"), ("exact", "sparse")])
+def test_a_draft_that_is_its_target_is_never_wrong(mode, drafting, make_pair, make_engine, random_prompts):
+    """Each round that passes whole leaves its last token out of the draft's cache, and each next one would be wrong without it.
+    A prompt of one token has nothing cached."""
+    target, _ = make_pair("llama")
+    options = {"keep": 1.0, "draft_keep": 1.0, "min_context": 16}
+    engine = make_engine((target, target), mode=mode, drafting=drafting, draft_tokens=K, **options)
+    params = SamplingParams(max_new_tokens=50, ignore_eos=True)
+    alone = make_engine((target, target), mode="plain").generate(prompts := random_prompts([1, 40, 23]), params)
+    for result, plain in zip(engine.generate(prompts, params), alone, strict=True):
+        counted = result.statistics
+        assert result.token_ids == plain.token_ids
+        assert counted.accepted == counted.drafted > 0 and counted.rolled_back == 0

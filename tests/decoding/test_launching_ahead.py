@@ -134,8 +134,8 @@ def test_the_draft_is_never_without_lists(every, ahead, make_pair, make_engine, 
     target, _ = make_pair("llama")
     steps, seen = DraftLists.steps, []
 
-    def spy(self, lengths, count):
-        made = steps(self, lengths, count)
+    def spy(self, lengths, *given):
+        made = steps(self, lengths, *given)
         seen.append(min(int(one.counts[:, lengths > 0].min()) for one in made))
         return made
 

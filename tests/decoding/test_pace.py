@@ -30,9 +30,10 @@ def sequence(prompt=20, tentative=0, index=0, **params):
 def test_every_number_is_the_best_by_its_own_rule():
     for pace in (Pace(None, 4), seen(3, 4), seen(16, 16), seen(0, 4)):
         a, m = pace.agreement, 4.0 if pace._rounds > 1 else 2.0
-        stand = [sum(a**i for i in range(n + 1)) + a**n * (m - 1) for n in range(1, MAX_EXACT_EVERY + 1)]
-        # up to 7 tokens come to at most 11 with the round that brings the last of them: 16 with one before and 4 behind
-        worth = [tokens / (n / m + (NARROW if n <= 7 else WIDE)) for n, tokens in enumerate(stand, start=1)]
+        d = pace._drafted_on / pace._whole if pace._whole else m - 1
+        stand = [sum(a**i for i in range(n + 1)) + a**n * d for n in range(1, MAX_EXACT_EVERY + 1)]
+        # up to 5 tokens come to at most 9 with the round that brings the last of them: 16 with one before and 6 behind
+        worth = [tokens / (n / m + (NARROW if n <= 5 else WIDE)) for n, tokens in enumerate(stand, start=1)]
         assert worth[pace.every - 1] == pytest.approx(max(worth))
 
 

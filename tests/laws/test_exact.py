@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from outrider.config import SamplingParams
+from outrider.decoding.confirmation import tail
 from outrider.decoding.noise import Noise, key_of
 from outrider.decoding.prefill import prefill
 from outrider.decoding.runner import Runner
@@ -232,7 +233,8 @@ def test_law_8_a_run_reports_what_it_has_read(make_pair, make_engine, random_pro
     read, confirm = [], Runner.confirm
 
     def spy(self, running, kind, under_way):
-        read.append(sum(sequence.cached + 1 + self.k for sequence in running))  # C cached ones and n + 1 + K of its own
+        # C cached ones and n + 1 + t of its own
+        read.append(sum(sequence.cached + 1 + tail(engine.config.draft_tokens) for sequence in running))
         return confirm(self, running, kind, under_way)
 
     monkeypatch.setattr(Runner, "confirm", spy)

@@ -14,6 +14,7 @@ from outrider.bench.options import DecodeOptions, Run
 from outrider.bench.results import Row
 from outrider.bench.workload import Workload
 from outrider.config import MAX_EXACT_EVERY, EngineConfig, SamplingParams, engine_config
+from outrider.decoding.confirmation import tail
 from outrider.decoding.engine import Engine
 from outrider.decoding.sequence import Sequence
 from outrider.decoding.statistics import Statistics, total
@@ -191,6 +192,7 @@ def _reads(engine: Engine, batch: int, kept: float, counted: Mapping[str, float]
         score_bits=engine.guidance.bits if engine.guidance is not None else None,
         mass_bytes=2 if half else 4,
         confirmations=counted["confirmations"],
+        tail=tail(config.draft_tokens),
         audits=counted["audits"],
     )
 

@@ -12,6 +12,7 @@ from outrider.bench.cases import Case, Pair
 from outrider.bench.floors import Weights
 from outrider.bench.prompts import random_prompts
 from outrider.bench.workload import DTYPES, Workload
+from outrider.decoding.confirmation import tail
 from outrider.decoding.rounds import Inputs
 from outrider.decoding.sampling import greedy
 from outrider.guidance.budgets import SHARES
@@ -53,15 +54,20 @@ class ScriptedAgreement:
     """Confirms tentative tokens at a given rate, in place of the engine's `judge` of these, by numbers as evenly spread."""
 
     rate: float  # chance that a tentative token passes where all before it do
-    drafted: Tensor  # [K] fp32: share of blocks in which drafted token i passes, of those whose tentative tokens all pass
+    drafted: Tensor  # fp32: share of blocks in which drafted token i passes, of those whose tentative tokens all pass
     judged: Tensor  # [rows] fp64: tentative tokens of each row so far, those behind a rejected one left out
     passed: Tensor  # [rows] fp64: blocks whose tentative tokens have all passed
 
     @classmethod
     def at(cls, rate: float, drafted: tuple[float, ...], rows: int, device: torch.device) -> ScriptedAgreement:
-        """For batches of up to `rows`, each of which begins with a number of its own; `drafted`: see `ScriptedJudge`."""
+        """For batches of up to `rows`, each of which begins with a number of its own; `drafted`: see `ScriptedJudge`.
+
+        More tokens are drafted here than in a round: behind the last of these rates they fall on as there, to 0 at least.
+        """
         begin = torch.arange(rows, dtype=torch.float64, device=device)
-        return cls(rate, torch.tensor(drafted, device=device), 1000 * begin, 1000 * begin)
+        last, before = drafted[-1], drafted[-2] if len(drafted) > 1 else 1.0
+        further = (max(last - (before - last) * at, 0.0) for at in range(1, 1 + tail(len(drafted)) - len(drafted)))
+        return cls(rate, torch.tensor([*drafted, *further], device=device), 1000 * begin, 1000 * begin)
 
     def __call__(self, trace: DraftTrace, logits: Tensor, inputs: Inputs) -> Verified:
         """logits [B, W, V] over W - 1 tokens, tentative, drafted and filler -> accepted [B] and the target's next token [B]."""

@@ -1,13 +1,14 @@
 """The least that a stage must read, and the time that takes when memory streams at its full rate.
 
-    propose   K + 1 steps: the draft's weights (the output layer K times) and its keys and values, all or the kept share; the
-              last step is for keys, values and queries, and ends where the last layer has them
+    propose   K steps: the draft's weights and its keys and values, all or the kept share; where they are scored one more for
+              keys, values and queries, without the output layer, which ends where the last layer has them
     score     the keys of the scored draft layers, once; those in few bits as if none were exact (the newest 64 to 127 are)
     select    the scores, once, and the lists that are written
     verify    the target's weights, its output layer, and keys and values: the listed ones, or all
     accept    the logits, once
     audit     like confirm, as often as a sequence is audited, and the keys of a quarter of the layers once more
-    confirm   by the round: the target's weights, its output layer and all keys and values, as often as a sequence is confirmed
+    confirm   by the round: the target's weights, its output layer and all keys and values, and steps of the draft for what it
+              proposes behind tentative tokens, as often as a sequence is confirmed
 
 Embedding tables are not counted (a token reads one row), nor are activations and the round's own keys and values.
 """
@@ -58,6 +59,7 @@ class Round:
     score_bits: int | None = None  # of their keys; None: the cache's own
     mass_bytes: int = 2  # of one score
     confirmations: float = 0.0  # of a sequence, a round
+    tail: int = 0  # tokens that are drafted for each of them
     audits: float = 0.0  # of a sequence, a round
 
 
@@ -65,20 +67,21 @@ def stage_bytes(target: ModelSpec, draft: ModelSpec, weights: tuple[Weights, Wei
     """Bytes of each stage of a round; `weights` are those of target and draft. Lists belong to KV heads. Without drafted tokens
     verify and accept alone read anything."""
     b, s, k = round_.batch, round_.cached, round_.draft_tokens
-    steps = k + 1 if k else 0
+    scored = bool(round_.scored_layers)
     of_target, of_draft = weights
     listed = None if round_.kept is None else s * round_.kept
     scores = b * s * round_.mass_bytes * sum(draft.layers[layer].query_heads for layer in round_.scored_layers)
     lists = _list_bytes(target, listed) + _list_bytes(draft, round_.draft_listed)
     cached = [b * x for x in _kv_bytes(draft, s, round_.draft_listed)]  # by layer
+    step = of_draft.body + of_draft.output + sum(cached)
     dense = of_target.body + of_target.output + b * sum(_kv_bytes(target, s, None))
     counted = {
-        "propose": steps * (of_draft.body + sum(cached)) + k * of_draft.output - bool(k) * (of_draft.end + cached[-1]),
+        "propose": k * step + scored * (step - of_draft.output - of_draft.end - cached[-1]),
         "score": b * s * _key_bytes(draft, round_),
         "select": scores + b * lists,
         "verify": of_target.body + of_target.output + b * sum(_kv_bytes(target, s, listed)),
         "accept": b * (k + 1) * target.vocabulary * target.dtype.itemsize,
-        "confirm": round_.confirmations * dense,
+        "confirm": round_.confirmations * (dense + round_.tail * step),
         "audit": round_.audits * (dense + b * s * _all_key_bytes(target) / WINDOW),
     }
     return {stage: round(count) for stage, count in counted.items()}

@@ -228,7 +228,7 @@ class Fastest:
         cost = rounds * self._seconds(choice, rows, cached) + self._catching_up(running)
         sure = rounds
         if choice.mode == "exact":
-            tokens = 1 + max(len(sequence.tentative) for sequence in running) + rounds * (choice.k + 1) + self._costs.k
+            tokens = 1 + max(len(sequence.tentative) for sequence in running) + rounds * (choice.k + 1) + self._costs.tail
             cost, sure = cost + self._costs.confirm(tokens, rows, cached), 1
         for sequence in running:
             account = self._account(sequence)
@@ -253,12 +253,11 @@ class Fastest:
     def _exact(self, choice: Choice, rows: int, cached: float, tokens: list[float], running: list[Sequence]) -> float:
         """Of as many rounds as bring N tokens, and a confirmation, at the best N."""
         seconds, best = self._seconds(choice, rows, cached), 0.0
-        agreements = [self._confirmations.pace(sequence).agreement for sequence in running]
+        paces = [self._confirmations.pace(sequence) for sequence in running]
         for every in (1, 2, 4, 8, 12, 16, 24, 32, 48, MAX_EXACT_EVERY):
             rounds = max(every / max(tokens), 1.0)
-            cost = rounds * seconds + self._costs.confirm(every + 1 + self._costs.k, rows, cached)
-            each = [(a, rounds * m, m) for a, m in zip(agreements, tokens, strict=True)]
-            stand = sum((1 - a ** (n + 1)) / (1 - a) + a**n * (m - 1) for a, n, m in each)
+            cost = rounds * seconds + self._costs.confirm(every + 1 + self._costs.tail, rows, cached)
+            stand = sum(pace.stand(rounds * m, m) for pace, m in zip(paces, tokens, strict=True))
             best = max(best, stand / cost)
         return best
 

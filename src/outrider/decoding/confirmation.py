@@ -2,8 +2,8 @@
 
     caches before   [ confirmed 0 .. C )[ C .. C + n )      written over lists: the last confirmed token and all n tentative
                                                             ones but the last, which is pending
-    the draft                           [ x_n ] d_1 .. d_K     proposes behind them
-    dense forward                       [ last, x_1 .. x_n, d_1 .. d_K ]   writes these rows anew; says what follows each
+    the draft                           [ x_n ] d_1 .. d_t     proposes behind them
+    dense forward                       [ last, x_1 .. x_n, d_1 .. d_t ]   writes these rows anew; says what follows each
     caches after    [ 0 .. C + a + 1 )                      a of these tokens passed; what follows them is drawn, and pending
 
 Tentative token x_i is what the sparse target chose by the noise of its position (see `noise`). What the dense target chooses by
@@ -32,6 +32,12 @@ WIDTH = 32  # on a GPU tokens are filled up to `ROUND` or a multiple of this: fe
 FILLER = -1  # equal to no token, so it never passes
 
 
+def tail(k: int) -> int:
+    """Tokens that the draft proposes behind tentative ones, where rounds draft `k`: more, since a dense forward costs more than
+    a sparse one, and as much for a few tokens more."""
+    return k + k // 2
+
+
 def most_tentative(config: EngineConfig) -> int:
     """Tokens that a row may have to confirm at a time: one too few, and those of a round under way and of one behind it."""
     return (config.exact_every or MAX_EXACT_EVERY) + 2 * config.draft_tokens + 1
@@ -39,7 +45,7 @@ def most_tentative(config: EngineConfig) -> int:
 
 def spare_rows(config: EngineConfig) -> int:
     """Rows that a cache has beyond those of its sequences, which a forward that confirms may write on."""
-    return most_tentative(config) + config.draft_tokens + 1 + WIDTH if config.confirms else 0
+    return most_tentative(config) + tail(config.draft_tokens) + 1 + WIDTH if config.confirms else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,17 +61,17 @@ class TentativeTokens:
     """What sparse rounds have brought each of up to `slots` sequences since it was last confirmed. Rounds put it there, on the
     device, and confirmations take it, so one can be launched before the host knows what it is to confirm."""
 
-    def __init__(self, slots: int, most: int, k: int, least: int, device: torch.device) -> None:
-        """Of up to `most` tokens a sequence, with room for `k` drafted ones behind them. What a round brings a sequence of less
-        than `least` cached tokens stands."""
-        self._fills_up, self._k, self._least = device.type == "cuda", k, least
+    def __init__(self, slots: int, most: int, tail: int, least: int, device: torch.device) -> None:
+        """Of up to `most` tokens a sequence, with room for a `tail` of drafted ones behind them. What a round brings a sequence
+        of less than `least` cached tokens stands."""
+        self._fills_up, self.tail, self._least = device.type == "cuda", tail, least
         self.width = self.width_of(most)  # the largest W
         self._tokens = torch.zeros(slots, self.width, dtype=torch.int64, device=device)  # the last that stands, tentative ones
         self._counts = torch.zeros(slots, dtype=torch.int64, device=device)  # n, tentative ones
 
     def width_of(self, count: int) -> int:
         """W of a forward over up to so many tentative tokens of each row."""
-        width = 1 + count + self._k
+        width = 1 + count + self.tail
         if not self._fills_up:
             return width
         return ROUND if width <= ROUND else -(-width // WIDTH) * WIDTH
@@ -111,10 +117,11 @@ def confirm(
     stop: int,
     judge: Judge,
     *,
+    drafts: int,
     listed: bool,
 ) -> Outcome:
-    """Judge the tentative tokens of all rows, and K drafted ones behind them, by the dense target; bring both caches to what
-    passed. Waits for nothing.
+    """Judge the tentative tokens of all rows, and so many that the draft proposes behind them, by the dense target; bring both
+    caches to what passed. Waits for nothing.
 
     `counts` [B] and `tokens` [B, W] are those that `TentativeTokens` has had. No row has more than `stop` tokens with all W
     behind what is confirmed. The draft reads `lists` where it is `listed`. `models` and `caches` are the target's, then the
@@ -123,13 +130,15 @@ def confirm(
     """
     (target, draft), (cache, draft_cache) = models, caches
     noise = None if inputs.noise is None else replace(inputs.noise, first=cache.lengths + 1)
-    drafting = inputs.pending, inputs.sampling, inputs.draft_uniforms, target.spec.vocabulary
-    drafted = propose(draft, draft_cache, *drafting, lists if listed else None, noise).tokens
+    uniforms = inputs.draft_uniforms[:, :1].expand(-1, drafts)  # of their number alone: nothing is drawn but by the noise
+    drafting = inputs.pending, inputs.sampling, uniforms, target.spec.vocabulary, lists if listed else None, noise
+    drafted = propose(draft, draft_cache, *drafting, behind=inputs.behind(cache), scored=False).tokens
     target.ranks.same(drafted)
     places = counts[:, None] + 1 + torch.arange(drafted.shape[1], device=drafted.device)
     tokens = tokens.scatter(1, places, drafted)
     cache.truncate(cache.lengths - counts)
     logits = target.forward(tokens.clamp(min=0), cache, stop=stop).logits
+    inputs.pending.copy_(tokens[:, 0])  # what the others follow
     trace = DraftTrace(tokens=tokens[:, 1:], probs=None, queries=(), tentative=counts)
     outcome = accept(trace, logits, inputs, None, target, caches, judge)
     if lists is not None:

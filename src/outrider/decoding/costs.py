@@ -3,8 +3,8 @@
     seconds of a stage   =   a + b rows + (c + d rows) S       exact at two numbers of rows and two of cached tokens S
 
 Weights and launches are in a, keys and values in d, what a kernel loses on few rows in b and c: no figure of any machine is
-built in. Rounds of fewer drafted tokens than the measured ones are estimated: drafting is K + 1 equal steps, and verification
-grows evenly from that of one token.
+built in. Rounds of fewer drafted tokens than the measured ones are estimated: drafting is K or K + 1 equal steps, and
+verification grows evenly from that of one token.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ class Costs:
 
     rounds: Mapping[str, Mapping[str, Plane]]  # by mode (exact counts as sparse), by stage; of K drafted tokens
     k: int  # this K
+    steps: Mapping[str, int] = field(default_factory=dict)  # of the draft in such a round, by mode, where they are not K + 1
+    tail: int = 0  # tokens that the draft proposes for a confirmation
     confirmations: Mapping[int, Plane] = field(default_factory=dict)  # by tokens of each row; empty: nothing is confirmed
     reading: Plane | None = None  # of a chunk of a prompt by the draft, one row; None without a draft
     chunk: int = 1  # tokens of that
@@ -71,14 +73,16 @@ class Costs:
         found = {stage: plane.at(rows, cached) for stage, plane in stages.items()}
         if choice.k not in (0, self.k):
             share = choice.k / self.k
-            found["propose"] *= (choice.k + 1) / (self.k + 1)
+            steps = self._steps(choice.mode)
+            found["propose"] *= (steps - self.k + choice.k) / steps
             dense, alone = (self.rounds[mode]["verify"].at(rows, cached) for mode in ("dense", "plain"))
             found["verify"] *= 1 - (1 - share) * max(1 - alone / dense, 0.0)
         return sum(found.values())
 
     def confirm(self, tokens: int, rows: int, cached: float) -> float:
         """Seconds of a confirmation of so many tokens of every row, drafted ones among them."""
-        least = self.round(PLAIN, rows, cached) + self.rounds["sparse"]["propose"].at(rows, cached)
+        drafting = self.rounds["sparse"]["propose"].at(rows, cached) * self.tail / self._steps("sparse")
+        least = self.round(PLAIN, rows, cached) + drafting
         width = min((width for width in self.confirmations if tokens <= width), default=max(self.confirmations))
         return least + max(self.confirmations[width].at(rows, cached) - least, 0.0) * tokens / width
 
@@ -86,8 +90,11 @@ class Costs:
         """Seconds in which the draft reads the last `tokens` of a row's `cached` ones; as long as one token takes at least."""
         if self.reading is None or not tokens:
             return 0.0
-        least = max(stages["propose"].at(1, cached) for stages in self.rounds.values() if "propose" in stages) / (self.k + 1)
-        return max(self.reading.at(1, cached - tokens / 2) * tokens / self.chunk, least)
+        drafting = [stages["propose"].at(1, cached) for stages in self.rounds.values() if "propose" in stages]
+        return max(self.reading.at(1, cached - tokens / 2) * tokens / self.chunk, max(drafting) / (self.k + 1))
+
+    def _steps(self, mode: str) -> int:
+        return self.steps.get("sparse" if mode == "exact" else mode, self.k + 1)
 
 
 def measure(
@@ -159,6 +166,8 @@ def measure(
     return Costs(
         rounds=rounds,
         k=runner.k,
+        steps={mode: runner.steps(kind_of(choice_of(mode, runner.k), 1, longest >= least)) for mode in modes},
+        tail=runner.tentative.tail,
         confirmations=confirmations,
         reading=read,
         chunk=chunk,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -23,26 +25,35 @@ def propose(
     vocabulary: int,
     lists: DraftLists | None = None,
     noise: Noise | None = None,
+    *,
+    behind: Behind | None = None,
+    scored: bool = True,
 ) -> DraftTrace:
     """Draft K tokens behind the pending ones.
 
     `pending` [B] int64 and `uniforms` [B, K], random numbers, lie on the draft's device. A draft whose logits are wider or
-    narrower (padded embeddings) than the target's `vocabulary` is cut or padded to it. The draft takes K + 1 steps: the last
-    one proposes nothing, but leaves the key of the last drafted token in the cache and its query in the trace. Advances `cache`
-    by K + 1. With `lists` of the same rows the draft attends to these, without to its whole cache. With `noise` it chooses by
-    that, and no distributions are kept.
+    narrower (padded embeddings) than the target's `vocabulary` is cut or padded to it. With `lists` of the same rows the draft
+    attends to these, without to its whole cache. With `noise` it chooses by that, and no distributions are kept.
+
+    Where the round is `scored`, the draft takes K + 1 steps: the last one proposes nothing, but leaves the key of the last
+    drafted token in the cache and its query in the trace, which has queries then. Else K steps do, and a cache that lacks one
+    token where all pass: rounds `behind` such ones begin with a step of two tokens. `cache` is advanced by what was read.
     """
     k, own = uniforms.shape[1], draft.spec.vocabulary
-    token, tokens, probs, queries = pending, [], [], []
-    selections = lists.steps(cache.lengths, k + 1) if lists is not None else [None] * (k + 1)
+    read, lacking = (pending[:, None], None) if behind is None else behind.read(pending, cache.lengths)
+    tokens, probs, queries = [], [], []
+    steps = k + 1 if scored else k
+    selections = lists.steps(cache.lengths, steps, lacking) if lists is not None else [None] * steps
     for step, selection in enumerate(selections):
         if own < vocabulary:  # the target may emit padding that a narrower draft does not have
-            token = token.clamp(max=own - 1)
-        output = draft.forward(token[:, None], cache, selection=selection, record_queries=True, logits=step < k)
-        cache.advance(1)
+            read = read.clamp(max=own - 1)
+        output = draft.forward(read, cache, selection=selection, record_queries=scored, logits=step < k)
+        cache.advance(1 if step or lacking is None else 1 + lacking)
         queries.append(output.queries)
         if step < k:
             logits = output.logits[..., :vocabulary]
+            if not step and lacking is not None:
+                logits = logits.gather(1, lacking[:, None, None].expand(-1, 1, logits.shape[-1]))
             if own < vocabulary:
                 logits = pad(logits, (0, vocabulary - own), value=float("-inf"))
             if sampling.greedy:
@@ -53,19 +64,48 @@ def propose(
                 probs.append(distributions(logits, sampling)[:, 0])
                 token = draw(probs[-1], uniforms[:, step])
             tokens.append(token)
+            read = token[:, None]
     return DraftTrace(
         tokens=torch.stack(tokens, dim=1),
         probs=torch.stack(probs, dim=1) if probs else None,
-        queries=_by_layer(queries),
+        queries=_by_layer(queries, lacking) if scored else (),
     )
 
 
-def _by_layer(queries: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """By step and layer [B, 1, Hq, D] -> by layer [B, T, Hq, D], where heads are alike in one copy."""
+@dataclass(frozen=True, slots=True)
+class Behind:
+    """What the target's cache holds; the draft's may lack the last token of it, in some rows."""
+
+    previous: Tensor  # [B] int64: that token; of no meaning where nothing is cached
+    lengths: Tensor  # [B]: cached tokens of the target
+
+    def read(self, pending: Tensor, cached: Tensor) -> tuple[Tensor, Tensor]:
+        """What the first step of a draft with so many cached tokens [B] reads, and how many it lacks, 0 or 1 [B].
+
+        That are two tokens [B, 2]: the one that is lacking and the pending one, or this and filler, whose row the next step
+        writes over.
+        """
+        lacking = self.lengths - cached
+        return torch.stack([torch.where(lacking > 0, self.previous, pending), pending], dim=1), lacking
+
+
+def _by_layer(queries: list[tuple[Tensor, ...]], lacking: Tensor | None) -> tuple[Tensor, ...]:
+    """By step and layer [B, 1, Hq, D] -> by layer [B, T, Hq, D], where heads are alike in one copy. A first step of two tokens
+    has the round's query at `lacking` [B], 0 or 1."""
     if len({step.shape for step in queries[0]}) > 1:
-        return tuple(torch.cat(layer, dim=1) for layer in zip(*queries, strict=True))
+        layers = tuple(torch.cat(layer, dim=1) for layer in zip(*queries, strict=True))
+        return layers if lacking is None else tuple(_without_filler(layer, lacking) for layer in layers)
     every = torch.cat([step for layer in zip(*queries, strict=True) for step in layer], dim=1)  # [B, L * T, Hq, D]
-    return every.unflatten(1, (-1, len(queries))).unbind(1)
+    by_layer = every.unflatten(1, (len(queries[0]), -1))
+    return (by_layer if lacking is None else _without_filler(by_layer, lacking)).unbind(1)
+
+
+def _without_filler(queries: Tensor, lacking: Tensor) -> Tensor:
+    """[B, .., 1 + T, Hq, D] -> [B, .., T, Hq, D]: of the first two the one at `lacking` [B]."""
+    place = torch.arange(1, queries.shape[-3], device=queries.device).expand(len(queries), -1).clone()  # [B, T]
+    place[:, 0] = lacking
+    shape = *queries.shape[:-3], place.shape[1], *queries.shape[-2:]
+    return queries.gather(-3, place.view(len(queries), *[1] * (queries.ndim - 4), -1, 1, 1).expand(shape))
 
 
 class DraftLists:
@@ -75,17 +115,15 @@ class DraftLists:
                               count of them                     what was accepted since, and the round's own tokens
 
     A step at length S takes the first `count + S - S0` entries. The lists stay in place from round to round, for CUDA graphs;
-    rows are those of the cache. Where the draft proposes once more before they are replaced, to be confirmed, K + 1 positions
-    more follow.
+    rows are those of the cache. Where the draft proposes a `tail` of tokens before they are replaced, to be confirmed, as many
+    positions and one more follow.
     """
 
-    def __init__(
-        self, draft: ModelSpec, budget: Budget, slots: int, capacity: int, draft_tokens: int, *, confirms: bool = False
-    ) -> None:
+    def __init__(self, draft: ModelSpec, budget: Budget, slots: int, capacity: int, draft_tokens: int, tail: int = 0) -> None:
         self.layers = draft.full_layers
         self.budget = budget
         self._capacity = capacity
-        self._room = (3 if confirms else 2) * (draft_tokens + 1)
+        self._room = 2 * (draft_tokens + 1) + (tail + 1 if tail else 0)
         device = draft.device
         chosen = longest_list(budget, capacity, budget.sinks + budget.recent)
         heads = draft.full_shape.kv_heads
@@ -102,12 +140,15 @@ class DraftLists:
         part.lengths = self.lengths[start:stop]
         return part
 
-    def steps(self, lengths: Tensor, steps: int) -> list[Selection]:
-        """The lists of so many steps of one token, the first of them behind `lengths` [B] cached ones.
+    def steps(self, lengths: Tensor, steps: int, lacking: Tensor | None = None) -> list[Selection]:
+        """The lists of so many steps of one token, the first of them behind `lengths` [B] cached ones, and of as many more as
+        are `lacking` [B].
 
         Idle rows, whose lists are of a sequence that has left, get empty ones.
         """
         before = lengths + torch.arange(steps, device=lengths.device)[:, None]  # [steps, B]
+        if lacking is not None:
+            before[1:] += lacking
         grown = (before - self.lengths).to(torch.int32)[:, None, :, None]
         counts = torch.where((grown >= 0) & (grown <= self._room), self.counts + grown, 0)  # [steps, L, B, H]
         return [

@@ -8,7 +8,7 @@ from outrider.config import MODES, EngineConfig, SamplingParams, check
 from outrider.decoding.acceptance import Acceptance
 from outrider.decoding.choice import fixed_choice, widths
 from outrider.decoding.chooser import Chooser, Fastest, Fixed
-from outrider.decoding.confirmation import most_tentative, spare_rows
+from outrider.decoding.confirmation import most_tentative, spare_rows, tail
 from outrider.decoding.costs import Costs, KindOf, measure
 from outrider.decoding.drafting import DraftLists
 from outrider.decoding.guard import levels
@@ -192,7 +192,7 @@ class Engine:
         slots = plan_rows(demand, slots, free, prompt=longest, tokens=lengths[longest], reading=reading)
         lists = None
         if guidance is not None and guidance.draft is not None:
-            lists = DraftLists(draft, self.config.draft_budget, slots, capacity, k, confirms=self.config.confirms)
+            lists = DraftLists(draft, self.config.draft_budget, slots, capacity, k, tail(k) if self.config.confirms else 0)
         return Runner(
             self.target,
             self.draft if drafts else None,

@@ -15,6 +15,24 @@ from outrider.decoding.statistics import StageClock
 from outrider.types import Selection
 
 
+class Landings:
+    """Where outcomes arrive on the host, pinned memory beside a GPU."""
+
+    def __init__(self, slots: int, k: int, width: int, *, pinned: bool) -> None:
+        """Of rounds with `k` drafted tokens and of confirmations of up to `width` tokens."""
+
+        def numbers(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, pin_memory=pinned)
+
+        self._rounds = [numbers(slots * (k + 5)) for _ in range(2)]  # in turn, as inputs
+        self.confirmation = numbers(slots * (width + 4))
+        self.audits = numbers(slots, k + 4)  # one will do: behind an audited round nothing is launched before they are read
+
+    def next_round(self) -> Tensor:
+        self._rounds.reverse()
+        return self._rounds[0]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flight:
     """A round under way, or a confirmation, whose numbers have its own width."""
@@ -35,15 +53,17 @@ class Flight:
         cls,
         running: list[Sequence],
         outcome: Outcome,
-        landing: Tensor,
+        landings: Landings,
         clock: StageClock,
         *,
         fresh: bool,
         confirms: bool = False,
         touched: list[float] | None = None,
-        audits: Tensor | None = None,
+        figures: Tensor | None = None,
     ) -> Flight:
-        """Let an outcome be on its way to `landing`, pinned memory on the host; `audits` are on theirs."""
+        """Let an outcome be on its way to its landing, and the `figures` of audits."""
+        audits = None if figures is None else landings.audits[: len(figures)].copy_(figures, non_blocking=True)
+        landing = landings.confirmation if confirms else landings.next_round()
         numbers = landing[: outcome.numbers.numel()].view_as(outcome.numbers).copy_(outcome.numbers, non_blocking=True)
         arrived = None
         if outcome.numbers.is_cuda:

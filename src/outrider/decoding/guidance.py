@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from outrider.config import EngineConfig, check
+from outrider.decoding.confirmation import tail
 from outrider.decoding.pair import build_pair_selector, make_rival, rehearse
 from outrider.errors import OptionError
 from outrider.guidance.rivals import RIVALS, Rival
@@ -83,9 +84,10 @@ def make_guidance(
         drafting = build_pair_selector("outrider", draft, draft, Alignment(sources=own), config.draft_budget, scored)
     bits = code_bits(config.score_keys, draft, config.draft_tokens + 1)
     rehearse(target, draft, choosing, config.draft_tokens + 1, drafting, bits)
-    if bits is not None and config.confirms:  # from round to round a sequence may grow by a bonus token more
-        allowed = f"at most {BLOCK - 2} with keys in few bits and mode {config.mode}"
-        check("K (draft-tokens)", k := config.draft_tokens, k + 2 <= BLOCK, allowed)
+    if bits is not None and config.confirms:  # from round to round a sequence may grow by what a confirmation brings, too
+        most = max(k for k in range(1, BLOCK) if k + 1 + tail(k) + 1 <= BLOCK)
+        allowed = f"at most {most} with keys in few bits and mode {config.mode}"
+        check("K (draft-tokens)", config.draft_tokens, config.draft_tokens <= most, allowed)
     if not (choosing or drafting or rival):
         return None
     return Guidance(target=choosing, draft=drafting, rival=rival, bits=bits if choosing or drafting else None)

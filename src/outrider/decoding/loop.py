@@ -133,7 +133,7 @@ class Loop:
                 filling.settle()
                 source, slot = self.scheduler.join()
                 self.runner.move(source, slot)
-                self.runner.begin(slot, filling.sequence.pending, drafted=filling.drafted)
+                self.runner.begin(slot, filling.sequence, drafted=filling.drafted)
                 self.filling = None
             if others_wait and room <= 0:
                 return
@@ -160,7 +160,7 @@ class Loop:
         running, choice = self.scheduler.running, self.chooser.current
         if not self.runner.launches_ahead or running != flight.sequences:
             return None
-        most = choice.k + 1  # tokens by which a sequence may outgrow what it has and holds
+        most = 1 + (self.runner.tentative.tail if flight.confirms else choice.k)  # tokens that a sequence may get by then
         grown = 0 if flight.confirms else 1  # at least; who holds tokens is long enough without them
         sparse = self._is_sparse(running, grown)
         known = (
@@ -236,8 +236,8 @@ class Loop:
     def _commit_confirmation(self, flight: Flight) -> Iterator[Event]:
         """Emit what the dense target has made of the tentative tokens; finished sequences leave their slots."""
         (outcomes, _), seconds, now = flight.land(), flight.clock.settle(), time.perf_counter()
-        k = self.runner.k
-        tokens = 1 + max(len(sequence.tentative) for sequence in flight.sequences) + k
+        tail = self.runner.tentative.tail
+        tokens = 1 + max(len(sequence.tentative) for sequence in flight.sequences) + tail
         events, gains = [], []
         for sequence, outcome in zip(flight.sequences, outcomes, strict=True):
             if sequence.finish_reason is not None:
@@ -248,7 +248,7 @@ class Loop:
                 continue
             spent = {name: x / len(outcomes) for name, x in seconds.items()}
             self.confirmations.pace(sequence).confirmed(len(outcome.tokens) - 1, len(sequence.tentative))
-            self.records.confirmation(sequence, outcome, k, spent)
+            self.records.confirmation(sequence, outcome, tail, spent)
             events.append(self._emit(sequence, outcome.tokens, now))
             gains.append(Gain(sequence, len(outcome.tokens) - 1, len(events[-1].tokens)))
         self.chooser.confirmed(flight.rows, tokens, gains, None if flight.fresh else sum(seconds.values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from outrider.config import MAX_EXACT_EVERY, EngineConfig
+from outrider.decoding.confirmation import tail
 from outrider.decoding.sequence import Sequence
 from outrider.models.attention import ROUND
 
@@ -16,23 +17,25 @@ class Pace:
 
     Where a token passes with probability a, and a round brings m tokens, N tentative tokens bring
 
-        (1 - a^(N + 1)) / (1 - a) + a^N (m - 1)     tokens that stand: tentative ones, one recovered or bonus token, and where
-                                                    all pass those that the draft has proposed behind them,
+        (1 - a^(N + 1)) / (1 - a) + a^N d           tokens that stand: tentative ones, one recovered or bonus token, and where
+                                                    all pass d of those that the draft has proposed behind them,
         N / m + c                                   rounds: sparse ones, and a confirmation that costs c = `narrow` where it
                                                     has at most `ROUND` tokens for sure, else `wide`
 
-    and N is where the quotient is largest. It is flat there, so c need not be known well. All of this is the row's own.
+    and N is where the quotient is largest. It is flat there, so c need not be known well. Until seen d is m - 1, what passes of
+    a round's drafted tokens. All of this is the row's own.
     """
 
     def __init__(self, fixed: int | None, k: int) -> None:
         """`fixed` is N where it is given, `k` are the drafted tokens of a round."""
         self.narrow, self.wide = NARROW, WIDE
         self._fixed = fixed
-        # N - 1 tokens are too few, and a round brings K + 1; with the last confirmed one and K drafted ones it is read
-        self._fits = ROUND - 2 * k - 1
+        # N - 1 tokens are too few, and a round brings K + 1; with the last confirmed one and more drafted ones it is read
+        self._fits = ROUND - k - 1 - tail(k)
         self._every: int | None = None  # N until the next confirmation, once asked for
         self._passed = self._rejected = 0.0
         self._tokens, self._rounds = 2.0, 1.0  # that sparse rounds brought: m
+        self._drafted_on = self._whole = 0.0  # drafted tokens that passed behind blocks that passed whole, and these: d
 
     @property
     def agreement(self) -> float:
@@ -51,12 +54,18 @@ class Pace:
         if self._fixed is not None:
             return self._fixed
         if self._every is None:
-            a, m = self.agreement, self.tokens
-            stand = [(1 - a ** (n + 1)) / (1 - a) + a**n * (m - 1) for n in range(1, MAX_EXACT_EVERY + 1)]
+            m = self.tokens
+            stand = [self.stand(n, m) for n in range(1, MAX_EXACT_EVERY + 1)]
             costs = [n / m + (self.narrow if n <= self._fits else self.wide) for n in range(1, MAX_EXACT_EVERY + 1)]
             worth = [tokens / rounds for tokens, rounds in zip(stand, costs, strict=True)]
             self._every = 1 + worth.index(max(worth))
         return self._every
+
+    def stand(self, count: float, m: float) -> float:
+        """Tokens that stand of so many tentative ones, and behind them, where a round brings `m`."""
+        a = self.agreement
+        drafted_on = (self._drafted_on + m - 1) / (self._whole + 1)
+        return (1 - a ** (count + 1)) / (1 - a) + a**count * drafted_on
 
     def brought(self, tokens: int) -> None:
         """A sparse round has brought so many tokens."""
@@ -64,9 +73,12 @@ class Pace:
         self._rounds = MEMORY * self._rounds + 1
 
     def confirmed(self, passed: int, of: int) -> None:
-        """So many of a block's tentative tokens have passed."""
+        """So many of a block's tokens have passed, of which so many were tentative, and those behind them drafted."""
         self._passed = MEMORY * self._passed + min(passed, of)
         self._rejected = MEMORY * self._rejected + (passed < of)
+        if passed >= of:
+            self._drafted_on = MEMORY * self._drafted_on + passed - of
+            self._whole = MEMORY * self._whole + 1
         self._every = None
 
 

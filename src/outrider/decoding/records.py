@@ -42,15 +42,15 @@ class Records:
         statistics.bytes_dense += reads.bytes_dense
         _spend(statistics, spent)
 
-    def confirmation(self, sequence: Sequence, outcome: RowOutcome, k: int, spent: dict[str, float]) -> None:
-        """A dense forward over the tentative tokens that the sequence holds, and `k` drafted ones."""
+    def confirmation(self, sequence: Sequence, outcome: RowOutcome, tail: int, spent: dict[str, float]) -> None:
+        """A dense forward over the tentative tokens that the sequence holds, and the `tail` of drafted ones."""
         statistics, held = sequence.statistics, len(sequence.tentative)
         passed = min(len(outcome.tokens) - 1, held)
         statistics.confirmations += 1
         statistics.confirmed += passed
         statistics.rolled_back += held - passed
         statistics.drafted_on += len(outcome.tokens) - 1 - passed
-        statistics.bytes_read += self._reads.dense(sequence.cached - held, held + 1 + k)
+        statistics.bytes_read += self._reads.dense(sequence.cached - held, held + 1 + tail)
         _spend(statistics, spent)
 
     def audit(self, sequence: Sequence, cached: int, tokens: int) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from outrider.decoding.drafting import Behind
 from outrider.decoding.guard import turn_of
 from outrider.decoding.noise import Noise
 from outrider.decoding.sampling import Sampling, all_greedy, any_filtered, distributions, greedy, in_parts
@@ -65,26 +66,52 @@ class Inputs:
     shares: Tensor | None = None  # [B] fp64: what lists keep of each row; None: as the budget says
     audited: Tensor | None = None  # [B] fp64: 1 + the turn in rows that are to be audited, else 0
     noise: Noise | None = None  # by which draft and target choose; None: they draw by the uniforms
+    previous: Tensor | None = None  # [B] int64: the last cached token; None: the draft's cache never lacks it
+
+    def behind(self, cache: KVCache) -> Behind | None:
+        """What the target's cache holds, for a draft that may lack the last token of it."""
+        return None if self.previous is None else Behind(self.previous, cache.lengths)
 
 
 class InputBuffer:
     """The rows of up to `slots` sequences, on host and device, as doubles, which hold tokens and parameters exactly.
 
-    The pending tokens never leave the device: a round puts them where the next one finds them.
+    The pending tokens never leave the device, nor those before them: a round puts them where the next one finds them.
     """
 
     PARAMETERS = 7  # active, temperature, top-k, top-p, key of the noise, share, audited; random numbers behind them
 
     def __init__(
-        self, slots: int, draft_tokens: int, device: torch.device, *, common_noise: bool = False, share: float = 1.0
+        self,
+        slots: int,
+        draft_tokens: int,
+        device: torch.device,
+        *,
+        common_noise: bool = False,
+        share: float = 1.0,
+        lags: bool = False,
     ) -> None:
-        """With `common_noise` draft and target choose by the same noise. `share` is what the budget lets lists keep."""
+        """With `common_noise` draft and target choose by the same noise. `share` is what the budget lets lists keep. A draft
+        that `lags` may lack the last cached token."""
         self.k, self.common_noise, self._share = draft_tokens, common_noise, share
         self.pending = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.previous = torch.zeros_like(self.pending) if lags else None
         shape = slots, self.PARAMETERS + 2 * draft_tokens + 1
         # two, in turn: the copy of one round may still wait for the round before when the next one is filled in
         self._hosts = [torch.zeros(shape, dtype=torch.float64, pin_memory=device.type == "cuda") for _ in range(2)]
         self._device = torch.zeros(shape, dtype=torch.float64, device=device)
+
+    def begin(self, slot: int, sequence: Sequence) -> None:
+        """A sequence whose prompt is cached runs there from now on."""
+        self.pending[slot] = sequence.pending
+        if self.previous is not None:
+            self.previous[slot] = sequence.prompt[-2] if len(sequence.prompt) > 1 else 0
+
+    def move(self, source: int, slot: int) -> None:
+        """A sequence changes its slot."""
+        for stored in (self.pending, self.previous):
+            if stored is not None:
+                stored[slot] = stored[source]
 
     def load(self, running: list[Sequence], rows: int, audited: list[bool]) -> None:
         """Put the next round of the sequences into the first rows, some to be `audited`; draws their random numbers."""
@@ -119,6 +146,7 @@ class InputBuffer:
             shares=None if kind.widest is None else shares,
             audited=audited,
             noise=Noise(keys=keys.long(), first=lengths + 1) if self.common_noise else None,
+            previous=None if self.previous is None else self.previous[: kind.rows],
         )
 
 
@@ -223,10 +251,13 @@ def accept(
     if target.ranks.size > 1:
         numbers = _of_all_ranks(numbers, target.ranks)
         accepted, following = numbers[:, -5:-3].long().unbind(1)
+    if inputs.previous is not None:
+        read = torch.cat([inputs.pending[:, None], trace.tokens], dim=1)
+        inputs.previous.copy_(read.gather(1, accepted[:, None])[:, 0])
     inputs.pending.copy_(following)
     caches[0].advance((accepted + 1) * inputs.active)
     for cache in caches[1:]:
-        cache.truncate(caches[0].lengths)
+        cache.truncate(torch.minimum(caches[0].lengths, cache.lengths))
     return Outcome(numbers=numbers, selection=selection)
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from outrider.decoding.audits import Audits
-from outrider.decoding.confirmation import ConfirmationKind, TentativeTokens, confirm
+from outrider.decoding.confirmation import ConfirmationKind, TentativeTokens, confirm, tail
 from outrider.decoding.drafting import DraftLists, propose
-from outrider.decoding.flight import Flight
+from outrider.decoding.flight import Flight, Landings
 from outrider.decoding.graphs import Stages
 from outrider.decoding.guard import turn_of
 from outrider.decoding.guidance import Guidance
@@ -63,9 +63,11 @@ class Runner:
         self.launches_ahead = self.device.type == "cuda"  # a round may begin before the last one's tokens are read
         self.models = [model for model in (target, draft) if model is not None]
         self.caches = [model.new_cache(slots, capacity) for model in self.models]
-        self.inputs = InputBuffer(slots, self.k, self.device, common_noise=common_noise, share=share)
-        self.tentative = TentativeTokens(slots, most_tentative, self.k, tentative_from, self.device)
         self.confirms = most_tentative > 0
+        # the draft spares a step, unless every round takes it for the sake of its scores
+        lags = draft is not None and (self.confirms or guidance is None or not guidance.scores)
+        self.inputs = InputBuffer(slots, self.k, self.device, common_noise=common_noise, share=share, lags=lags)
+        self.tentative = TentativeTokens(slots, most_tentative, tail(self.k), tentative_from, self.device)
         self.audits = None if audits_from is None else Audits(target, slots, capacity, audits_from)
         self.stages = Stages(capture=capture)
         rival = guidance.rival if guidance is not None else None
@@ -73,12 +75,7 @@ class Runner:
         self._parts: dict[int, tuple[list[KVCache], DraftLists | None, QuantizedKeys | None]] = {}  # by rows
         self._begun: set[int] = set()  # rows whose draft lists, records and rivals follow their rounds
         self._behind: set[int] = set()  # rows of which the draft's cache lacks tokens
-        pinned = self.device.type == "cuda"
-        room = slots * (self.k + 5)
-        self._landing = [torch.zeros(room, dtype=torch.float64, pin_memory=pinned) for _ in range(2)]  # in turn, as inputs
-        self._confirmed_landing = torch.zeros(slots * (self.tentative.width + 4), dtype=torch.float64, pin_memory=pinned)
-        # one will do: behind an audited round nothing is launched before its figures are read
-        self._audit_landing = torch.zeros(slots, self.k + 4, dtype=torch.float64, pin_memory=pinned)
+        self._landings = Landings(slots, self.k, self.tentative.width, pinned=self.device.type == "cuda")
 
     def rows_of(self, slot: int) -> list[tuple[LanguageModel, KVCache]]:
         """The models, the target first, each with its cache of one slot."""
@@ -94,9 +91,14 @@ class Runner:
             )
         return self._parts[rows]
 
-    def begin(self, slot: int, pending: int, *, drafted: bool) -> None:
+    def steps(self, kind: RoundKind) -> int:
+        """Steps that the draft takes in such a round."""
+        scored = self.inputs.previous is None or (kind.sparse and self.guidance is not None and self.guidance.scores)
+        return kind.k + scored if kind.k else 0
+
+    def begin(self, slot: int, sequence: Sequence, *, drafted: bool) -> None:
         """A sequence whose prompt is cached runs from now on; the draft's cache has it where it was `drafted`."""
-        self.inputs.pending[slot] = pending
+        self.inputs.begin(slot, sequence)
         self._begun.discard(slot)
         self._behind.discard(slot)
         if not drafted:
@@ -109,7 +111,7 @@ class Runner:
         for cache in self.caches:
             cache.move(source, slot)
         self.tentative.move(source, slot)
-        self.inputs.pending[slot] = self.inputs.pending[source]
+        self.inputs.move(source, slot)
         self._begun.discard(slot)
         self._behind.discard(slot)
         if source in self._behind:
@@ -143,12 +145,7 @@ class Runner:
         turns = {turn_of(sequence) for sequence, due in zip(running, audited, strict=True) if due and kind.sparse}
         outcome, figures = self.run_stages(kind, clock, turns)
         touched = [after - x for x, after in zip(before, self._touched(kind, running), strict=True)]
-        audits = None
-        if figures is not None:
-            audits = self._audit_landing[: kind.rows].copy_(figures, non_blocking=True)
-        landing = self._landing[0]
-        self._landing.reverse()
-        return Flight.of(running, outcome, landing, clock, fresh=fresh, touched=touched, audits=audits)
+        return Flight.of(running, outcome, self._landings, clock, fresh=fresh, touched=touched, figures=figures)
 
     def confirm(self, running: list[Sequence], kind: RoundKind, under_way: int) -> Flight:
         """Start to confirm what the sequences in rows 0 .. n - 1 hold, and up to so many tokens that a round under way brings,
@@ -165,7 +162,7 @@ class Runner:
         outcome = self.run_confirmation(confirmation, stop, clock)
         if self.rivals is not None:  # what they keep is of tokens that may be gone, and of keys that were written anew
             self._begun.clear()
-        return Flight.of(running, outcome, self._confirmed_landing, clock, fresh=fresh, confirms=True)
+        return Flight.of(running, outcome, self._landings, clock, fresh=fresh, confirms=True)
 
     def _is_fresh(self, kind: Hashable) -> bool:
         return self.stages.capture and not self.stages.knows(kind)
@@ -180,7 +177,8 @@ class Runner:
             inputs = self.inputs.unpack(kind.round, caches[0].lengths - counts)
             room = caches[0].capacity if self.stages.capture else stop  # a graph is replayed with other lengths
             models = [model.uncompiled() for model in self.models]  # of widths that are not worth a compilation
-            return confirm(models, caches, counts, tokens, inputs, lists, room, self.confirming, listed=kind.listed)
+            given = models, caches, counts, tokens, inputs, lists, room, self.confirming
+            return confirm(*given, drafts=self.tentative.tail, listed=kind.listed)
 
         self.stages.begin(kind)
         with clock.stage("confirm"):
@@ -226,7 +224,7 @@ class Runner:
             return
         for row in set(range(len(running))) - self._begun:
             if self.drafting is not None:
-                self.drafting.rows(row, row + 1).begin(self.caches[0].lengths[row : row + 1])
+                self.drafting.rows(row, row + 1).begin(self.caches[1].lengths[row : row + 1])
             if self.quantized is not None:
                 self.quantized.rows(row, row + 1).fill(self.caches[1].rows(row, row + 1))
             if self.rivals is not None:
@@ -246,8 +244,9 @@ class Runner:
             inputs = self.inputs.unpack(kind, caches[0].lengths)
             if self.draft is None or not kind.k:
                 return inputs, propose_nothing(inputs, spec.vocabulary)
-            drafting = inputs.pending, inputs.sampling, inputs.draft_uniforms
-            trace = propose(self.draft, caches[1], *drafting, spec.vocabulary, lists, inputs.noise)
+            drafting = inputs.pending, inputs.sampling, inputs.draft_uniforms, spec.vocabulary, lists, inputs.noise
+            scored = self.steps(kind) > kind.k
+            trace = propose(self.draft, caches[1], *drafting, behind=inputs.behind(caches[0]), scored=scored)
             self.target.ranks.same(trace.tokens)  # drafts that differ by rounding would part the ranks' targets
             return inputs, trace
 
