@@ -35,14 +35,13 @@ def costs_of(ms, rows=4, read=0.02):
         "dense": {"propose": plane("draft"), "verify": plane("dense")},
         "sparse": {"propose": plane("draft"), "verify": plane("sparse")},
     }
-    reading = Plane({(1, 1000): read * MS})
-    confirmations = {32: plane("confirm")}
-    return Costs(rounds=rounds, k=4, confirmations=confirmations, reading=reading, chunk=1, rows=rows, cached=1000, tail=6)
+    confirmations, reading = {32: plane("confirm")}, {1: Plane({(1, 1000): read * MS})}
+    return Costs(rounds=rounds, k=4, confirmations=confirmations, reading=reading, rows=rows, cached=1000, tail=6)
 
 
-def chunked(costs, tokens, ms):
+def chunked(costs, **ms):
     """The same, with a draft that reads prompts by so many tokens in so many ms."""
-    return replace(costs, reading=Plane({(1, 1000): ms * MS}), chunk=tokens)
+    return replace(costs, reading={int(tokens[1:]): Plane({(1, 1000): one * MS}) for tokens, one in ms.items()})
 
 
 def sequence_of(index, new_tokens=400, prompt=5000):
@@ -217,8 +216,8 @@ def test_speed_is_near_that_of_the_best_choice():
 
 def test_decoding_alone_for_a_while_is_no_dead_end():
     """What the draft lacks then are a few tokens: it reads them in a step, not in a quarter of a chunk behind a long text."""
-    costs = chunked(costs_of({"plain": 20, "draft": 8.2, "dense": 20.5, "sparse": 6.9, "confirm": 29}), 2048, 85)
-    assert costs.read(1, 1000) == pytest.approx(8.2 / 5 * MS) and costs.read(4096, 5000) == pytest.approx(170 * MS)
+    costs = chunked(costs_of({"plain": 20, "draft": 8.2, "dense": 20.5, "sparse": 6.9, "confirm": 29}), _64=11, _2048=85)
+    assert costs.read(1, 1000) == pytest.approx(11 * MS) and costs.read(4096, 5000) == pytest.approx(170 * MS)
     sequences = [sequence_of(index, new_tokens=600) for index in range(4)]
     world = World(costs, sequences, lambda s: 0.9 if len(s.tokens) > 30 else 0.0, 0.0).run()
     alone = [had for had, choice in world.log if choice == PLAIN]
@@ -252,7 +251,7 @@ def test_a_draft_is_wanted_by_what_it_is_worth_in_the_batch_to_come():
             "verify": Plane({(1, 1000): 8 * MS, (4, 1000): 20 * MS}),
         },
     }
-    costs = Costs(rounds=rounds, k=4, reading=Plane({(1, 1000): 60 * MS}), chunk=2048, rows=4, cached=1000)
+    costs = Costs(rounds=rounds, k=4, reading={2048: Plane({(1, 1000): 60 * MS})}, rows=4, cached=1000)
     sequence = sequence_of(
         0, new_tokens=1000, prompt=131_000
     )  # 3.8 s; a token takes 4.7 ms for 8 alone, 10 for 20 in four rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,6 +13,7 @@ from outrider.config import SamplingParams
 from outrider.decoding import costs
 from outrider.decoding.choice import PLAIN, Choice
 from outrider.decoding.costs import Costs, Plane
+from outrider.decoding.prefill import late_widths, prefill, read_late
 from outrider.decoding.rehearsal import rehearse
 from outrider.decoding.runner import Runner
 
@@ -36,13 +38,16 @@ def test_a_plane_never_falls():
     assert Plane({(1, 1000): 1.0, (1, 2000): 3.0}).at(1, 0) == 0.5, "nothing is free"
 
 
+READING = {10: Plane({(1, 1): 1.0}), 100: Plane({(1, 1): 2.0})}
+
+
 def test_other_widths_are_between_plain_and_measured_rounds():
     planes = {name: Plane({(1, 1): ms}) for name, ms in {"plain": 8.0, "propose": 5.0, "dense": 10.0, "sparse": 5.0}.items()}
     rounds = {
         "plain": {"verify": planes["plain"]},
         **{mode: {"propose": planes["propose"], "verify": planes[mode]} for mode in ("dense", "sparse")},
     }
-    made = Costs(rounds=rounds, k=4, confirmations={32: Plane({(1, 1): 12.0})}, reading=Plane({(1, 1): 2.0}), chunk=100, tail=6)
+    made = Costs(rounds=rounds, k=4, confirmations={32: Plane({(1, 1): 12.0})}, reading=READING, tail=6)
     assert made.round(PLAIN, 1, 1) == 8
     assert made.round(Choice("dense", 4), 1, 1) == 15
     assert made.round(Choice("dense", 2), 1, 1) == pytest.approx(3 + 9)
@@ -53,7 +58,7 @@ def test_other_widths_are_between_plain_and_measured_rounds():
     unscored = replace(made, steps={"plain": 0, "dense": 4, "sparse": 5})
     assert unscored.round(Choice("dense", 2), 1, 1) == pytest.approx(2.5 + 9), "half the steps"
     assert unscored.round(Choice("exact", 2), 1, 1) == made.round(Choice("exact", 2), 1, 1)
-    assert (made.read(0, 50), made.read(1, 50), made.read(300, 300)) == (0, 1, 6), "one token takes a step of a round"
+    assert [made.read(n, 500) for n in (0, 1, 10, 55, 100, 300, 310)] == [0, 1, 1, 1.5, 2, 6, 7], "few tokens take a while"
 
 
 @pytest.mark.parametrize("mode", ["plain", "dense", "sparse", "exact", "auto"])
@@ -70,7 +75,7 @@ def test_every_mode_can_be_measured(mode, make_pair, make_engine, random_prompts
     wanted = {"exact": {"plain", "sparse"}, "auto": {"plain", "dense", "sparse"}}.get(mode, {mode})
     assert set(found.rounds) == wanted and (found.rows, found.cached) == (2, 72)
     assert list(found.confirmations) == ([16, 32] if mode in ("exact", "auto") else [])
-    assert (found.reading is None) == (mode == "plain")
+    assert (not found.reading) == (mode == "plain")
     for choice in [Choice(name, 3) if name != "plain" else PLAIN for name in wanted]:
         assert 0 < found.round(choice, 1, 60) <= found.round(choice, 2, 60)
     for result in results:
@@ -116,3 +121,25 @@ def test_measuring_tells_its_progress(make_pair, make_engine, random_prompts):
     engine.generate(random_prompts([50]), SamplingParams(max_new_tokens=4), progress=lambda *one: seen.append(one))
     told = [(done, of) for what, done, of in seen if what == "measure rounds"]
     assert told == [(done, 6) for done in range(7)], "plain, dense, sparse, two confirmations, a chunk of a prompt"
+
+
+def test_who_catches_up_reads_in_few_widths(make_pair, random_prompts):
+    assert late_widths(2048) == [64, 128, 256, 512, 1024, 2048] and late_widths(100) == [64, 100] and late_widths(40) == [40]
+    _, draft = make_pair("llama")
+    tokens, seen = torch.tensor(random_prompts([250])), []
+    whole, late = draft.new_cache(1, 256), draft.new_cache(1, 256)
+    prefill(draft, whole, tokens, 256)
+    forward = draft.forward
+
+    def spy(tokens, *given, **options):
+        seen.append(tokens.shape[1])
+        return forward(tokens, *given, **options)
+
+    draft.forward = spy
+    for start, stop in ((0, 3), (3, 40), (40, 140), (140, 241), (241, 250)):
+        read_late(draft, late, tokens[:, start:stop], start, 100)
+        assert late.lengths.tolist() == [stop]
+    assert seen == [64, 64, 100, 100, 16, 15], "at the end as many as there is room for"
+    for layer in range(len(draft.spec.layers)):
+        torch.testing.assert_close(late.keys(layer)[:, :250], whole.keys(layer)[:, :250], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(late.values(layer)[:, :250], whole.values(layer)[:, :250], rtol=1e-4, atol=1e-5)

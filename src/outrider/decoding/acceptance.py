@@ -27,9 +27,10 @@ class Acceptance:
         self.add(0, 0)
 
     def tokens(self, k: int) -> float:
-        """What a round of `k` drafted tokens is expected to emit, the recovered or bonus one counted in."""
+        """What a forward over `k` drafted tokens is expected to emit, the recovered or bonus one counted in."""
         expected, all_pass, rate = 1.0, 1.0, FIRST[0]
-        for tried, passed in zip(self._tried[:k], self._passed[:k], strict=True):
+        for at in range(k):
+            tried, passed = (self._tried[at], self._passed[at]) if at < len(self._tried) else (0.0, 0.0)
             rate = (passed + rate * FIRST[1]) / (tried + FIRST[1])  # what is not known is as at the position before
             all_pass *= rate
             expected += all_pass

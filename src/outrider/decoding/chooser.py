@@ -168,7 +168,7 @@ class Fastest:
         alone = self._seconds(PLAIN, rows, length)
         tokens = self._account(sequence).acceptance.tokens
         drafted = min((self._seconds(c, rows, length) / tokens(c.k) for c in self._choices if c.mode != "exact"), default=alone)
-        exact = [self._exact(c, rows, length, [tokens(c.k)], [sequence]) for c in self._choices if c.mode == "exact"]
+        exact = [self._exact(c, rows, length, [sequence]) for c in self._choices if c.mode == "exact"]
         drafted = min([drafted, *(1 / rate for rate in exact)])
         wanted = (alone - drafted) * sequence.params.max_new_tokens > self._costs.read(length, length)
         self._account(sequence).behind = 0 if wanted else length - 1
@@ -240,25 +240,28 @@ class Fastest:
     def _rate(self, choice: Choice, running: list[Sequence]) -> float:
         """Expected tokens a second of all sequences together."""
         rows, cached = self._padded(len(running)), _mean_cached(running)
-        tokens = [self._account(sequence).acceptance.tokens(choice.k) for sequence in running]
         if choice.mode == "exact":
-            rate = self._exact(choice, rows, cached, tokens, running)
+            rate = self._exact(choice, rows, cached, running)
         else:
-            rate = sum(tokens) / self._seconds(choice, rows, cached)
+            tokens = sum(self._account(sequence).acceptance.tokens(choice.k) for sequence in running)
+            rate = tokens / self._seconds(choice, rows, cached)
         if choice.k and (late := self._catching_up(running)):
             rest = sum(max(s.params.max_new_tokens - len(s.tokens), 1) for s in running)
             rate = 1 / (1 / rate + late / rest)
         return rate
 
-    def _exact(self, choice: Choice, rows: int, cached: float, tokens: list[float], running: list[Sequence]) -> float:
+    def _exact(self, choice: Choice, rows: int, cached: float, running: list[Sequence]) -> float:
         """Of as many rounds as bring N tokens, and a confirmation, at the best N."""
         seconds, best = self._seconds(choice, rows, cached), 0.0
         paces = [self._confirmations.pace(sequence) for sequence in running]
+        passes = [self._account(sequence).acceptance for sequence in running]
+        brought = [acceptance.tokens(choice.k) for acceptance in passes]  # by a round
+        behind = [acceptance.tokens(self._costs.tail) - 1 for acceptance in passes]  # tentative tokens that all pass
         for every in (1, 2, 4, 8, 12, 16, 24, 32, 48, MAX_EXACT_EVERY):
-            rounds = max(every / max(tokens), 1.0)
+            rounds = max(every / max(brought), 1.0)
             cost = rounds * seconds + self._costs.confirm(every + 1 + self._costs.tail, rows, cached)
-            stand = sum(pace.stand(rounds * m, m) for pace, m in zip(paces, tokens, strict=True))
-            best = max(best, stand / cost)
+            each = zip(paces, brought, behind, strict=True)
+            best = max(best, sum(pace.stand(rounds * m, d) for pace, m, d in each) / cost)
         return best
 
     def _pace(self, running: list[Sequence]) -> None:

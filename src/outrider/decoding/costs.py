@@ -16,7 +16,7 @@ from statistics import median
 
 from outrider.decoding.choice import PLAIN, Choice
 from outrider.decoding.confirmation import WIDTH
-from outrider.decoding.prefill import ProgressCallback
+from outrider.decoding.prefill import LATE, ProgressCallback, late_widths
 from outrider.decoding.rehearsal import rehearse, rehearse_confirmation, rehearse_reading
 from outrider.decoding.rounds import RoundKind
 from outrider.decoding.runner import Runner
@@ -62,8 +62,9 @@ class Costs:
     steps: Mapping[str, int] = field(default_factory=dict)  # of the draft in such a round, by mode, where they are not K + 1
     tail: int = 0  # tokens that the draft proposes for a confirmation
     confirmations: Mapping[int, Plane] = field(default_factory=dict)  # by tokens of each row; empty: nothing is confirmed
-    reading: Plane | None = None  # of a chunk of a prompt by the draft, one row; None without a draft
-    chunk: int = 1  # tokens of that
+    reading: Mapping[int, Plane] = field(
+        default_factory=dict
+    )  # by the draft, one row, so many tokens at a time; empty: no draft
     rows: int = 1  # the largest batch that was measured
     cached: int = 0  # and the longest caches
 
@@ -87,11 +88,13 @@ class Costs:
         return least + max(self.confirmations[width].at(rows, cached) - least, 0.0) * tokens / width
 
     def read(self, tokens: int, cached: float) -> float:
-        """Seconds in which the draft reads the last `tokens` of a row's `cached` ones; as long as one token takes at least."""
-        if self.reading is None or not tokens:
+        """Seconds in which the draft reads the last `tokens` of a row's `cached` ones; one takes as long as the fewest."""
+        if not self.reading or not tokens:
             return 0.0
-        drafting = [stages["propose"].at(1, cached) for stages in self.rounds.values() if "propose" in stages]
-        return max(self.reading.at(1, cached - tokens / 2) * tokens / self.chunk, max(drafting) / (self.k + 1))
+        few, chunk = min(self.reading), max(self.reading)
+        least, most = (self.reading[width].at(1, cached - tokens / 2) for width in (few, chunk))
+        chunks, rest = divmod(tokens, chunk)
+        return chunks * most + (_line(few, least, chunk, most, max(rest, few)) if rest else 0.0)
 
     def _steps(self, mode: str) -> int:
         return self.steps.get("sparse" if mode == "exact" else mode, self.k + 1)
@@ -124,7 +127,8 @@ def measure(
     corners = [(rows, length) for rows in sorted(batches) for length in sorted({shortest, longest})]
     most = runner.tentative.width
     confirmed = sorted({min(tokens, most) for tokens in CONFIRMED}) if runner.confirms and "sparse" in modes else []
-    done, of = 0, len(modes) + len(confirmed) + (runner.draft is not None)
+    widths = sorted({min(LATE, chunk), chunk}) if runner.draft is not None else []
+    done, of = 0, len(modes) + len(confirmed) + len(widths)
 
     def timed(once: Callable[[int, int], dict[str, float]], at: list[tuple[int, int]]) -> dict[str, Plane]:
         """By stage."""
@@ -148,16 +152,19 @@ def measure(
         choice = Choice("exact", runner.k)
         return lambda rows, length: rehearse_confirmation(runner, kind_of(choice, rows, length >= least), length, tokens)
 
+    def reading_of(tokens: int) -> Callable[[int, int], dict[str, float]]:
+        return lambda _, length: rehearse_reading(runner, length, tokens)
+
     rounds = {mode: timed(round_of(mode), corners) for mode in modes}
     confirmations = {tokens: timed(confirmation_of(tokens), corners)["confirm"] for tokens in confirmed}
-    read = None
-    if runner.draft is not None:
-        starts = [(1, length) for length in sorted({0, longest - chunk})]
-        read = timed(lambda _, length: rehearse_reading(runner, length, chunk), starts)["prefill"]
+    starts = [(1, length) for length in sorted({0, longest - chunk})]
+    reading = {width: timed(reading_of(width), starts)["prefill"] for width in widths}
     if narrower and runner.stages.capture:  # at last: while the host captures, clocks of an idle GPU fall
         for rows, mode, k in product(powers(max(batches)), modes, (*narrower, runner.k)):
             for _ in range(WARM):
                 rehearse(runner, kind_of(choice_of(mode, k), rows, shortest >= least), shortest)
+        for width in late_widths(chunk)[1:-1]:
+            rehearse_reading(runner, 0, width)
         for rows, tokens in product(powers(max(batches)), (*confirmed, min(CAPTURED, most)) if confirmed else ()):
             for _ in range(WARM):
                 confirmation_of(tokens)(rows, shortest)
@@ -169,8 +176,7 @@ def measure(
         steps={mode: runner.steps(kind_of(choice_of(mode, runner.k), 1, longest >= least)) for mode in modes},
         tail=runner.tentative.tail,
         confirmations=confirmations,
-        reading=read,
-        chunk=chunk,
+        reading=reading,
         rows=max(batches),
         cached=longest,
     )

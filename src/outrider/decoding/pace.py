@@ -22,8 +22,7 @@ class Pace:
         N / m + c                                   rounds: sparse ones, and a confirmation that costs c = `narrow` where it
                                                     has at most `ROUND` tokens for sure, else `wide`
 
-    and N is where the quotient is largest. It is flat there, so c need not be known well. Until seen d is m - 1, what passes of
-    a round's drafted tokens. All of this is the row's own.
+    and N is where the quotient is largest. It is flat there, so c need not be known well. All of this is the row's own.
     """
 
     def __init__(self, fixed: int | None, k: int) -> None:
@@ -55,16 +54,16 @@ class Pace:
             return self._fixed
         if self._every is None:
             m = self.tokens
-            stand = [self.stand(n, m) for n in range(1, MAX_EXACT_EVERY + 1)]
+            stand = [self.stand(n, m - 1) for n in range(1, MAX_EXACT_EVERY + 1)]
             costs = [n / m + (self.narrow if n <= self._fits else self.wide) for n in range(1, MAX_EXACT_EVERY + 1)]
             worth = [tokens / rounds for tokens, rounds in zip(stand, costs, strict=True)]
             self._every = 1 + worth.index(max(worth))
         return self._every
 
-    def stand(self, count: float, m: float) -> float:
-        """Tokens that stand of so many tentative ones, and behind them, where a round brings `m`."""
+    def stand(self, count: float, expected: float) -> float:
+        """Tokens that stand of so many tentative ones, and behind them; d is `expected` until it was seen."""
         a = self.agreement
-        drafted_on = (self._drafted_on + m - 1) / (self._whole + 1)
+        drafted_on = (self._drafted_on + expected) / (self._whole + 1)
         return (1 - a ** (count + 1)) / (1 - a) + a**count * drafted_on
 
     def brought(self, tokens: int) -> None:

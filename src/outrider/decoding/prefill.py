@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from outrider.decoding.sequence import Sequence
 from outrider.decoding.sparse_prefill import Kept, SparsePrefill
@@ -13,6 +14,7 @@ from outrider.decoding.statistics import StageClock
 from outrider.models import KVCache, LanguageModel
 
 ProgressCallback = Callable[[str, int, int], None]  # (what, done, of how many)
+LATE = 64  # tokens that a model which catches up reads at least
 ReadChunk = Callable[[LanguageModel, KVCache, Tensor, int], None]
 
 
@@ -27,6 +29,23 @@ def read_on(model: LanguageModel, cache: KVCache, tokens: Tensor, start: int, ch
     for part in tokens.split(chunk, dim=1):
         start += part.shape[1]
         read(model, cache, part, start)
+
+
+def late_widths(chunk: int) -> list[int]:
+    """How many tokens at a time a model reads that catches up: few numbers, since what runs for the first time in a width takes
+    twice as long, and some dozen tokens as long as one."""
+    widths = [LATE << at for at in range(chunk.bit_length()) if LATE << at < chunk]
+    return [*widths, chunk]
+
+
+def read_late(model: LanguageModel, cache: KVCache, tokens: Tensor, start: int, chunk: int) -> None:
+    """Like `read_on`, in these widths: what fills them up is behind the last token, and is written over."""
+    for part in tokens.split(chunk, dim=1):
+        count = part.shape[1]
+        width = min(next(width for width in late_widths(chunk) if count <= width), cache.capacity - start)
+        model.forward(pad(part, (0, width - count)), cache, stop=start + width, logits=False)
+        cache.advance(count)
+        start += count
 
 
 def prefill(model: LanguageModel, cache: KVCache, tokens: Tensor, chunk: int, progress: ProgressCallback | None = None) -> None:

@@ -35,7 +35,9 @@ def rehearse(runner: Runner, kind: RoundKind, cached: int, *, audit: bool = Fals
 
 
 def rehearse_confirmation(runner: Runner, kind: RoundKind, cached: int, tokens: int) -> dict[str, float]:
-    """A confirmation of so many tokens a row."""
+    """A confirmation of so many tokens a row, behind a round that gives the draft its lists."""
+    if kind.sparse:
+        rehearse(runner, kind, cached)
     clock = _begin(runner, cached)
     width = runner.tentative.width_of(max(tokens - 1 - runner.tentative.tail, 0))
     runner.run_confirmation(ConfirmationKind(round=kind, width=width, listed=kind.sparse), cached + width, clock)

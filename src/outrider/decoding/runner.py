@@ -16,7 +16,7 @@ from outrider.decoding.graphs import Stages
 from outrider.decoding.guard import turn_of
 from outrider.decoding.guidance import Guidance
 from outrider.decoding.guides import ByRow
-from outrider.decoding.prefill import ReadChunk, read_on
+from outrider.decoding.prefill import ReadChunk, read_late, read_on
 from outrider.decoding.rounds import InputBuffer, Inputs, Judge, Outcome, RoundKind, accept, propose_nothing, verify
 from outrider.decoding.scoring import score
 from outrider.decoding.sequence import Sequence
@@ -215,7 +215,8 @@ class Runner:
             if missing := running[slot].text_cached[start:]:
                 tokens = torch.tensor([missing], dtype=torch.int64).clamp(max=self.draft.spec.vocabulary - 1)
                 with clock.stage("propose"):
-                    read_on(self.draft.uncompiled(), cache, tokens, start, self._chunk)
+                    read = read_late if self.stages.capture else read_on
+                    read(self.draft.uncompiled(), cache, tokens, start, self._chunk)
 
     def _follow(self, kind: RoundKind, running: list[Sequence]) -> None:
         """Give rows that come from a prefill or a dense round draft lists, records and rivals to begin with."""
