@@ -58,7 +58,7 @@ def test_other_widths_are_between_plain_and_measured_rounds():
     unscored = replace(made, steps={"plain": 0, "dense": 4, "sparse": 5})
     assert unscored.round(Choice("dense", 2), 1, 1) == pytest.approx(2.5 + 9), "half the steps"
     assert unscored.round(Choice("exact", 2), 1, 1) == made.round(Choice("exact", 2), 1, 1)
-    assert [made.read(n, 500) for n in (0, 1, 10, 55, 100, 300, 310)] == [0, 1, 1, 1.5, 2, 6, 7], "few tokens take a while"
+    assert [made.read(n, 500) for n in (0, 1, 10, 55, 100, 300, 310)] == [0, 2, 2, 3, 2, 6, 8], "few tokens take a while"
 
 
 @pytest.mark.parametrize("mode", ["plain", "dense", "sparse", "exact", "auto"])
@@ -123,23 +123,31 @@ def test_measuring_tells_its_progress(make_pair, make_engine, random_prompts):
     assert told == [(done, 6) for done in range(7)], "plain, dense, sparse, two confirmations, a chunk of a prompt"
 
 
-def test_who_catches_up_reads_in_few_widths(make_pair, random_prompts):
+@pytest.mark.parametrize("fills_up", [True, False])
+def test_who_catches_up_reads_all_rows_at_once(fills_up, make_pair, random_prompts):
     assert late_widths(2048) == [64, 128, 256, 512, 1024, 2048] and late_widths(100) == [64, 100] and late_widths(40) == [40]
     _, draft = make_pair("llama")
-    tokens, seen = torch.tensor(random_prompts([250])), []
-    whole, late = draft.new_cache(1, 256), draft.new_cache(1, 256)
-    prefill(draft, whole, tokens, 256)
+    texts, seen = random_prompts([250, 250, 250]), []
+    whole, late = draft.new_cache(3, 256), draft.new_cache(3, 256)
+    prefill(draft, whole, torch.tensor(texts), 256)
     forward = draft.forward
 
     def spy(tokens, *given, **options):
-        seen.append(tokens.shape[1])
+        seen.append(tuple(tokens.shape))
         return forward(tokens, *given, **options)
 
     draft.forward = spy
-    for start, stop in ((0, 3), (3, 40), (40, 140), (140, 241), (241, 250)):
-        read_late(draft, late, tokens[:, start:stop], start, 100)
-        assert late.lengths.tolist() == [stop]
-    assert seen == [64, 64, 100, 100, 16, 15], "at the end as many as there is room for"
+    done = [0, 0, 0]
+    for behind in ([3, 0, 1], [30, 101, 0], [100, 99, 2], [0, 0, 50], [60, 1, 0], [0, 49, 0], [57, 0, 197]):
+        missing = [text[start : start + count] for text, start, count in zip(texts, done, behind, strict=True)]
+        read_late(draft, late, missing, 100, fills_up=fills_up)
+        done = [start + count for start, count in zip(done, behind, strict=True)]
+        assert late.lengths.tolist() == done
+    assert done == [250] * 3
+    # rows that lack more than a chunk are read one by one, and where the cache has no room for all
+    singly, rows = [(1, 30), (1, 100), (1, 1)], [(1, 60), (1, 1)]
+    first, middle, last = (64, [(1, 50)], [(1, 49)]) if fills_up else (3, [(3, 50)], [(3, 49)])
+    assert seen == [(3, first), *singly, (3, 100), *middle, *rows, *last, (1, 57), (1, 100), (1, 97)]
     for layer in range(len(draft.spec.layers)):
         torch.testing.assert_close(late.keys(layer)[:, :250], whole.keys(layer)[:, :250], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(late.values(layer)[:, :250], whole.values(layer)[:, :250], rtol=1e-4, atol=1e-5)

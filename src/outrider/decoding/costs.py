@@ -25,6 +25,7 @@ from outrider.models.attention import ROUND
 WARM, TIMED = 2, 3  # rehearsals of a kind: the first is as it is, the second is captured; and those that count
 CONFIRMED = ROUND, WIDTH  # tokens of the confirmations that are measured
 CAPTURED = 2 * WIDTH  # and of one that is captured beside them
+COLD = 2  # times as long as again and again a model takes to read some tokens once in a while
 LEAST = 1024  # cached tokens of the shorter caches, where there is room
 
 KindOf = Callable[[Choice, int, bool], RoundKind]  # of a choice, a number of rows, and whether they are long enough for lists
@@ -94,7 +95,7 @@ class Costs:
         few, chunk = min(self.reading), max(self.reading)
         least, most = (self.reading[width].at(1, cached - tokens / 2) for width in (few, chunk))
         chunks, rest = divmod(tokens, chunk)
-        return chunks * most + (_line(few, least, chunk, most, max(rest, few)) if rest else 0.0)
+        return chunks * most + (COLD * _line(few, least, chunk, most, max(rest, few)) if rest else 0.0)
 
     def _steps(self, mode: str) -> int:
         return self.steps.get("sparse" if mode == "exact" else mode, self.k + 1)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from outrider.decoding.sequence import Sequence
 from outrider.decoding.sparse_prefill import Kept, SparsePrefill
@@ -38,14 +37,26 @@ def late_widths(chunk: int) -> list[int]:
     return [*widths, chunk]
 
 
-def read_late(model: LanguageModel, cache: KVCache, tokens: Tensor, start: int, chunk: int) -> None:
-    """Like `read_on`, in these widths: what fills them up is behind the last token, and is written over."""
-    for part in tokens.split(chunk, dim=1):
-        count = part.shape[1]
-        width = min(next(width for width in late_widths(chunk) if count <= width), cache.capacity - start)
-        model.forward(pad(part, (0, width - count)), cache, stop=start + width, logits=False)
-        cache.advance(count)
-        start += count
+def read_late(model: LanguageModel, cache: KVCache, missing: list[list[int]], chunk: int, *, fills_up: bool) -> None:
+    """Run what each row of `cache` lacks through `model`, of all rows at once where none lacks more than a `chunk`.
+
+    Where this `fills_up`, it is in these widths: what is behind a row's last token is written over.
+    """
+    starts, counts = cache.lengths.tolist(), [len(row) for row in missing]
+    width = max(counts)
+    if not width:
+        return
+    if fills_up and width <= chunk:
+        width = next(one for one in late_widths(chunk) if width <= one)
+    if width <= chunk and max(starts) + width <= cache.capacity:
+        tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in missing], dtype=torch.int64)
+        tokens = tokens.clamp(max=model.spec.vocabulary - 1)
+        model.forward(tokens, cache, stop=max(starts) + width, logits=False)
+        cache.advance(torch.tensor(counts))
+        return
+    for row in (row for row, count in enumerate(counts) if count):
+        tokens = torch.tensor([missing[row]], dtype=torch.int64).clamp(max=model.spec.vocabulary - 1)
+        read_on(model, cache.rows(row, row + 1), tokens, starts[row], chunk)
 
 
 def prefill(model: LanguageModel, cache: KVCache, tokens: Tensor, chunk: int, progress: ProgressCallback | None = None) -> None:

@@ -208,15 +208,15 @@ class Runner:
         """
         late = self._behind & set(range(len(running)))
         self._behind -= late
-        for slot in late:
-            assert self.draft is not None
-            cache = self.caches[1].rows(slot, slot + 1)
-            start = int(cache.lengths[0])
-            if missing := running[slot].text_cached[start:]:
-                tokens = torch.tensor([missing], dtype=torch.int64).clamp(max=self.draft.spec.vocabulary - 1)
-                with clock.stage("propose"):
-                    read = read_late if self.stages.capture else read_on
-                    read(self.draft.uncompiled(), cache, tokens, start, self._chunk)
+        if late and self.draft is not None:
+            cache = self.caches[1].rows(0, len(running))
+            starts = cache.lengths.tolist()
+            missing = [
+                one.text_cached[start:] if row in late else []
+                for row, (one, start) in enumerate(zip(running, starts, strict=True))
+            ]
+            with clock.stage("propose"):
+                read_late(self.draft.uncompiled(), cache, missing, self._chunk, fills_up=self.stages.capture)
 
     def _follow(self, kind: RoundKind, running: list[Sequence]) -> None:
         """Give rows that come from a prefill or a dense round draft lists, records and rivals to begin with."""

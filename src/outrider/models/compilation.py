@@ -17,13 +17,16 @@ from torch import nn
 from outrider.models.attention import NAME, attend
 
 BACKEND = "inductor"
+SHAPES = 64  # that a layer is compiled for: by rows and tokens, in all models of a family together
 
 
 def compile_layers(module: Any) -> None:
     """Compile the decoder layers of `module` and what is around them, in place. What was compiled before comes from a cache."""
+    from torch._dynamo import config as dynamo
     from torch._inductor import config
     from transformers import AttentionInterface
 
+    dynamo.recompile_limit = max(dynamo.recompile_limit, SHAPES)  # beyond it layers would run uncompiled
     config.emulate_precision_casts = True  # 16-bit results are rounded where PyTorch rounds them: the tokens stay the same
     config.combo_kernels = True  # kernels that do not depend on each other, such as the rotations of queries and keys, as one
     AttentionInterface.register(NAME, torch.compiler.disable(attend))
