@@ -25,7 +25,7 @@ from outrider.models.attention import ROUND
 WARM, TIMED = 2, 3  # rehearsals of a kind: the first is as it is, the second is captured; and those that count
 CONFIRMED = ROUND, WIDTH  # tokens of the confirmations that are measured
 CAPTURED = 2 * WIDTH  # and of one that is captured beside them
-COLD = 2  # times as long as again and again a model takes to read some tokens once in a while
+COLD = 2  # reading some tokens once in a while takes so many times as long as over and over, which is how it is measured
 LEAST = 1024  # cached tokens of the shorter caches, where there is room
 
 KindOf = Callable[[Choice, int, bool], RoundKind]  # of a choice, a number of rows, and whether they are long enough for lists
@@ -63,9 +63,7 @@ class Costs:
     steps: Mapping[str, int] = field(default_factory=dict)  # of the draft in such a round, by mode, where they are not K + 1
     tail: int = 0  # tokens that the draft proposes for a confirmation
     confirmations: Mapping[int, Plane] = field(default_factory=dict)  # by tokens of each row; empty: nothing is confirmed
-    reading: Mapping[int, Plane] = field(
-        default_factory=dict
-    )  # by the draft, one row, so many tokens at a time; empty: no draft
+    reading: Mapping[int, Plane] = field(default_factory=dict)  # by tokens that the draft reads at a time, one row
     rows: int = 1  # the largest batch that was measured
     cached: int = 0  # and the longest caches
 
