@@ -56,8 +56,9 @@ def new_tokens(options: DecodeOptions) -> int:
     """So many that no sequence ends in the measured rounds, or so near behind them that the engine sees it coming."""
     if not {"exact", "auto"} & {*options.mode}:
         return (WARM_UP + options.rounds + 2) * (options.draft_tokens + 1) + 1
-    # measured up to where tokens are confirmed; a bonus token may come with them
-    return (WARM_UP + options.rounds + 2 * MAX_EXACT_EVERY) * (options.draft_tokens + 2) + 1
+    # measured up to where tokens are confirmed; drafted ones may come with them, and a bonus token
+    k = options.draft_tokens
+    return (WARM_UP + options.rounds + 2 * MAX_EXACT_EVERY) * (k + 1 + tail(k) + 1) + 1
 
 
 def measure(work: Workload, run: Run, options: DecodeOptions, conditions: Mapping[str, Any], progress: Progress) -> Row:
