@@ -36,7 +36,8 @@ def rehearse(runner: Runner, kind: RoundKind, cached: int, *, audit: bool = Fals
 
 def rehearse_confirmation(runner: Runner, kind: RoundKind, cached: int, tokens: int) -> dict[str, float]:
     """A confirmation of so many tokens a row, behind a round that gives the draft its lists."""
-    if kind.sparse:
+    lists = runner.drafting
+    if kind.sparse and lists is not None and bool((lists.lengths[: kind.rows] != cached).any()):
         rehearse(runner, kind, cached)
     clock = _begin(runner, cached)
     width = runner.tentative.width_of(max(tokens - 1 - runner.tentative.tail, 0))
