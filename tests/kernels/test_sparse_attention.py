@@ -95,6 +95,7 @@ class Problem:
     exact: Tensor  # fp64
     rounded: Tensor  # PyTorch's own result in the dtype of the queries
     listed: Tensor  # [B, Hs, N]
+    logsumexp: Tensor  # [B, Hq, T] fp64
 
 
 def make(case: Case, device: torch.device, seed: int = 0) -> Problem:
@@ -127,7 +128,7 @@ def make(case: Case, device: torch.device, seed: int = 0) -> Problem:
     if case.window is not None:
         visible &= position > lengths.view(B, 1, 1, 1) + step - case.window
     scale = D**-0.5
-    exact, rounded = judge(queries, keys, values, scales, visible, scale)
+    exact, rounded, logsumexp = judge(queries, keys, values, scales, visible, scale)
 
     unread = ~visible.view(B, Hkv, -1, N).any(2).transpose(1, 2).unsqueeze(-1)  # [B, N, Hkv, 1]
     keys, values, page_table = lay_out(
@@ -145,11 +146,13 @@ def make(case: Case, device: torch.device, seed: int = 0) -> Problem:
         rounded = mix(rounded, value, share).to(case.dtype)
     if case.lists == "none":
         arguments |= {"indices": None, "counts": None, "window": case.window}
-    return Problem(arguments, exact, rounded, listed)
+    return Problem(arguments, exact, rounded, listed, logsumexp)
 
 
-def judge(queries: Tensor, keys: Tensor, values: Tensor, scales: list, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """`[B, T, Hq, D]` in fp64, and as PyTorch computes it in the dtype of the queries. `visible` is `[B, Hq, T, N]`."""
+def judge(
+    queries: Tensor, keys: Tensor, values: Tensor, scales: list, visible: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs in fp64, and as PyTorch computes them in the dtype of the queries; logsumexp. `visible` is `[B, Hq, T, N]`."""
     group = queries.shape[2] // keys.shape[2]
     q = queries.transpose(1, 2)
     k, v = (x.double() * (1 if s is None else s.double().view(-1, 1)) for x, s in zip((keys, values), scales, strict=True))
@@ -157,7 +160,7 @@ def judge(queries: Tensor, keys: Tensor, values: Tensor, scales: list, visible: 
     logits = (q.double() @ k.transpose(-1, -2) * scale).masked_fill(~visible, -torch.inf)
     exact = logits.softmax(-1) @ v
     rounded = scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=visible, scale=scale)
-    return exact.transpose(1, 2), rounded.transpose(1, 2)
+    return exact.transpose(1, 2), rounded.transpose(1, 2), logits.logsumexp(-1)
 
 
 def mix(out: Tensor, value: Tensor, share: Tensor) -> Tensor:
@@ -210,6 +213,30 @@ def test_error_is_at_most_twice_that_of_torch(backend, device, run_or_skip, marg
     got = run_or_skip(lambda: sparse_attention(**problem.arguments, backend=backend))
     assert got.dtype == case.dtype
     margin(got, problem.rounded, problem.exact)
+
+
+SUMMED = {
+    "lists": {"keep": "most", "unlisted": True},
+    "query_heads": {"lists": "query_head", "layout": "pages_3"},
+    "one_split": {"keep": "one"},
+    "dense": DENSE,
+    "window": DENSE | {"window": 40, "layout": "pages_3"},
+}
+
+
+@pytest.mark.parametrize("form", SUMMED)
+@pytest.mark.parametrize(("dtype", "cache"), [DTYPES[1], DTYPES[2], DTYPES[4]], ids=["fp16", "fp32", "fp8"])
+def test_logsumexp_is_that_of_what_a_query_reads(backend, device, run_or_skip, dtype, cache, form):
+    """Of any strides; and asking for it changes no output."""
+    problem = make(Case(dtype, cache, lengths=LENGTHS[0], **SUMMED[form]), device)
+    plain = run_or_skip(lambda: sparse_attention(**problem.arguments, backend=backend))
+    for strides in ("plain", "transposed"):
+        filled = torch.full(problem.logsumexp.shape, torch.nan, device=device)
+        if strides == "transposed":
+            filled = filled.transpose(1, 2).contiguous().transpose(1, 2)
+        got = sparse_attention(**problem.arguments, logsumexp=filled, backend=backend)
+        torch.testing.assert_close(filled.double(), problem.logsumexp, rtol=1e-5, atol=1e-5)
+        assert torch.equal(got, plain)
 
 
 @pytest.mark.parametrize("lists", LISTS)
@@ -280,7 +307,7 @@ def test_logits_that_rise_along_the_list(backend, device, run_or_skip, margin):
     visible = torch.arange(end, device=device) <= 1000 + torch.arange(case.T, device=device).view(-1, 1)
     keys, values = (arguments[name][:, :end].float() for name in ("keys", "values"))
     visible = visible.expand(1, case.heads[0], case.T, end)
-    exact, rounded = judge(arguments["queries"], keys, values, [None, None], visible, arguments["scale"])
+    exact, rounded, _ = judge(arguments["queries"], keys, values, [None, None], visible, arguments["scale"])
     margin(got, rounded, exact)
 
 
@@ -378,7 +405,8 @@ FORMS = {"lists": {"keep": "all", "unlisted": True}, "dense": DENSE, "window": D
 def test_a_captured_call_follows_its_arguments(backend, device, run_or_skip, layout, form):
     """One graph, replayed with other queries, caches, lists, counts and lengths."""
     case = Case(D=128, lengths=(3000, 3000), layout=layout, **FORMS[form])
-    static = make(case, device).arguments
+    problem = make(case, device)
+    static = problem.arguments | {"logsumexp": torch.empty(problem.logsumexp.shape, device=device)}
     for name in ("keys", "values"):
         static[name].copy_(torch.randn(static[name].shape, device=device))
     run_or_skip(lambda: sparse_attention(**static, backend=backend))
@@ -394,7 +422,9 @@ def test_a_captured_call_follows_its_arguments(backend, device, run_or_skip, lay
                 static[name].copy_(other[name])
             static["indices"].fill_(-1)[..., : other["indices"].shape[2]] = other["indices"]
         graph.replay()
+        sums = static["logsumexp"].clone()
         assert torch.equal(result, sparse_attention(**static, backend=backend))
+        assert torch.equal(sums, static["logsumexp"])
 
 
 @on_gpu
@@ -428,5 +458,5 @@ def test_offsets_beyond_31_bits(backend, device, run_or_skip, margin, form):
     visible[..., M:] = torch.ones(T, T, device=device).tril().bool()
     if form == "window":
         visible[..., :T] = torch.ones(T, T, device=device).triu().bool()
-    exact, rounded = judge(queries, keys, values, [None, None], visible, D**-0.5)
+    exact, rounded, _ = judge(queries, keys, values, [None, None], visible, D**-0.5)
     margin(got, rounded, exact)

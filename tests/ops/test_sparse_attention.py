@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -173,6 +174,20 @@ def test_without_lists_float64_is_computed_in_float64(lay_out, window):
 def test_without_lists_is_with_every_token_listed():
     x = case([0, 64, 130], keep=2.0, dtype=torch.float64)
     torch.testing.assert_close(run(dense(x)), run(x), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("form", [lambda x: x, dense, lambda x: dense(x, 4)], ids=["lists", "dense", "window"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
+def test_logsumexp_is_that_of_what_a_query_reads(lay_out, dtype, form):
+    x = form(case([0, 21, 33], dtype=dtype))
+    filled = torch.full((3, 4, 6), torch.nan).transpose(1, 2)  # of any strides
+    got = run(poison(x) | {"logsumexp": filled}, lay_out)
+    wanted, mask = torch.zeros(3, 6, 4, dtype=torch.float64), visible(x)
+    for b, h, t in product(range(3), range(6), range(4)):
+        keys = x["keys"][b, mask[b, t, h], h // 3].double()
+        wanted[b, h, t] = (keys @ x["queries"][b, t, h].double() * SCALE).exp().sum().log()
+    torch.testing.assert_close(filled.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert torch.equal(got, run(poison(x), lay_out)), "asking for it changes no output"
 
 
 @pytest.mark.parametrize("name", ["keys", "values"])
@@ -346,6 +361,8 @@ BAD = [
     pytest.param(
         NO_LISTS | {"lengths": torch.tensor([8])}, ValueError, r"lengths: expected values in 0 \.\. 7", id="dense_too_long"
     ),
+    pytest.param({"logsumexp": torch.zeros(1, 4, 3)}, ValueError, r"logsumexp: .* T=2, got \[1, 4, 3\]", id="logsumexp"),
+    pytest.param({"logsumexp": torch.zeros(1, 4, 2).double()}, TypeError, "logsumexp: expected dtype float32", id="lse_dtype"),
 ]
 
 

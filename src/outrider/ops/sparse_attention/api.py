@@ -41,6 +41,7 @@ def sparse_attention(
     window: int | None = None,
     unlisted_values: Tensor | None = None,
     unlisted_shares: Tensor | None = None,
+    logsumexp: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Grouped-query attention of T queries over listed cached tokens, or all of them, and the causal tail.
@@ -84,6 +85,8 @@ def sparse_attention(
             them its own; at least 1. None: to all.
         unlisted_values: with lists only: `[Hkv, D]` float32, finite. None: lists stand for the whole cache.
         unlisted_shares: `[B, Hq]` float32, in 0 .. 1; None together with `unlisted_values`.
+        logsumexp: `[B, Hq, T]` float32, any strides: filled with the natural logarithm of each query's softmax denominator, the
+            sum of `exp(logit)` over what it attends to; what stands for unlisted tokens is not in it. None: not wanted.
         backend: "auto" (see `ops/README.md`), "reference", "triton" or "cuda". No silent fall-back.
 
     Returns:
@@ -127,6 +130,8 @@ def sparse_attention(
             raise ValueError(f"{name}: expected both unlisted_values and unlisted_shares, with token lists, or neither")
         if x is not None:
             check(name, x, shape=shape, dtypes=FLOATS[2:3])
+    if logsumexp is not None:
+        check("logsumexp", logsumexp, shape="B Hq T", dtypes=FLOATS[2:3])
     check_heads(sizes)
     if indices is not None and sizes["Hs"] not in (1, sizes["Hkv"], sizes["Hq"]):
         raise ValueError(f"indices: expected Hs of 1, Hkv={sizes['Hkv']} or Hq={sizes['Hq']} lists, got Hs={sizes['Hs']}")
@@ -134,7 +139,7 @@ def sparse_attention(
     if indices is not None and sizes["M"] > capacity:
         raise ValueError(f"indices: expected lists of at most N={capacity} tokens, got width M={sizes['M']}")
     arguments = {"scale": scale, "key_scale": key_scale, "value_scale": value_scale, "page_table": page_table, "window": window}
-    arguments |= {"unlisted_values": unlisted_values, "unlisted_shares": unlisted_shares}
+    arguments |= {"unlisted_values": unlisted_values, "unlisted_shares": unlisted_shares, "logsumexp": logsumexp}
     kernels = {"cuda": lambda: _cuda().obstacle(queries, keys, values), "triton": lambda: _triton().obstacle(queries, keys)}
     rows = sizes["T"] * sizes["Hq"] // max(sizes.get("Hs", 1), sizes["Hkv"])
     if rows > CUDA_ROWS or (indices is None and sizes["B"] * capacity > CUDA_TOKENS):

@@ -39,9 +39,10 @@ def sparse_attention(
     window: int | None = None,
     unlisted_values: Tensor | None = None,
     unlisted_shares: Tensor | None = None,
+    logsumexp: Tensor | None = None,
 ) -> Tensor:
     if indices is None or counts is None:
-        return _dense(queries, keys, values, lengths, scale, key_scale, value_scale, page_table, window)
+        return _dense(queries, keys, values, lengths, scale, key_scale, value_scale, page_table, window, logsumexp)
     B, T, Hq, D = queries.shape
     Hkv, M = keys.shape[2], indices.shape[2]
     H = max(indices.shape[1], Hkv)  # heads that own gathered rows: a shared list is gathered once per KV head
@@ -69,7 +70,10 @@ def sparse_attention(
     tail_logits = queries.reshape(B, Hkv, Hq // Hkv * T, D) @ rows(keys, key_scale, tail, all_kv).transpose(-1, -2)
     tail_logits = tail_logits.view(B, Hkv, Hq // Hkv, T, T).masked_fill(~visible, -torch.inf)
 
-    weights = torch.cat([past_logits, tail_logits], dim=-1).softmax(-1)  # [B, Hkv, group, T, M + T]
+    logits = torch.cat([past_logits, tail_logits], dim=-1)  # [B, Hkv, group, T, M + T]
+    if logsumexp is not None:
+        logsumexp.copy_(logits.logsumexp(-1).flatten(1, 2))
+    weights = logits.softmax(-1)
     out = weights[..., :M].reshape(B, H, Hq // H * T, M) @ rows(values, value_scale, past, owner)
     terms = weights[..., M:].unsqueeze(-1) * rows(values, value_scale, tail, all_kv).view(B, Hkv, 1, 1, T, D)
     out = out.view(B, Hkv, Hq // Hkv, T, D) + terms.masked_fill(~visible.unsqueeze(-1), 0).sum(-2)
@@ -113,6 +117,7 @@ def _dense(
     value_scale: Tensor | None,
     page_table: Tensor | None,
     window: int | None,
+    logsumexp: Tensor | None,
 ) -> Tensor:
     T, page_size = queries.shape[1], keys.shape[1]
     result = queries.new_empty(queries.shape)
@@ -135,6 +140,8 @@ def _dense(
         )
         past = length - start
         result[b] = _attend(queries[b], k, v, scale, past, window)
+        if logsumexp is not None:
+            logsumexp[b] = _log_sums(queries[b], k, scale, past, window)
         if T > 1 and not bool(result[b].isfinite().all()):
             for t in range(T):
                 seen = slice(0 if window is None else max(past + t + 1 - window, 0), past + t + 1)
@@ -159,3 +166,17 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float, past: i
     k, v = (x.transpose(0, 1).unsqueeze(0) for x in (keys, values))
     out = scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale)
     return out.reshape(Hq, T, D).transpose(0, 1)
+
+
+def _log_sums(queries: Tensor, keys: Tensor, scale: float, past: int, window: int | None) -> Tensor:
+    """`[Hq, T]`: logarithms of the softmax denominators of queries `[T, Hq, D]` over rows `[n, Hkv, D]`, as in `_attend`."""
+    T, Hq, D = queries.shape
+    n, Hkv = keys.shape[:2]
+    dtype = torch.promote_types(queries.dtype, torch.float32)
+    folded = queries.to(dtype).transpose(0, 1).reshape(Hkv, -1, D)
+    logits = (folded @ keys.to(dtype).permute(1, 2, 0)).mul(scale).view(Hq, T, n)
+    position, own = torch.arange(n, device=queries.device), past + torch.arange(T, device=queries.device).view(T, 1)
+    hidden = position > own
+    if window is not None:
+        hidden |= position <= own - window
+    return logits.masked_fill(hidden, -torch.inf).logsumexp(-1)

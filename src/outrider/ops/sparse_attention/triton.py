@@ -37,6 +37,7 @@ MAX_ROWS = 64  # T x group rows a program holds; more go to further programs, wh
 PROGRAMS_PER_SM = 2
 MIN_SHARE = 32  # listed tokens for which another split pays
 LOG2_E = tl.constexpr(math.log2(math.e))
+LN_2 = tl.constexpr(math.log(2))
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -75,6 +76,7 @@ def _attend(
     page_table,
     unlisted_values,  # [Hkv, D], or None
     unlisted_shares,  # [B, Hq]; both for one split, else `_combine` has them
+    logsumexp,  # [B, Hq, T] for one split, or None
     shares,  # [B, T, Hq, splits, D], or the result when there is one split
     share_bests,  # [B, T, Hq, splits]: largest logit, -inf for no tokens; None when there is one split
     share_sums,  # [B, T, Hq, splits]: sum of weights
@@ -91,6 +93,7 @@ def _attend(
     value_strides,
     index_strides,
     count_strides,
+    logsumexp_strides,
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -194,6 +197,9 @@ def _attend(
     if share_bests is not None:
         tl.store(share_bests + slot, best, mask=row < T * group)
         tl.store(share_sums + slot, total, mask=row < T * group)
+    if logsumexp is not None:
+        at = sequence * logsumexp_strides[0] + query_head * logsumexp_strides[1] + step * logsumexp_strides[2]
+        tl.store(logsumexp + at, (best + tl.log2(total)) * LN_2, mask=row < T * group)
 
 
 @triton.jit(do_not_specialize=["splits", "T", "query_heads", "group"])
@@ -203,11 +209,13 @@ def _combine(
     share_sums,  # [rows, splits]
     unlisted_values,
     unlisted_shares,
+    logsumexp,  # [B, Hq, T], or None
     result,  # [rows, D]
     splits,
     T,
     query_heads,
     group,  # query heads of a KV head
+    logsumexp_strides,
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
@@ -229,6 +237,10 @@ def _combine(
         share = tl.load(shares + (row * splits + part)[:, None] * D + dim[None, :], mask=some, other=0.0)
         out += tl.sum(share * weight[:, None], 0)
     head = row % query_heads
+    if logsumexp is not None:
+        step, sequence = row // query_heads % T, row // query_heads // T
+        at = sequence * logsumexp_strides[0] + head * logsumexp_strides[1] + step * logsumexp_strides[2]
+        tl.store(logsumexp + at, (best + tl.log2(total)) * LN_2)
     out = _mixed(
         out / total, unlisted_values, unlisted_shares, row // (T * query_heads), head, head // group, query_heads, dim, D
     )
@@ -255,6 +267,7 @@ def sparse_attention(
     window: int | None = None,
     unlisted_values: Tensor | None = None,
     unlisted_shares: Tensor | None = None,
+    logsumexp: Tensor | None = None,
 ) -> Tensor:
     B, T, Hq, D = queries.shape
     Hkv = keys.shape[2]
@@ -279,22 +292,23 @@ def sparse_attention(
     unlisted: tuple[Tensor | None, Tensor | None] = None, None
     if unlisted_values is not None and unlisted_shares is not None:
         unlisted = unlisted_values.contiguous(), unlisted_shares.contiguous()
+    log_strides = (0, 0, 0) if logsumexp is None else logsumexp.stride()
     with _current(queries.device):
         _attend[splits, heads * row_tiles, B](
             queries, keys, values, indices, counts, lengths.contiguous(), window,
             None if key_scale is None else key_scale.contiguous(),
             None if value_scale is None else value_scale.contiguous(),
-            page_table, *(unlisted if alone else (None, None)), shares, bests, sums,
+            page_table, *(unlisted if alone else (None, None)), logsumexp if alone else None, shares, bests, sums,
             scale, T, group, heads // Hkv, row_tiles, splits,
             keys.shape[1], 0 if page_table is None else page_table.stride(0),
             queries.stride(), keys.stride()[:3], values.stride()[:3],
             (0, 0) if indices is None else indices.stride()[:2], (0, 0) if counts is None else counts.stride(),
-            D=D, D_PADDED=D_padded, ROWS=rows, TILE=tile, TAIL=MAX_QUERIES, num_warps=warps, num_stages=stages,
+            log_strides, D=D, D_PADDED=D_padded, ROWS=rows, TILE=tile, TAIL=MAX_QUERIES, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         if not alone:
             padded = triton.next_power_of_2(splits)
             _combine[B * T * Hq,](
-                shares, bests, sums, *unlisted, result, splits, T, Hq, Hq // Hkv,
+                shares, bests, sums, *unlisted, logsumexp, result, splits, T, Hq, Hq // Hkv, log_strides,
                 D=D, D_PADDED=D_padded, SPLITS_PADDED=padded, TILE=min(padded, 8192 // D_padded),
             )  # fmt: skip
     return result

@@ -31,10 +31,10 @@ class Arguments(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in (
                 "queries", "keys", "values", "indices", "counts", "lengths", "page_table", "unlisted_values",
-                "unlisted_shares", "output", "mailboxes",
+                "unlisted_shares", "output", "logsumexp", "mailboxes",
             )
         ]
-        + [(name, ctypes.c_longlong * 3) for name in ("query_stride", "stride")]
+        + [(name, ctypes.c_longlong * 3) for name in ("query_stride", "stride", "logsumexp_stride")]
         + [
             (name, ctypes.c_int)
             for name in (
@@ -76,6 +76,7 @@ def sparse_attention(
     window: int | None = None,
     unlisted_values: Tensor | None = None,
     unlisted_shares: Tensor | None = None,
+    logsumexp: Tensor | None = None,
 ) -> Tensor:
     B, T, Hq, D = queries.shape
     Hkv = keys.shape[2]
@@ -111,9 +112,11 @@ def sparse_attention(
         unlisted_values=None if unlisted_values is None else unlisted_values.data_ptr(),
         unlisted_shares=None if unlisted_shares is None else unlisted_shares.data_ptr(),
         output=output.data_ptr(),
+        logsumexp=None if logsumexp is None else logsumexp.data_ptr(),
         mailboxes=mailboxes.data_ptr(),
         query_stride=queries.stride()[:3],
         stride=keys.stride()[:3],
+        logsumexp_stride=(0, 0, 0) if logsumexp is None else logsumexp.stride(),
         wide_lengths=lengths.dtype == torch.int64,
         B=B,
         T=T,

@@ -48,6 +48,7 @@ constexpr int RING = STAGES * SLOT;           // elements of one warp
 constexpr int SHARED_BYTES = WARPS * RING * 2 + FIXED;
 constexpr float SLACK = 8;                    // in powers of two; 2^SLACK is far from the largest float16
 constexpr bool KEEP_QUERIES = ROW_TILES <= 3; // in registers
+constexpr float LN_2 = 0.6931471805599453f;
 constexpr unsigned EMPTY = 0xffffffff;        // a NaN that no message contains
 static_assert(D <= 128 && STAGES >= 3 && ROWS * O_STRIDE * 4 <= RING * 2, "unsupported shape");
 
@@ -60,8 +61,9 @@ struct Arguments {
   const float* unlisted_values;  // [Hkv, D], or null: nothing stands for unlisted tokens
   const float* unlisted_shares;  // [B, Hq]
   ELEMENT* output;         // [B, T, Hq, D] contiguous
+  float* logsumexp;        // [B, Hq, T], or null
   float* mailboxes;        // [virtual blocks][QUADS][MESSAGE], EMPTY before and after
-  long long query_stride[3], stride[3];  // elements: (b, t, h); of keys and values alike (sequence or page, token, head)
+  long long query_stride[3], stride[3], logsumexp_stride[3];  // elements: (b, t, h); of keys and values (sequence or page, token, head); (b, h, t)
   int wide_lengths, B, T, heads, lists, group, owners_per_kv, rows_per_problem, width, page_size, pages_per_sequence;  // heads: of lists or KV
   int window;              // tokens that a query sees, itself among them, if DENSE
   float scale;             // on the logits, times log2(e)
@@ -415,7 +417,7 @@ __global__ void __launch_bounds__(THREADS, 1) sparse_attention(const __grid_cons
     }
     __syncthreads();
     const int quads = rows * D / 4, quads_per_part = quotient(quads + share.parts - 1, share.parts);
-    auto store = [&](int quad, float4 x, float weight) {
+    auto store = [&](int quad, float4 x, float highest, float weight) {
       const int r = quad / (D / 4), t = quotient(first_row + r, a.group), g = first_row + r - t * a.group;
       const float inverse = __fdividef(1, weight);
       const int head = h * a.group + g, query_heads = a.heads * a.group;
@@ -426,6 +428,8 @@ __global__ void __launch_bounds__(THREADS, 1) sparse_attention(const __grid_cons
         x.x = rest * x.x + share * value[0], x.y = rest * x.y + share * value[1];
         x.z = rest * x.z + share * value[2], x.w = rest * x.w + share * value[3];
       }
+      if (a.logsumexp && quad % (D / 4) == 0)
+        a.logsumexp[b * a.logsumexp_stride[0] + head * a.logsumexp_stride[1] + t * a.logsumexp_stride[2]] = (highest + log2f(weight)) * LN_2;
       const long long row = ((long long)b * a.T + t) * query_heads + head;
       *(uint2*)(a.output + row * D + quad % (D / 4) * 4) =
           make_uint2(ptx::pack<ELEMENT>(x.x, x.y), ptx::pack<ELEMENT>(x.z, x.w));
@@ -442,7 +446,7 @@ __global__ void __launch_bounds__(THREADS, 1) sparse_attention(const __grid_cons
         x.x += weight * value.x, x.y += weight * value.y, x.z += weight * value.z, x.w += weight * value.w;
       }
       if (share.parts == 1) {
-        store(quad, x, row_sum[r]);
+        store(quad, x, row_max[r], row_sum[r]);
       } else {  // from this block's own mailbox the part that owns the quad will fetch it
         float* message = a.mailboxes + ((long long)v * QUADS + quad) * MESSAGE;
         __stcg((float2*)message, make_float2(filled(x.x), filled(x.y)));
@@ -499,7 +503,7 @@ __global__ void __launch_bounds__(THREADS, 1) sparse_attention(const __grid_cons
           const float2 statistic = make_float2(__shfl_xor_sync(~0u, highest, other), __shfl_xor_sync(~0u, weight, other));
           merge(low, high, statistic);
         }
-        if (helper == 0 && i < own) store(quad, x, weight);
+        if (helper == 0 && i < own) store(quad, x, highest, weight);
       }
     }
     __syncthreads();
