@@ -107,6 +107,10 @@ class Lists(Protocol):
         """Values [Hkv, D] that stand for a layer's unlisted tokens, and their shares [B, Hq]; None twice: nothing does."""
         return None, None
 
+    def logsumexp_of(self, layer: int, queries: Tensor) -> Tensor | None:
+        """What a layer's attention fills with the logarithms of its denominators, [B, Hq, T] fp32; None: nobody wants them."""
+        return None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
@@ -140,6 +144,9 @@ class Selection:
             return None, None
         row = self.layers.index(layer)
         return self.unlisted.values[row], self.unlisted.shares[row]
+
+    def logsumexp_of(self, layer: int, queries: Tensor) -> None:
+        """Nobody wants them."""
 
     def rows(self, start: int, stop: int) -> Selection:
         """The lists of sequences start .. stop - 1, sharing storage with these."""

@@ -48,10 +48,12 @@ def test_confirmations_read_everything_as_often_as_they_come():
     assert stage_bytes(TARGET, DRAFT, WEIGHTS, round_)["confirm"] == round(0.25 * (dense + 6 * step))
 
 
-def test_audits_read_everything_and_the_keys_of_a_quarter_of_the_layers_again():
+def test_audits_verify_and_read_everything_and_what_is_listed_in_a_quarter_of_the_layers_again():
     round_ = Round(batch=3, cached=1000.0, draft_tokens=4, kept=0.1, audits=0.25)
-    dense, keys = 1070 + 3 * (1000 * 2 + 8) * TARGET_ROW, 3 * 1000 * 2 * TARGET_ROW / 2
-    assert stage_bytes(TARGET, DRAFT, WEIGHTS, round_)["audit"] == round(0.25 * (dense + keys / 4))
+    everything, listed, again = 3 * (1000 * 2 + 8) * TARGET_ROW, 3 * (100 * 2 + 8) * TARGET_ROW, 3 * 100 * 2 * TARGET_ROW / 4
+    counted = stage_bytes(TARGET, DRAFT, WEIGHTS, round_)
+    assert counted["audit"] == round(0.25 * (1070 + listed + everything + again))
+    assert counted["verify"] == round(0.75 * (1070 + listed)), "in the other rounds"
 
 
 def test_sparse_verification():

@@ -33,9 +33,9 @@ def checked(monkeypatch):
     compared = [0]
     run = Runner.run_stages
 
-    def run_and_check(self, kind, clock, turns):
+    def run_and_check(self, kind, clock, **options):
         before = self.caches[0].lengths.clone()
-        outcome = run(self, kind, clock, turns)
+        outcome = run(self, kind, clock, **options)
         if kind.sparse and self.quantized is not None:
             after = self.caches[1].lengths.clone()
             self.caches[1].lengths.copy_(before)  # those that were scored

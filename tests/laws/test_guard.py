@@ -72,18 +72,28 @@ def test_law_1_all_listed_nothing_differs(setting, method, make_pair, generate, 
 
 @pytest.mark.parametrize("method", ["outrider", "sts", "dustin"])  # lists per KV head, per query head, one for all heads
 def test_figures_of_an_audit_by_their_definition(method, make_pair, make_engine, random_prompts, monkeypatch):
-    """Against a softmax in fp64 over the same queries and keys, and distributions one by one."""
-    compare, checked = Audits.compare, []
+    """Against an ordinary dense forward, a softmax in fp64 over its queries and keys, and distributions one by one; what stays
+    is what a sparse forward alone leaves."""
+    verify, checked = Audits.verify, []
 
-    def check(self, dense, logits, inputs, lists, cache, turns):
-        spec = self._target.spec
-        figures = compare(self, dense, logits, inputs, lists, cache, turns)
-        for row in dense.rows.nonzero()[:, 0].tolist():
+    def check(self, cache, drafted, inputs, lists):
+        spec, tokens = self._target.spec, torch.cat([inputs.pending[:, None], drafted], dim=1)
+        dense = self._target.forward(tokens, cache, record_queries=True)
+        dense_keys = [cache.keys(layer).clone() for layer in range(len(spec.layers))]
+        sparse = self._target.forward(tokens, cache, selection=lists).logits
+        stored = [part(layer).clone() for layer in range(len(spec.layers)) for part in (cache.keys, cache.values)]
+        logits, figures = verify(self, cache, drafted, inputs, lists)
+        torch.testing.assert_close(logits, sparse, rtol=1e-4, atol=1e-5)
+        left = [part(layer) for layer in range(len(spec.layers)) for part in (cache.keys, cache.values)]
+        for found, wanted in zip(left, stored, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        rows = (inputs.audited > 0) & (cache.lengths >= self._least)
+        assert figures[:, -1].tolist() == rows.tolist()
+        for row in rows.nonzero()[:, 0].tolist():
             length, shares, done = int(cache.lengths[row]), [], int(inputs.audited[row]) - 1
-            assert done in turns
             for layer in lists.layers[done % min(WINDOW, len(lists.layers)) :: WINDOW]:
                 indices, counts = (x[row] for x in lists.of(layer))
-                queries, keys = dense.queries[layer][row].double(), cache.keys(layer)[row].double()
+                queries, keys = dense.queries[layer][row].double(), dense_keys[layer][row].double()
                 heads = queries.shape[1]
                 for owner in range(len(counts)):
                     held = whole = 0.0
@@ -94,24 +104,24 @@ def test_figures_of_an_audit_by_their_definition(method, make_pair, make_engine,
                             held += float(mass[indices[owner, : counts[owner]].long()].sum())
                             whole += float(mass[:length].sum())
                     shares.append(held / whole)
-            *differences, recalled, kept, audited = figures[row].tolist()
+            *differences, recalled, kept, _ = figures[row].tolist()
             assert recalled == pytest.approx(sum(shares) / len(shares), rel=1e-3)
             assert kept == pytest.approx(lists.counts[:, row].double().mean().item() / length)
             temperature = inputs.sampling.temperature[row]
-            for found, sparse, wanted in zip(differences, logits[row], dense.logits[row], strict=True):
+            for found, one, other in zip(differences, logits[row], dense.logits[row], strict=True):
                 if temperature == 0:
-                    assert found == float(sparse.argmax() != wanted.argmax())
+                    assert found == float(one.argmax() != other.argmax())
                 else:
-                    p, q = ((x.double() / temperature).softmax(-1) for x in (sparse, wanted))
+                    p, q = ((x.double() / temperature).softmax(-1) for x in (one, other))
                     assert found == pytest.approx(float((p - q).abs().sum() / 2), abs=1e-4)
-            checked.append(audited)
-        return figures
+            checked.append(row)
+        return logits, figures
 
-    monkeypatch.setattr(Audits, "compare", check)
+    monkeypatch.setattr(Audits, "verify", check)
     params = [SamplingParams(max_new_tokens=12, temperature=t) for t in (0.0, 0.9, 0.0)]
     engine = make_engine(make_pair("qwen2"), mode="sparse", method=method, keep=0.2, guard_every=2, guard_tolerance=1.0)
     results = engine.generate(random_prompts([30, 41, 6]), params)
-    assert sum(checked) == total([result.statistics for result in results]).audits > 5
+    assert len(checked) == total([result.statistics for result in results]).audits > 5
 
 
 @pytest.mark.parametrize("options", [{}, {"drafting": "dense"}, {"keep": None, "top_p": 0.05}], ids=str)

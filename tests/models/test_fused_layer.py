@@ -45,8 +45,8 @@ def launches(monkeypatch):
     return calls
 
 
-def round_of(model, tokens, selection=None, batch=3):
-    """One round behind ragged prompts: (logits, queries, keys and values of the round's tokens)."""
+def filled_cache(model, batch=3):
+    """Of ragged prompts, with room for a round."""
     cache = model.new_cache(batch, max(CACHED) + T)
     with torch.inference_mode():
         generator = torch.Generator().manual_seed(3)
@@ -56,6 +56,12 @@ def round_of(model, tokens, selection=None, batch=3):
             )
             cache.append(layer, keys, values)
         cache.advance(torch.tensor(CACHED[:batch]))
+    return cache
+
+
+def round_of(model, tokens, selection=None, batch=3):
+    """One round behind ragged prompts: (logits, queries, keys and values of the round's tokens)."""
+    cache = filled_cache(model, batch)
     output = model.forward(tokens[:batch], cache, selection=selection, record_queries=True)
     stored = [(cache.keys(i), cache.key_scales[i]) for i in range(len(model.spec.layers))]
     stored += [(cache.values(i), cache.value_scales[i]) for i in range(len(model.spec.layers))]
@@ -122,6 +128,25 @@ def test_with_lists(family, make_module, fuse, tokens, selection):
     assert_same_round(fused, plain, tokens, selection)
     dense, sparse = (round_of(fused, tokens, lists)[0] for lists in (None, selection))
     assert not torch.allclose(dense, sparse, rtol=1e-2)  # they matter
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_forwards_that_share_the_weights(fused, family, make_module, fuse, tokens, selection, launches):
+    """Each is what it is alone, behind the same cache, which is left as the last one leaves it."""
+    model = fuse(make_module(family, num_key_value_heads=2))[not fused].uncompiled()
+    alone, selections = [], (selection, None, selection)
+    for own in selections:
+        cache = filled_cache(model)
+        alone.append(model.forward(tokens, cache, selection=own).logits)
+    together = filled_cache(model)
+    launches.clear()
+    logits = model.forward(tokens.repeat(3, 1), together, selections=selections).logits
+    layers = len(model.fused_layers)
+    assert (launches.count("rotary_append"), launches.count("fused_linear")) == (3 * layers, 4 * layers)
+    torch.testing.assert_close(logits, torch.cat(alone), **TIGHT)
+    for layer in range(3):
+        for one, other in ((together.keys, cache.keys), (together.values, cache.values)):
+            torch.testing.assert_close(one(layer), other(layer), **TIGHT)
 
 
 @pytest.mark.parametrize(

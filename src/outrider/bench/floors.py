@@ -6,7 +6,8 @@
     select    the scores, once, and the lists that are written
     verify    the target's weights, its output layer, and keys and values: the listed ones, or all
     accept    the logits, once
-    audit     like confirm, as often as a sequence is audited, and the keys of a quarter of the layers once more
+    audit     in place of verify, as often as a sequence is audited: all keys and values beside the listed ones, and these once
+              more in a quarter of the layers
     confirm   by the round: the target's weights, its output layer and all keys and values, and steps of the draft for what it
               proposes behind tentative tokens, as often as a sequence is confirmed
 
@@ -74,15 +75,17 @@ def stage_bytes(target: ModelSpec, draft: ModelSpec, weights: tuple[Weights, Wei
     lists = _list_bytes(target, listed) + _list_bytes(draft, round_.draft_listed)
     cached = [b * x for x in _kv_bytes(draft, s, round_.draft_listed)]  # by layer
     step = of_draft.body + of_draft.output + sum(cached)
-    dense = of_target.body + of_target.output + b * sum(_kv_bytes(target, s, None))
+    weights_read, everything = of_target.body + of_target.output, b * sum(_kv_bytes(target, s, None))
+    verified = weights_read + b * sum(_kv_bytes(target, s, listed))
+    seen_again = 0 if listed is None else b * 2 * _all_key_bytes(target) * listed / WINDOW
     counted = {
         "propose": k * step + scored * (step - of_draft.output - of_draft.end - cached[-1]),
         "score": b * s * _key_bytes(draft, round_),
         "select": scores + b * lists,
-        "verify": of_target.body + of_target.output + b * sum(_kv_bytes(target, s, listed)),
+        "verify": (1 - round_.audits) * verified,
         "accept": b * (k + 1) * target.vocabulary * target.dtype.itemsize,
-        "confirm": round_.confirmations * (dense + round_.tail * step),
-        "audit": round_.audits * (dense + b * s * _all_key_bytes(target) / WINDOW),
+        "confirm": round_.confirmations * (weights_read + everything + round_.tail * step),
+        "audit": round_.audits * (verified + everything + seen_again),
     }
     return {stage: round(count) for stage, count in counted.items()}
 

@@ -1,17 +1,18 @@
 """Audits: what would the dense target have made of a round's tokens, and how much of its attention do the lists hold?
 
-    read       before verification, over the same cache: a dense forward of the T tokens. The rows it writes are those that the
-               verification writes next, so an audited round leaves what any other leaves
-    compare    after it: disagreement by position, and recalled mass
+An audited round has another verification: two forwards of the same T tokens over the same cache, one dense and one from lists,
+whose rows go through the target's weights together. In each layer
 
-Other rows of the batch, which are not to be audited, take part with empty lists: of a cache only what is audited is read. Bytes
-of an audit: the target's weights, all keys and values of the audited rows, and the keys of a quarter of the layers once more.
+    dense rows     write their keys and values behind the cache and read everything,
+                   then, in every fourth layer, what is listed, and nothing: three sums of exp(logit) tell the recalled mass
+    sparse rows    write theirs over those, and read what is listed
+
+so an audited round leaves what any other leaves. Rows of the batch that are not to be audited take part with empty lists in
+place of everything: of a cache only what is audited is read. Bytes of an audit: all keys and values of the audited rows, and
+in a quarter of the layers the listed ones once more.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,18 +22,83 @@ from outrider.decoding.rounds import Inputs
 from outrider.decoding.sampling import distributions, greedy
 from outrider.decoding.sequence import Sequence
 from outrider.models import KVCache, LanguageModel
-from outrider.ops import attention_mass, unlisted_mass
-from outrider.types import Selection
+from outrider.ops import sparse_attention
+from outrider.types import Lists, Selection
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Dense:
-    """What the dense target makes of a round's tokens."""
+class Everything(Lists):
+    """What the dense target reads in an audit; and how much of its attention to that is to listed tokens."""
 
-    rows: Tensor  # [B] bool: the audited ones; others hold anything
-    lengths: Tensor  # [B] int64: cached tokens of these, 0 in other rows
-    logits: Tensor  # [B, T, V]
-    queries: tuple[Tensor, ...]  # by layer [B, T, Hq, D]
+    def __init__(
+        self, target: LanguageModel, cache: KVCache, lists: Selection, places: Tensor, lengths: Tensor, turns: Tensor
+    ) -> None:
+        """`places` [B, 1, S] int32 count up; `lengths` [B] are those of audited rows, 0 in others. Every `WINDOW`-th of the
+        layers with lists is looked at, others at each of the `turns` [B]."""
+        self._target, self._cache, self._lists, self._places = target, cache, lists, places
+        self._counts = lengths.int()[:, None]
+        self._turns = turns % min(WINDOW, len(lists.layers))
+        self._logsumexp = torch.empty(0)  # of the layer that attends just now
+        self._recalled = torch.zeros(len(lengths), dtype=torch.float64, device=cache.device)
+        self._seen = torch.zeros_like(self._recalled)
+
+    @property
+    def made(self) -> None:
+        """Nobody asks."""
+
+    @property
+    def recalled(self) -> Tensor:
+        """[B] fp64: the share of the mass on cached tokens that is on listed ones, mean over lists and the layers looked at."""
+        return self._recalled / self._seen.clamp(min=1)
+
+    def of(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """All cached tokens of audited rows; a layer with a window reads that."""
+        return (self._places, self._counts) if layer in self._target.spec.full_layers else (None, None)
+
+    def logsumexp_of(self, layer: int, queries: Tensor) -> Tensor | None:
+        """Of everything: in layers that have lists."""
+        if layer not in self._lists.layers:
+            return None
+        self._logsumexp = _room(queries)
+        return self._logsumexp
+
+    def attended(self, layer: int, queries: Tensor, output: Tensor) -> Tensor:
+        """`output` as it is; adds up what this layer recalls where it is its turn."""
+        indices, counts = self._lists.of(layer)
+        if indices is not None and counts is not None:
+            looks = (self._turns == self._lists.layers.index(layer) % WINDOW) & (self._counts[:, 0] > 0)
+            whole = counts == self._counts  # lists of all tokens: they recall everything, to the last bit
+            counts = torch.where(looks[:, None], counts, 0)
+            own = self._sums(layer, queries, indices, torch.zeros_like(counts))  # of the round's own tokens alone
+            listed = (self._sums(layer, queries, indices, counts) - own).unflatten(1, (counts.shape[1], -1)).sum((-1, -2))
+            cached = (1 - own).unflatten(1, (counts.shape[1], -1)).sum((-1, -2))
+            shares = torch.where(whole, 1, (listed / cached.clamp(min=1e-9)).clamp(0, 1))  # sums in fp32 may be all but equal
+            self._recalled += torch.where(looks, shares.mean(-1), 0)
+            self._seen += looks
+        return output
+
+    def _sums(self, layer: int, queries: Tensor, indices: Tensor, counts: Tensor) -> Tensor:
+        """[B, Hq, T] fp64: the share of each query's attention that is to these cached tokens and the round's own."""
+        cache, sums = self._cache, _room(queries)
+        sparse_attention(
+            queries,
+            cache.keys(layer),
+            cache.values(layer),
+            indices,
+            counts,
+            cache.lengths,
+            scale=cache.layers[layer].scale,
+            key_scale=cache.key_scales[layer],
+            value_scale=cache.value_scales[layer],
+            logsumexp=sums,
+            backend=self._target.backend,
+        )
+        return (sums.double() - self._logsumexp.double()).exp()
+
+
+def _room(queries: Tensor) -> Tensor:
+    """For a number of each query [B, T, Hq, D]: [B, Hq, T] fp32."""
+    b, t, heads, _ = queries.shape
+    return torch.empty(b, heads, t, dtype=torch.float32, device=queries.device)
 
 
 class Audits:
@@ -40,71 +106,31 @@ class Audits:
 
     def __init__(self, target: LanguageModel, slots: int, capacity: int, least: int) -> None:
         """A row of fewer than `least` cached tokens reads everything anyway, and is not audited."""
-        self._target, self._least = target, least
-        device = target.spec.device
-        self._everything = torch.arange(capacity, dtype=torch.int32, device=device).expand(slots, 1, -1).contiguous()
+        self._target, self._least = target.uncompiled(), least  # of a width that is not worth a compilation
+        places = torch.arange(capacity, dtype=torch.int32, device=target.spec.device)
+        self._places = places.expand(slots, 1, -1).contiguous()
 
-    def read(self, cache: KVCache, drafted: Tensor, inputs: Inputs) -> Dense:
-        """The dense forward of the pending and the drafted tokens [B, K] behind what `cache` holds. Waits for nothing."""
-        assert inputs.audited is not None
-        rows = (inputs.audited > 0) & (cache.lengths >= self._least)  # others have no turn
-        lengths = torch.where(rows, cache.lengths, 0)
-        layers = self._target.spec.full_layers
-        places = self._everything[: len(rows)]
-        everything = Selection(
-            layers=layers,
-            indices=places.expand(len(layers), *places.shape),
-            counts=lengths.int()[None, :, None].expand(len(layers), -1, 1),
-            lengths=cache.lengths,
-        )
-        tokens = torch.cat([inputs.pending[:, None], drafted], dim=1)
-        output = self._target.forward(tokens, cache, selection=everything, record_queries=True)
-        return Dense(rows=rows, lengths=lengths, logits=output.logits, queries=output.queries)
-
-    def compare(
-        self, dense: Dense, logits: Tensor, inputs: Inputs, lists: Selection, cache: KVCache, turns: Iterable[int]
-    ) -> Tensor:
-        """Figures [B, T + 3] fp64 of the sparse target's `logits` [B, T, V]: disagreement by position, recalled mass, share of
-        the tokens on lists, and 1 in audited rows. `cache` does not yet count the round's tokens, `turns` are the rows'.
+    def verify(self, cache: KVCache, drafted: Tensor, inputs: Inputs, lists: Selection) -> tuple[Tensor, Tensor]:
+        """The sparse target's logits [B, T, V] over the pending and the drafted tokens [B, K], and figures [B, T + 3] fp64:
+        disagreement by position, recalled mass, share of the tokens on lists, and 1 in audited rows.
 
         Waits for nothing.
         """
-        if inputs.sampling.greedy:
-            differences = (greedy(dense.logits) != greedy(logits)).double()
-        else:
-            wanted, found = (distributions(x, inputs.sampling) for x in (dense.logits, logits))
-            differences = (wanted - found).clamp(min=0).sum(-1).double().nan_to_num(1.0).clamp(max=1)
         assert inputs.audited is not None
-        kept = lists.counts.double().mean((0, 2)) / dense.lengths.clamp(min=1)
-        recalled = torch.zeros_like(kept)
-        for turn in sorted(turns):
-            own = inputs.audited.eq(turn + 1)
-            recalled = torch.where(own, self._recalled(dense, torch.where(own, dense.lengths, 0), lists, cache, turn), recalled)
-        figures = torch.cat([differences, torch.stack([recalled, kept, dense.rows.double()], dim=1)], dim=1)
-        return self._target.ranks.mean(figures)  # each has seen its own heads' lists
-
-    def _recalled(self, dense: Dense, lengths: Tensor, lists: Selection, cache: KVCache, turn: int) -> Tensor:
-        """[B] fp64: share of the mass on `lengths` cached tokens that is on listed ones, mean over lists, and over every
-        `WINDOW`-th layer with lists: others with each of a sequence's audits, so that a few have seen all."""
-        spec = self._target.spec
-        backend = "auto" if self._target.backend == "cuda" else self._target.backend  # there is no unlisted_mass in CUDA C++
-        found = []
-        for at in range(turn % min(WINDOW, len(lists.layers)), len(lists.layers), WINDOW):
-            layer, owners = lists.layers[at], lists.indices.shape[2]
-            shape = spec.layers[layer]
-            mass = attention_mass(
-                dense.queries[layer],
-                cache.keys(layer),
-                lengths,
-                scale=shape.scale,
-                heads=torch.arange(shape.query_heads, device=cache.device).view(owners, -1),  # that share a list
-                key_scale=cache.key_scales[layer],
-                backend=backend,
-            )
-            own = torch.arange(owners, device=cache.device).view(1, -1, 1)
-            given = mass, lengths, own, lists.indices[at : at + 1], lists.counts[at : at + 1]
-            found.append(1 - unlisted_mass(*given, backend=backend)[0].double().mean(-1))
-        return torch.stack(found).mean(0)
+        rows = (inputs.audited > 0) & (cache.lengths >= self._least)  # others have no turn
+        lengths = torch.where(rows, cache.lengths, 0)
+        everything = Everything(self._target, cache, lists, self._places[: len(rows)], lengths, inputs.audited.long() - 1)
+        tokens = torch.cat([inputs.pending[:, None], drafted], dim=1)
+        both = self._target.forward(tokens.repeat(2, 1), cache, selections=(everything, lists)).logits
+        wanted, found = both.chunk(2)
+        if inputs.sampling.greedy:
+            differences = (greedy(wanted) != greedy(found)).double()
+        else:
+            apart = distributions(wanted, inputs.sampling) - distributions(found, inputs.sampling)
+            differences = apart.clamp(min=0).sum(-1).double().nan_to_num(1.0).clamp(max=1)
+        kept = lists.counts.double().mean((0, 2)) / lengths.clamp(min=1)
+        figures = torch.cat([differences, torch.stack([everything.recalled, kept, rows.double()], dim=1)], dim=1)
+        return found, self._target.ranks.mean(figures)  # each has seen its own heads' lists
 
 
 def count_agreed(target: LanguageModel, cache: KVCache, sequence: Sequence, chunk: int) -> None:
@@ -121,7 +147,7 @@ def count_agreed(target: LanguageModel, cache: KVCache, sequence: Sequence, chun
 
 
 def landed(rows: int, figures: Tensor | None) -> list[Audit | None]:
-    """From the figures of `compare`, on the host, of so many rows; None for those that were not audited."""
+    """From the figures of an audited round, on the host, of so many rows; None for those that were not audited."""
     if figures is None:
         return [None] * rows
     return [

@@ -229,7 +229,7 @@ class Loop:
 
     def _heed(self, row: int, sequence: Sequence, audit: Audit, cached: int) -> None:
         """Record an audit of a round behind `cached` tokens, and do what the sequence's guard makes of it."""
-        self.records.audit(sequence, cached, self.chooser.current.k + 1)
+        self.records.audit(sequence, audit, cached)
         if self.guards.heed(sequence, audit) and sequence.finish_reason is None:
             self.records.reread(sequence, self.runner.reread(row, sequence, self.engine.read))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from outrider.decoding.choice import Choice
-from outrider.decoding.guard import WINDOW
+from outrider.decoding.guard import WINDOW, Audit
 from outrider.decoding.guidance import Guidance
 from outrider.decoding.rounds import RowOutcome
 from outrider.decoding.sequence import Sequence
@@ -53,9 +53,9 @@ class Records:
         statistics.bytes_read += self._reads.dense(sequence.cached - held, held + 1 + tail)
         _spend(statistics, spent)
 
-    def audit(self, sequence: Sequence, cached: int, tokens: int) -> None:
-        """A dense forward of so many tokens behind `cached` ones, and what it takes to look for the mass of its attention."""
-        sequence.statistics.bytes_read += self._reads.audit(cached, tokens, 1 / WINDOW)
+    def audit(self, sequence: Sequence, audit: Audit, cached: int) -> None:
+        """The dense rows of a round behind `cached` tokens, and what it takes to look for the mass of their attention."""
+        sequence.statistics.bytes_read += self._reads.audit(cached, len(audit.differences), audit.kept / WINDOW)
 
     def reread(self, sequence: Sequence, spent: dict[str, float]) -> None:
         """All generated tokens were read once more."""

@@ -30,7 +30,7 @@ def rehearse(runner: Runner, kind: RoundKind, cached: int, *, audit: bool = Fals
     clock = _begin(runner, cached)
     if runner.quantized is not None and kind.sparse:
         runner.quantized.rows(0, kind.rows).fill(runner.caches[1].rows(0, kind.rows))
-    runner.run_stages(kind, clock, {0} if audit and kind.sparse else set())
+    runner.run_stages(kind, clock, audited=audit and kind.sparse)
     return clock.settle()
 
 

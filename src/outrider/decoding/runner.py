@@ -13,7 +13,6 @@ from outrider.decoding.confirmation import ConfirmationKind, TentativeTokens, co
 from outrider.decoding.drafting import DraftLists, propose
 from outrider.decoding.flight import Flight, Landings
 from outrider.decoding.graphs import Stages
-from outrider.decoding.guard import turn_of
 from outrider.decoding.guidance import Guidance
 from outrider.decoding.guides import ByRow
 from outrider.decoding.prefill import ReadChunk, read_late, read_on
@@ -142,8 +141,7 @@ class Runner:
         self._follow(kind, running)
         self.inputs.load(running, kind.rows, audited)
         before, fresh = self._touched(kind, running), self._is_fresh(kind)
-        turns = {turn_of(sequence) for sequence, due in zip(running, audited, strict=True) if due and kind.sparse}
-        outcome, figures = self.run_stages(kind, clock, turns)
+        outcome, figures = self.run_stages(kind, clock, audited=kind.sparse and any(audited))
         touched = [after - x for x, after in zip(before, self._touched(kind, running), strict=True)]
         return Flight.of(running, outcome, self._landings, clock, fresh=fresh, touched=touched, figures=figures)
 
@@ -232,9 +230,9 @@ class Runner:
                 self.rivals.begin(row, running[row].text_cached)
         self._begun.update(range(len(running)))
 
-    def run_stages(self, kind: RoundKind, clock: StageClock, turns: set[int]) -> tuple[Outcome, Tensor | None]:
-        """Propose, score, select, verify and accept over the first `kind.rows` rows, without waiting for the device. Where rows
-        are to be audited, at these `turns`, the dense target reads the round, too: the second result are its figures."""
+    def run_stages(self, kind: RoundKind, clock: StageClock, *, audited: bool = False) -> tuple[Outcome, Tensor | None]:
+        """Propose, score, select, verify and accept over the first `kind.rows` rows, without waiting for the device. In an
+        `audited` round the dense target reads it, too: the second result are the figures of audits."""
         run, spec = self.stages.run, self.target.spec
         caches, lists, quantized = self._first(kind.rows)
         guidance = self.guidance if kind.sparse else None
@@ -276,7 +274,7 @@ class Runner:
             return outcome
 
         chosen: Lists | None = None
-        dense = figures = None
+        figures = None
         with clock.stage("propose"):
             inputs, trace = run("propose", proposed)
         if guidance is not None and guidance.scores and (draft := self.draft) is not None:
@@ -286,14 +284,12 @@ class Runner:
                 chosen = run("select", lambda: selected(guidance))
         if self.rivals is not None and kind.sparse:
             chosen = self.rivals.lists(torch.cat([inputs.pending[:, None], trace.tokens], dim=1), len(self._begun))
-        audits = self.audits if turns else None
-        if audits is not None:
+        audits, lists_made = self.audits if audited else None, chosen.made if chosen is not None else None
+        if audits is not None and lists_made is not None:
             with clock.stage("audit"):
-                dense = run("audit", lambda: audits.read(caches[0], trace.tokens, inputs))
-        with clock.stage("verify"):
-            logits = run("verify", lambda: verify(self.target, caches[0], inputs.pending, trace.tokens, chosen))
-        if audits is not None and dense is not None and chosen is not None and chosen.made is not None:
-            with clock.stage("audit"):
-                figures = audits.compare(dense, logits, inputs, chosen.made, caches[0], turns)
-        with clock.stage("accept"):
-            return run("accept", accepted), figures
+                logits, figures = run("audit", lambda: audits.verify(caches[0], trace.tokens, inputs, lists_made))
+        else:
+            with clock.stage("verify"):
+                logits = run("verify", lambda: verify(self.target, caches[0], inputs.pending, trace.tokens, chosen))
+        with clock.stage("accept"):  # a captured one goes on from the logits that it was captured with
+            return run("accept" if figures is None else "accept audited", accepted), figures

@@ -277,9 +277,9 @@ class ReadCounter:
         """Bytes that a dense forward of `t` tokens reads behind `length` cached ones."""
         return self._bytes(self._dense, length, t)
 
-    def audit(self, length: int, t: int, share: float) -> int:
-        """Bytes that an audit reads: a dense forward of `t` tokens, and the keys of this share of the layers once more."""
-        return self.dense(length, t) + round(share * self._dense.get(None, 0) / 2 * length)
+    def audit(self, length: int, t: int, again: float) -> int:
+        """Bytes that an audit reads: a dense forward of `t` tokens, and this share of the cached tokens once more."""
+        return self.dense(length, t) + round(again * self._dense.get(None, 0) * length)
 
     def _scoring(self, length: int, t: int) -> int:
         if self._code_bytes is None:

@@ -38,6 +38,7 @@ class Forward:
     logsumexp: list[Tensor] | None = None  # when a list: receives the log of every query's softmax denominator, [B, Hq, T] fp32
     backend: str = "auto"
     ends: int | None = None  # nobody reads what this layer adds to the hidden states: a fused one stops at the cache
+    parts: tuple[Forward, ...] = ()  # forwards over the same cache, whose rows stand one behind the other in this one's
     probe: dict[int, LayerShape] | None = None  # when a dict: layers only report their shape here
     # layers that run in other launches than transformers' own (see `fused_layer`): of hidden states, (cos, sin) and this
     fused: Mapping[int, Callable[[Tensor, tuple[Tensor, Tensor], Forward], Tensor]] = field(default_factory=dict)
@@ -80,6 +81,11 @@ def attend(
         )
     if not getattr(module, "is_causal", True):
         raise ModelError(f"layer {module.layer_idx} of {type(module).__name__} is not causal, which Outrider cannot route")
+    if outrider.parts:
+        rows = zip(*(x.chunk(len(outrider.parts)) for x in (query, key, value)), strict=True)
+        options = {"scaling": scaling, "sliding_window": sliding_window, **kwargs}
+        found = [attend(module, *own, outrider=part, **options)[0] for part, own in zip(outrider.parts, rows, strict=True)]
+        return torch.cat(found), None
     layer = int(module.layer_idx)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if value.shape != key.shape or query.shape[1] % key.shape[1]:
@@ -137,6 +143,7 @@ def attend_cached(queries: Tensor, forward: Forward, layer: int, scale: float, w
         window=window if indices is None else None,
         unlisted_values=unlisted_values,
         unlisted_shares=unlisted_shares,
+        logsumexp=selection.logsumexp_of(layer, queries) if selection is not None else None,
         backend=forward.backend,
     )
     return output if selection is None else selection.attended(layer, queries, output)

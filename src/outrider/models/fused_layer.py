@@ -20,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from outrider.models.attention import Forward, attend_cached, record
@@ -47,14 +48,28 @@ class FusedLayer:
 
         Raises OptionError when the cache has no room (on a CPU), ValueError or TypeError for what the ops do not take.
         """
-        attention, mlp, cache = self.layer.self_attn, self.layer.mlp, forward.cache
-        shape, query_norm = cache.layers[self.index], getattr(attention, "q_norm", None)
+        attention, mlp = self.layer.self_attn, self.layer.mlp
         B, T, _ = hidden.shape
-        cache.check_room(T)
+        forward.cache.check_room(T)
         rows = hidden.reshape(B * T, -1)
         projected = self._linear(rows, attention.q_proj.product, norm=self.layer.input_layernorm)
+        mixed = self._attend(projected.view(B, T, -1, forward.cache.layers[self.index].head_dim), position, forward)
+        if forward.ends == self.index:
+            return hidden
+        rows = self._summed(mixed.reshape(B * T, -1), attention.o_proj, rows)
+        gated = self._linear(rows, mlp.gate_proj.product, norm=self.layer.post_attention_layernorm, swiglu=True)
+        return self._summed(gated, mlp.down_proj, rows).view(B, T, -1)
+
+    def _attend(self, projected: Tensor, position: tuple[Tensor, Tensor], forward: Forward) -> Tensor:
+        """What the heads mix [B, T, Hq, D] from projected queries, keys and values; the queries where nobody reads that."""
+        if forward.parts:
+            n = len(forward.parts)
+            rows = zip(forward.parts, projected.chunk(n), *(x.chunk(n) for x in position), strict=True)
+            return torch.cat([self._attend(own, (cos, sin), part) for part, own, cos, sin in rows])
+        attention, cache = self.layer.self_attn, forward.cache
+        shape, query_norm = cache.layers[self.index], getattr(attention, "q_norm", None)
         queries = rotary_append(
-            projected.view(B, T, -1, shape.head_dim),
+            projected,
             *position,
             cache.keys(self.index),
             cache.values(self.index),
@@ -68,13 +83,8 @@ class FusedLayer:
         )
         if forward.ends == self.index and forward.logsumexp is None:
             record(queries, forward)
-            return hidden
-        mixed = attend_cached(queries, forward, self.index, shape.scale, shape.window)
-        if forward.ends == self.index:  # only the denominators were wanted
-            return hidden
-        rows = self._summed(mixed.reshape(B * T, -1), attention.o_proj, rows)
-        gated = self._linear(rows, mlp.gate_proj.product, norm=self.layer.post_attention_layernorm, swiglu=True)
-        return self._summed(gated, mlp.down_proj, rows).view(B, T, -1)
+            return queries
+        return attend_cached(queries, forward, self.index, shape.scale, shape.window)
 
     def _summed(self, rows: Tensor, matrix: Any, residual: Tensor) -> Tensor:
         """What all ranks make of their columns of a matrix, and the residual."""

@@ -199,6 +199,7 @@ class LanguageModel:
         stop: int | None = None,
         positions: Tensor | None = None,
         selection: Lists | BlockLists | PromptAttention | None = None,
+        selections: tuple[Lists | None, ...] = (),
         record_queries: bool = False,
         record_logsumexp: bool = False,
         logits: bool = True,
@@ -212,13 +213,17 @@ class LanguageModel:
         `logits` the output layer is left out; `last` is for how many of the last tokens they are wanted (None: for all).
         `stop`, where the host knows it, is a bound on the tokens of all sequences, the new ones included; without it a prefill
         (more than `ROUND` tokens) waits for the device to tell.
+
+        With `selections` it is a forward for each of them, and weights are read once: `tokens` [n B, T] are the rows of one
+        behind those of the other, and so are the logits. All go over the same cache, one after the other in every layer, so the
+        keys and values of the last stay. Queries are not recorded.
         """
         tokens = tokens.to(self.spec.device)
         if stop is None:
             stop = int(cache.lengths.max()) + tokens.shape[1] if tokens.shape[1] > ROUND else cache.capacity
         fused = tokens.numel() <= MAX_ROWS or tokens.shape[1] > ROUND or self._always_fused  # between, compiled ones are faster
         if positions is None:
-            positions = cache.lengths[:, None]
+            positions = cache.lengths.repeat(max(len(selections), 1))[:, None]
             if tokens.shape[1] > 1:
                 positions = positions + torch.arange(tokens.shape[1], device=self.spec.device)
         positions = positions.to(self.spec.device).clamp(max=self.spec.context - 1)  # the last round may run past it, in vain
@@ -231,6 +236,7 @@ class LanguageModel:
             backend=self.backend,
             ends=None if logits else len(self.spec.layers) - 1,
             fused=self.fused_layers if fused else {},
+            parts=tuple(Forward(cache=cache, stop=stop, selection=own, backend=self.backend) for own in selections),
         )
         model = self.module if logits else self.module.get_decoder()
         # a prefill is bound by arithmetic, and would be compiled for every length
