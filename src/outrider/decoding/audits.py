@@ -30,16 +30,26 @@ class Everything(Lists):
     """What the dense target reads in an audit; and how much of its attention to that is to listed tokens."""
 
     def __init__(
-        self, target: LanguageModel, cache: KVCache, lists: Selection, places: Tensor, lengths: Tensor, turns: Tensor
+        self,
+        target: LanguageModel,
+        cache: KVCache,
+        lists: Selection,
+        places: Tensor,
+        lengths: Tensor,
+        turns: Tensor,
+        tokens: int,
     ) -> None:
         """`places` [B, 1, S] int32 count up; `lengths` [B] are those of audited rows, 0 in others. Every `WINDOW`-th of the
-        layers with lists is looked at, others at each of the `turns` [B]."""
-        self._target, self._cache, self._lists, self._places = target, cache, lists, places
-        self._counts = lengths.int()[:, None]
-        self._turns = turns % min(WINDOW, len(lists.layers))
-        self._logsumexp = torch.empty(0)  # of the layer that attends just now
-        self._recalled = torch.zeros(len(lengths), dtype=torch.float64, device=cache.device)
-        self._seen = torch.zeros_like(self._recalled)
+        layers with lists is looked at, others at each of the `turns` [B]. Of so many `tokens` of a round."""
+        self._target, self._cache, self._lists = target, cache, lists
+        self._places, self._counts = places, lengths.int()[:, None]
+        layers, device = torch.arange(len(lists.layers), device=cache.device), cache.device
+        self._looks = (layers[:, None] % WINDOW == turns % min(WINDOW, len(layers))) & (lengths > 0)  # [layers, B]
+        self._looked = torch.where(self._looks[..., None], lists.counts, 0)
+        self._nothing = torch.zeros_like(self._looked[0])
+        heads = target.spec.layers[lists.layers[0]].query_heads
+        # by layer with lists, of each query: over everything, what is listed, and the round's own tokens alone
+        self._sums = torch.empty(len(layers), 3, len(lengths), heads, tokens, dtype=torch.float32, device=device)
 
     @property
     def made(self) -> None:
@@ -48,57 +58,40 @@ class Everything(Lists):
     @property
     def recalled(self) -> Tensor:
         """[B] fp64: the share of the mass on cached tokens that is on listed ones, mean over lists and the layers looked at."""
-        return self._recalled / self._seen.clamp(min=1)
+        everything, listed, own = self._sums.double().unflatten(3, (self._looked.shape[2], -1)).unbind(1)
+        listed, own = (listed - everything).exp(), (own - everything).exp()  # shares of a query's attention
+        held, whole = (listed - own).sum((-1, -2)), (1 - own).sum((-1, -2))  # [layers, B, Hs]
+        shares = (held / whole.clamp(min=1e-9)).clamp(0, 1)  # sums in fp32 may be all but equal
+        shares = torch.where(self._lists.counts == self._counts, 1, shares)  # who lists everything recalls it, to the last bit
+        return torch.where(self._looks, shares.mean(-1), 0).sum(0) / self._looks.sum(0).clamp(min=1)
 
     def of(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """All cached tokens of audited rows; a layer with a window reads that."""
         return (self._places, self._counts) if layer in self._target.spec.full_layers else (None, None)
 
     def logsumexp_of(self, layer: int, queries: Tensor) -> Tensor | None:
-        """Of everything: in layers that have lists."""
-        if layer not in self._lists.layers:
-            return None
-        self._logsumexp = _room(queries)
-        return self._logsumexp
+        """Those over everything, in layers that have lists."""
+        return self._sums[self._lists.layers.index(layer), 0] if layer in self._lists.layers else None
 
     def attended(self, layer: int, queries: Tensor, output: Tensor) -> Tensor:
-        """`output` as it is; adds up what this layer recalls where it is its turn."""
-        indices, counts = self._lists.of(layer)
-        if indices is not None and counts is not None:
-            looks = (self._turns == self._lists.layers.index(layer) % WINDOW) & (self._counts[:, 0] > 0)
-            whole = counts == self._counts  # lists of all tokens: they recall everything, to the last bit
-            counts = torch.where(looks[:, None], counts, 0)
-            own = self._sums(layer, queries, indices, torch.zeros_like(counts))  # of the round's own tokens alone
-            listed = (self._sums(layer, queries, indices, counts) - own).unflatten(1, (counts.shape[1], -1)).sum((-1, -2))
-            cached = (1 - own).unflatten(1, (counts.shape[1], -1)).sum((-1, -2))
-            shares = torch.where(whole, 1, (listed / cached.clamp(min=1e-9)).clamp(0, 1))  # sums in fp32 may be all but equal
-            self._recalled += torch.where(looks, shares.mean(-1), 0)
-            self._seen += looks
+        """`output` as it is. A layer that has lists attends to what it looks at of them, too, and to nothing."""
+        if layer in self._lists.layers:
+            row, cache = self._lists.layers.index(layer), self._cache
+            for counts, sums in ((self._looked[row], self._sums[row, 1]), (self._nothing, self._sums[row, 2])):
+                sparse_attention(
+                    queries,
+                    cache.keys(layer),
+                    cache.values(layer),
+                    self._lists.indices[row],
+                    counts,
+                    cache.lengths,
+                    scale=cache.layers[layer].scale,
+                    key_scale=cache.key_scales[layer],
+                    value_scale=cache.value_scales[layer],
+                    logsumexp=sums,
+                    backend=self._target.backend,
+                )
         return output
-
-    def _sums(self, layer: int, queries: Tensor, indices: Tensor, counts: Tensor) -> Tensor:
-        """[B, Hq, T] fp64: the share of each query's attention that is to these cached tokens and the round's own."""
-        cache, sums = self._cache, _room(queries)
-        sparse_attention(
-            queries,
-            cache.keys(layer),
-            cache.values(layer),
-            indices,
-            counts,
-            cache.lengths,
-            scale=cache.layers[layer].scale,
-            key_scale=cache.key_scales[layer],
-            value_scale=cache.value_scales[layer],
-            logsumexp=sums,
-            backend=self._target.backend,
-        )
-        return (sums.double() - self._logsumexp.double()).exp()
-
-
-def _room(queries: Tensor) -> Tensor:
-    """For a number of each query [B, T, Hq, D]: [B, Hq, T] fp32."""
-    b, t, heads, _ = queries.shape
-    return torch.empty(b, heads, t, dtype=torch.float32, device=queries.device)
 
 
 class Audits:
@@ -119,8 +112,8 @@ class Audits:
         assert inputs.audited is not None
         rows = (inputs.audited > 0) & (cache.lengths >= self._least)  # others have no turn
         lengths = torch.where(rows, cache.lengths, 0)
-        everything = Everything(self._target, cache, lists, self._places[: len(rows)], lengths, inputs.audited.long() - 1)
-        tokens = torch.cat([inputs.pending[:, None], drafted], dim=1)
+        tokens, turns = torch.cat([inputs.pending[:, None], drafted], dim=1), inputs.audited.long() - 1
+        everything = Everything(self._target, cache, lists, self._places[: len(rows)], lengths, turns, tokens.shape[1])
         both = self._target.forward(tokens.repeat(2, 1), cache, selections=(everything, lists)).logits
         wanted, found = both.chunk(2)
         if inputs.sampling.greedy:
