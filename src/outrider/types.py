@@ -96,8 +96,9 @@ class Lists(Protocol):
     def made(self) -> Selection | None:
         """All lists, once the forward is done; None where no layer had some."""
 
-    def of(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """Indices [B, Hs, M] and counts [B, Hs] for a layer's queries [B, T, Hq, D]; None twice: it reads everything."""
+    def of(self, layer: int, queries: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Indices [B, Hs, M] and counts [B, Hs] for a layer's queries [B, T, Hq, D]; counts alone: it reads the first so many
+        tokens; None twice: it reads everything."""
 
     def attended(self, layer: int, queries: Tensor, output: Tensor) -> Tensor:
         """What the layer goes on with: `output` [B, T, Hq, D], its attention over the lists, or what a method puts there."""

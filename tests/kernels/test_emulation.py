@@ -66,6 +66,8 @@ ATTENTION = [
     attention.Case(BF16, BF16, 64, (8, 2), 5, (1600, 1), "pages_3", "kv_head", "all"),
     attention.Case(FP16, FP16, 128, (8, 8), 5, (33, 0, 64, 200), "pages_16", "shared", "some"),
     attention.Case(BF16, BF16, 64, (8, 2), 16, (900, 0, 33), "pages_3", "none", "all"),
+    attention.Case(BF16, BF16, 128, (8, 2), 5, (900, 300, 1), "pages_3", "kv_head", "first"),
+    attention.Case(FP16, FP16, 64, (8, 2), 5, (900, 33), "plain", "shared", "first"),
     attention.Case(FP16, FP16, 128, (4, 1), 5, (300, 300), "head_token_kv", "none", "all"),
     attention.Case(BF16, BF16, 64, (8, 2), 16, (300, 5, 0, 40), "pages_16", "none", "all", window=37),
 ]

@@ -28,6 +28,7 @@ DTYPES = [  # queries, cache
 LISTS = ["kv_head", "query_head", "shared"]
 DENSE = {"lists": "none", "keep": "all"}
 KEEP = {"most": 0.7, "some": 0.1, "all": 1.0, "one": 0.0, "none": 0.0}  # share of the past that a list holds, or so
+FIRST = "first"  # there are counts alone
 if GPU:
     HEAD_DIMS = [64, 80, 96, 128, 256]
     HEADS = [(8, 8), (6, 2), (8, 2), (8, 1)]  # query heads, KV heads: groups of 1, 3, 4, 8
@@ -87,6 +88,15 @@ def dense_matrix() -> list[Case]:
     ]
 
 
+def first_matrix() -> list[Case]:
+    """With counts alone: every combination of dtypes, head dim and kind of list."""
+    draw = random.Random(0).choice
+    return [
+        Case(*dtypes, D, draw(HEADS), draw([1, 5, 16]), draw(LENGTHS), draw(LAYOUTS), lists, FIRST)
+        for dtypes, D, lists in product(DTYPES, HEAD_DIMS, LISTS)
+    ]
+
+
 @dataclass
 class Problem:
     """Arguments of a call, with rows that no query may read set to NaN, and what is needed to judge the result."""
@@ -106,9 +116,11 @@ def make(case: Case, device: torch.device, seed: int = 0) -> Problem:
     position = torch.arange(N, device=device)
     past = position < lengths.view(B, 1, 1)
     draws = torch.rand(B, Hs, N, generator=generator, device=device)
-    listed = (draws < KEEP[case.keep]) & past
+    listed = (draws < KEEP.get(case.keep, 0)) & past
     if case.keep == "one":
         listed = past & (draws == draws.masked_fill(~past, -1).amax(-1, keepdim=True))
+    if case.keep == FIRST:
+        listed = past & (position < (lengths + 1).view(B, 1, 1) * (3 * draws[..., :1]).floor() / 2)  # none, half, all
     counts = listed.sum(-1).int()
     M = min(int(counts.max()) + (2 if case.keep != "none" else 0), N)
     indices = torch.where(listed, position, N).sort(-1).values[..., :M].int()
@@ -146,6 +158,8 @@ def make(case: Case, device: torch.device, seed: int = 0) -> Problem:
         rounded = mix(rounded, value, share).to(case.dtype)
     if case.lists == "none":
         arguments |= {"indices": None, "counts": None, "window": case.window}
+    if case.keep == FIRST:
+        arguments["indices"] = None
     return Problem(arguments, exact, rounded, listed, logsumexp)
 
 
@@ -207,7 +221,7 @@ def lay_out(
     return *pages, torch.where(page * page_size < ends.view(B, 1), order.view(B, P), junk).int()
 
 
-@pytest.mark.parametrize("case", [*matrix(), *dense_matrix()], ids=str)
+@pytest.mark.parametrize("case", [*matrix(), *dense_matrix(), *first_matrix()], ids=str)
 def test_error_is_at_most_twice_that_of_torch(backend, device, run_or_skip, margin, case):
     problem = make(case, device)
     got = run_or_skip(lambda: sparse_attention(**problem.arguments, backend=backend))
@@ -219,6 +233,7 @@ SUMMED = {
     "lists": {"keep": "most", "unlisted": True},
     "query_heads": {"lists": "query_head", "layout": "pages_3"},
     "one_split": {"keep": "one"},
+    "first": {"keep": FIRST, "layout": "pages_3"},
     "dense": DENSE,
     "window": DENSE | {"window": 40, "layout": "pages_3"},
 }
@@ -367,7 +382,7 @@ BAD = [
     pytest.param({"queries": (1, 17, 4, 8)}, ValueError, "cannot run this call: .*T=17", id="queries"),
     pytest.param({"queries": (1, 2, 4, 257)}, ValueError, "cannot run this call: .*257", id="head_dim"),
     pytest.param({"queries": (1, 2, 3, 8)}, ValueError, "queries: expected a multiple of Hkv=2 .* got Hq=3", id="heads"),
-    pytest.param({"lists": (1, 3, 2)}, ValueError, "indices: expected Hs of 1, Hkv=2 or Hq=4 lists, got Hs=3", id="owners"),
+    pytest.param({"lists": (1, 3, 2)}, ValueError, "counts: expected Hs of 1, Hkv=2 or Hq=4 lists, got Hs=3", id="owners"),
     pytest.param({"lists": (1, 2, 41)}, ValueError, "indices: expected lists of at most N=40 tokens, got", id="width"),
 ]
 
@@ -396,7 +411,12 @@ CHANGES = [
     {"lengths": (3000, 5), "keep": "none"},
     {"lengths": (0, 3000), "keep": "all"},
 ]
-FORMS = {"lists": {"keep": "all", "unlisted": True}, "dense": DENSE, "window": DENSE | {"window": 500}}
+FORMS = {
+    "lists": {"keep": "all", "unlisted": True},
+    "first": {"keep": FIRST},
+    "dense": DENSE,
+    "window": DENSE | {"window": 500},
+}
 
 
 @on_gpu
@@ -414,8 +434,8 @@ def test_a_captured_call_follows_its_arguments(backend, device, run_or_skip, lay
     with torch.cuda.graph(graph):
         result = sparse_attention(**static, backend=backend)
     for seed, change in enumerate(CHANGES):
-        other = make(Case(**vars(case) | change), device, seed).arguments
-        for name in ("queries", "lengths"):
+        other = make(Case(**vars(case) | change | (FORMS[form] if form == "first" else {})), device, seed).arguments
+        for name in ("queries", "lengths", *(["counts"] if form == "first" else [])):
             static[name].copy_(other[name])
         if form == "lists":
             for name in ("counts", "unlisted_values", "unlisted_shares"):

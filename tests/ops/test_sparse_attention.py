@@ -48,7 +48,7 @@ def visible(x: dict[str, Tensor]) -> Tensor:
     """`[B, T, Hq, N]` bool: what each query attends to."""
     B, T, Hq, _ = x["queries"].shape
     mask = torch.zeros(B, T, Hq, x["keys"].shape[1], dtype=torch.bool)
-    if x["indices"] is None:
+    if x["counts"] is None:
         for b, length in enumerate(x["lengths"].tolist()):
             for t in range(T):
                 first = 0 if x["window"] is None else max(length + t + 1 - x["window"], 0)
@@ -59,7 +59,9 @@ def visible(x: dict[str, Tensor]) -> Tensor:
         for h in range(Hq):
             owner = h * Hs // Hq
             for t in range(T):
-                mask[b, t, h, x["indices"][b, owner, : x["counts"][b, owner]].long()] = True
+                count = x["counts"][b, owner]
+                listed = torch.arange(count) if x["indices"] is None else x["indices"][b, owner, :count].long()
+                mask[b, t, h, listed] = True
                 mask[b, t, h, length : length + t + 1] = True
     return mask
 
@@ -67,6 +69,13 @@ def visible(x: dict[str, Tensor]) -> Tensor:
 def dense(x: dict[str, Tensor], window: int | None = None) -> dict[str, Any]:
     """Without lists."""
     return x | {"indices": None, "counts": None, "window": window}
+
+
+def first(x: dict[str, Tensor]) -> dict[str, Any]:
+    """The first tokens in place of lists: none, some or all."""
+    B, Hs = x["counts"].shape
+    share = (torch.arange(B * Hs) % 3 / 2).view(B, Hs)
+    return x | {"indices": None, "counts": (share * x["lengths"].view(B, 1)).int()}
 
 
 def oracle(x: dict[str, Tensor]) -> Tensor:
@@ -176,7 +185,13 @@ def test_without_lists_is_with_every_token_listed():
     torch.testing.assert_close(run(dense(x)), run(x), rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("form", [lambda x: x, dense, lambda x: dense(x, 4)], ids=["lists", "dense", "window"])
+@pytest.mark.parametrize("Hs", [1, 2, 6])
+def test_counts_alone_stand_for_the_first_tokens(lay_out, assert_as_good_as_torch, Hs):
+    x = first(case([0, 21, 33], Hs=Hs))
+    assert_as_good_as_torch(run(poison(x), lay_out), by_torch(x), oracle(x))
+
+
+@pytest.mark.parametrize("form", [lambda x: x, first, dense, lambda x: dense(x, 4)], ids=["lists", "first", "dense", "window"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
 def test_logsumexp_is_that_of_what_a_query_reads(lay_out, dtype, form):
     x = form(case([0, 21, 33], dtype=dtype))
@@ -339,7 +354,9 @@ BAD = [
     pytest.param(
         {"indices": torch.zeros(1, 3, 3).int(), "counts": torch.zeros(1, 3).int()}, ValueError, "got Hs=3", id="list_owners"
     ),
-    pytest.param({"indices": None}, ValueError, "indices: expected int32 lists with counts, .* got None", id="no_indices"),
+    pytest.param(
+        {"indices": None, "counts": torch.full((1, 2), 6).int()}, ValueError, r"counts: expected at most lengths", id="first"
+    ),
     pytest.param({"counts": None}, ValueError, "counts: expected int32 lists with indices, .* got None", id="no_counts"),
     pytest.param({"unlisted_values": torch.ones(2, 4)}, ValueError, "unlisted_shares: expected both", id="no_share"),
     pytest.param({"unlisted_shares": torch.ones(1, 4)}, ValueError, "unlisted_shares: expected both", id="no_value"),
@@ -393,6 +410,7 @@ def test_a_backend_asked_for_by_name_is_not_exchanged():
 WRONG_VALUES = [
     pytest.param({"lengths": torch.tensor([8])}, "lengths: expected values in", id="lengths"),
     pytest.param({"counts": torch.full((1, 2), 4).int()}, "counts: expected values in", id="counts"),
+    pytest.param({"counts": torch.full((1, 2), 6).int(), "indices": None}, "counts: expected at most lengths", id="first"),
     pytest.param({"indices": torch.full((1, 2, 3), 5).int()}, "indices: expected listed positions in", id="indices"),
     pytest.param({"page_table": torch.tensor([[3]]).int()}, "page_table: expected values in", id="page_table"),
     pytest.param(

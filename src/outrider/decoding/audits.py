@@ -7,9 +7,8 @@ whose rows go through the target's weights together. In each layer
                    then, in every fourth layer, what is listed, and nothing: three sums of exp(logit) tell the recalled mass
     sparse rows    write theirs over those, and read what is listed
 
-so an audited round leaves what any other leaves. Rows of the batch that are not to be audited take part with empty lists in
-place of everything: of a cache only what is audited is read. Bytes of an audit: all keys and values of the audited rows, and
-in a quarter of the layers the listed ones once more.
+so an audited round leaves what any other leaves. Rows of the batch that are not to be audited read nothing in place of
+everything. Bytes of an audit: all keys and values of the audited rows, and in a quarter of the layers the listed ones once more.
 """
 
 from __future__ import annotations
@@ -34,15 +33,14 @@ class Everything(Lists):
         target: LanguageModel,
         cache: KVCache,
         lists: Selection,
-        places: Tensor,
         lengths: Tensor,
         turns: Tensor,
         tokens: int,
     ) -> None:
-        """`places` [B, 1, S] int32 count up; `lengths` [B] are those of audited rows, 0 in others. Every `WINDOW`-th of the
-        layers with lists is looked at, others at each of the `turns` [B]. Of so many `tokens` of a round."""
+        """`lengths` [B] are those of audited rows, 0 in others. Every `WINDOW`-th of the layers with lists is looked at, others
+        at each of the `turns` [B]. A round has so many `tokens`."""
         self._target, self._cache, self._lists = target, cache, lists
-        self._places, self._counts = places, lengths.int()[:, None]
+        self._counts = lengths.int()[:, None]
         layers, device = torch.arange(len(lists.layers), device=cache.device), cache.device
         self._looks = (layers[:, None] % WINDOW == turns % min(WINDOW, len(layers))) & (lengths > 0)  # [layers, B]
         self._looked = torch.where(self._looks[..., None], lists.counts, 0)
@@ -65,9 +63,9 @@ class Everything(Lists):
         shares = torch.where(self._lists.counts == self._counts, 1, shares)  # who lists everything recalls it, to the last bit
         return torch.where(self._looks, shares.mean(-1), 0).sum(0) / self._looks.sum(0).clamp(min=1)
 
-    def of(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    def of(self, layer: int, queries: Tensor) -> tuple[None, Tensor | None]:
         """All cached tokens of audited rows; a layer with a window reads that."""
-        return (self._places, self._counts) if layer in self._target.spec.full_layers else (None, None)
+        return None, self._counts if layer in self._target.spec.full_layers else None
 
     def logsumexp_of(self, layer: int, queries: Tensor) -> Tensor | None:
         """Those over everything, in layers that have lists."""
@@ -95,13 +93,11 @@ class Everything(Lists):
 
 
 class Audits:
-    """Audits rounds of one target over up to `slots` sequences of up to `capacity` tokens."""
+    """Audits rounds of one target."""
 
-    def __init__(self, target: LanguageModel, slots: int, capacity: int, least: int) -> None:
+    def __init__(self, target: LanguageModel, least: int) -> None:
         """A row of fewer than `least` cached tokens reads everything anyway, and is not audited."""
         self._target, self._least = target.uncompiled(), least  # of a width that is not worth a compilation
-        places = torch.arange(capacity, dtype=torch.int32, device=target.spec.device)
-        self._places = places.expand(slots, 1, -1).contiguous()
 
     def verify(self, cache: KVCache, drafted: Tensor, inputs: Inputs, lists: Selection) -> tuple[Tensor, Tensor]:
         """The sparse target's logits [B, T, V] over the pending and the drafted tokens [B, K], and figures [B, T + 3] fp64:
@@ -113,7 +109,7 @@ class Audits:
         rows = (inputs.audited > 0) & (cache.lengths >= self._least)  # others have no turn
         lengths = torch.where(rows, cache.lengths, 0)
         tokens, turns = torch.cat([inputs.pending[:, None], drafted], dim=1), inputs.audited.long() - 1
-        everything = Everything(self._target, cache, lists, self._places[: len(rows)], lengths, turns, tokens.shape[1])
+        everything = Everything(self._target, cache, lists, lengths, turns, tokens.shape[1])
         both = self._target.forward(tokens.repeat(2, 1), cache, selections=(everything, lists)).logits
         wanted, found = both.chunk(2)
         if inputs.sampling.greedy:

@@ -67,7 +67,7 @@ class Runner:
         lags = draft is not None and (self.confirms or guidance is None or not guidance.scores)
         self.inputs = InputBuffer(slots, self.k, self.device, common_noise=common_noise, share=share, lags=lags)
         self.tentative = TentativeTokens(slots, most_tentative, tail(self.k), tentative_from, self.device)
-        self.audits = None if audits_from is None else Audits(target, slots, capacity, audits_from)
+        self.audits = None if audits_from is None else Audits(target, audits_from)
         self.stages = Stages(capture=capture)
         rival = guidance.rival if guidance is not None else None
         self.rivals = None if rival is None else ByRow(rival, target, self.caches[0])

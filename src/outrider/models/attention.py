@@ -126,7 +126,7 @@ def attend_cached(queries: Tensor, forward: Forward, layer: int, scale: float, w
     if forward.logsumexp is not None or (long and selection is None and _has_kernel(queries, forward, layer, scale, window)):
         return _chunk_attention(queries, forward, layer, scale, window, None, None, block=queries.shape[1])
     indices, counts = selection.of(layer, queries) if selection is not None else (None, None)
-    if indices is None and long:
+    if counts is None and long:
         output = _prefill_attention(queries.transpose(1, 2), forward, layer, scale, window)
         return output if selection is None else selection.attended(layer, queries, output)
     unlisted_values, unlisted_shares = selection.unlisted_of(layer) if selection is not None else (None, None)
@@ -140,7 +140,7 @@ def attend_cached(queries: Tensor, forward: Forward, layer: int, scale: float, w
         scale=scale,
         key_scale=cache.key_scales[layer],
         value_scale=cache.value_scales[layer],
-        window=window if indices is None else None,
+        window=window if counts is None else None,
         unlisted_values=unlisted_values,
         unlisted_shares=unlisted_shares,
         logsumexp=selection.logsumexp_of(layer, queries) if selection is not None else None,

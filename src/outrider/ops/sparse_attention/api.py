@@ -55,8 +55,9 @@ def sparse_attention(
         t=1   x . . x x .    x x .
         t=2   x . . x x .    x x x
 
-    With every past token listed this is dense causal attention. The same without lists (`indices` and `counts` None) is the
-    dense form, in which a window may also hide tokens that are too far back:
+    Counts without indices stand for the first tokens of the past. With every past token listed this is dense causal attention.
+    The same without lists (`indices` and `counts` None) is the dense form, in which a window may also hide tokens that are too
+    far back:
 
         past                 tail    window of 4
         t=0   . . x x x      x . .
@@ -74,8 +75,10 @@ def sparse_attention(
             float8_e4m3fn. Any strides, head dim contiguous (two views of one `[..., 2, D]`, too). Query head h uses KV head
             `h // (Hq // Hkv)`.
         indices: `[B, Hs, M]` int32, ascending positions below `lengths[b]`; entries at and past the count are ignored. M <= N.
-            Hs is 1 (one list for all heads), Hkv (one per KV head) or Hq (one per query head). None: all cached tokens.
-        counts: `[B, Hs]` int32, `0 <= counts <= M`; an empty list leaves the tail alone. None together with `indices`.
+            Hs is 1 (one list for all heads), Hkv (one per KV head) or Hq (one per query head). None: the first `counts[b, h]`
+            cached tokens.
+        counts: `[B, Hs]` int32, `0 <= counts <= M`, without indices at most `lengths[b]`; an empty list leaves the tail alone.
+            None, together with `indices`: all cached tokens.
         lengths: `[B]`, int32 or int64, number of cached tokens, `0 <= lengths[b] <= N - T`.
         scale: factor on the logits, usually `D ** -0.5`.
         key_scale, value_scale: `[Hkv]` float32, the factor per head that a float8 cache is multiplied with.
@@ -95,10 +98,10 @@ def sparse_attention(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, device, stride or choice, only one of `indices` and `counts` None, a window below 1 or with
-            lists, only one of `unlisted_values` and `unlisted_shares` or these without lists, or a backend that cannot run the
-            call; the reference, and with `OUTRIDER_DEBUG=1` every backend, also checks the values of `lengths`, `counts`,
-            `indices` and `page_table` (debug mode: that lists ascend, too).
+        ValueError: a wrong shape, device, stride or choice, `indices` without `counts`, a window below 1 or with lists, only
+            one of `unlisted_values` and `unlisted_shares` or these without `indices`, or a backend that cannot run the call;
+            the reference, and with `OUTRIDER_DEBUG=1` every backend, also checks the values of `lengths`, `counts`, `indices`
+            and `page_table` (debug mode: that lists ascend, too).
 
     Source: sparse verification of STS (arXiv 2605.15508) and SpecAttn (arXiv 2510.27641), with lists per KV head.
     """
@@ -112,15 +115,15 @@ def sparse_attention(
     check_head_dim("values", values)
     check_scale("key_scale", key_scale, keys, sizes)
     check_scale("value_scale", value_scale, values, sizes)
-    if indices is not None and counts is not None:
-        if window is not None:
-            raise ValueError(f"window: expected None with token lists, got {window}")
+    if counts is None and indices is not None:
+        raise ValueError("counts: expected int32 lists with indices, or None for both (dense), got None for one")
+    if counts is not None and window is not None:
+        raise ValueError(f"window: expected None with token lists, got {window}")
+    if indices is not None:
         check("indices", indices, shape="B Hs M", dtypes=INTS[:1])
+    if counts is not None:
         check("counts", counts, shape="B Hs", dtypes=INTS[:1])
-    elif indices is not counts:
-        missing, given = ("indices", "counts") if indices is None else ("counts", "indices")
-        raise ValueError(f"{missing}: expected int32 lists with {given}, or None for both (dense), got None for one")
-    elif window is not None:
+    if window is not None:
         check_int("window", window, low=1)
     check("lengths", lengths, shape="B", dtypes=INTS)
     if page_table is not None:
@@ -133,8 +136,8 @@ def sparse_attention(
     if logsumexp is not None:
         check("logsumexp", logsumexp, shape="B Hq T", dtypes=FLOATS[2:3])
     check_heads(sizes)
-    if indices is not None and sizes["Hs"] not in (1, sizes["Hkv"], sizes["Hq"]):
-        raise ValueError(f"indices: expected Hs of 1, Hkv={sizes['Hkv']} or Hq={sizes['Hq']} lists, got Hs={sizes['Hs']}")
+    if counts is not None and sizes["Hs"] not in (1, sizes["Hkv"], sizes["Hq"]):
+        raise ValueError(f"counts: expected Hs of 1, Hkv={sizes['Hkv']} or Hq={sizes['Hq']} lists, got Hs={sizes['Hs']}")
     capacity = keys.shape[1] if page_table is None else page_table.shape[1] * keys.shape[1]
     if indices is not None and sizes["M"] > capacity:
         raise ValueError(f"indices: expected lists of at most N={capacity} tokens, got width M={sizes['M']}")
@@ -148,8 +151,8 @@ def sparse_attention(
     if chosen == "reference" or debug():
         check_range("lengths", lengths, 0, capacity - sizes["T"])
         check_pages(page_table, lengths + sizes["T"], keys.shape[1], keys.shape[0])
-        if indices is not None and counts is not None:
-            check_range("counts", counts, 0, sizes["M"])
+        if counts is not None:
+            check_range("counts", counts, 0, sizes.get("M", capacity))
             _check_lists(indices, counts, lengths)
     run = {"cuda": _cuda, "triton": _triton, "reference": lambda: reference}[chosen]().sparse_attention
     return run(queries, keys, values, indices, counts, lengths, **arguments)
@@ -167,7 +170,11 @@ def _triton():
     return triton
 
 
-def _check_lists(indices: Tensor, counts: Tensor, lengths: Tensor) -> None:
+def _check_lists(indices: Tensor | None, counts: Tensor, lengths: Tensor) -> None:
+    if indices is None:
+        if bool((counts > lengths.view(-1, 1)).any()):
+            raise ValueError("counts: expected at most lengths[b] without indices")
+        return
     listed = torch.arange(indices.shape[2], device=indices.device) < counts.unsqueeze(-1)
     if bool((listed & ((indices < 0) | (indices >= lengths.view(-1, 1, 1)))).any()):
         raise ValueError("indices: expected listed positions in 0 .. lengths[b] - 1")

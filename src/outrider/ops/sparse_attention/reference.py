@@ -1,6 +1,6 @@
 """Sparse attention in plain PyTorch: the specification of the op, and its path on the CPU.
 
-With lists:
+With lists, for which the first tokens are named where there are counts alone:
 
     past     the listed rows of keys and values, gathered per list; slots at and past the count read the first tail row
              instead and are masked, so no unlisted row is touched
@@ -41,9 +41,11 @@ def sparse_attention(
     unlisted_shares: Tensor | None = None,
     logsumexp: Tensor | None = None,
 ) -> Tensor:
-    if indices is None or counts is None:
+    if counts is None:
         return _dense(queries, keys, values, lengths, scale, key_scale, value_scale, page_table, window, logsumexp)
     B, T, Hq, D = queries.shape
+    if indices is None:
+        indices = torch.arange(int(counts.max()), dtype=counts.dtype, device=counts.device).expand(*counts.shape, -1)
     Hkv, M = keys.shape[2], indices.shape[2]
     H = max(indices.shape[1], Hkv)  # heads that own gathered rows: a shared list is gathered once per KV head
     output, dtype, device = queries.dtype, torch.promote_types(queries.dtype, torch.float32), queries.device

@@ -6,7 +6,8 @@
                of the output, not normalised, its largest logit and the sum of the weights 2 ** (logit - largest).
     _combine   grid (T x Hq x B). Adds up the shares of a row and divides by their sum. Not launched when there is one split.
 
-Without lists (dense) a program walks positions instead, those from the start of the first query's window to the length.
+Without lists (dense) a program walks positions instead, those from the start of the first query's window to the length, or the
+first ones where there are counts alone.
 
 A list is cut by its count, read on the device, so a short list in a wide row still spreads over all splits, and so does a short
 sequence in a wide cache. The host looks at shapes alone: every call can be captured in a CUDA graph and replayed with other
@@ -67,8 +68,8 @@ def _attend(
     queries,
     keys,
     values,
-    indices,  # None: dense
-    counts,
+    indices,  # None: dense, or the first tokens
+    counts,  # None: dense
     lengths,
     window,  # None, or in the dense form the tokens a query sees, itself among them
     key_scale,
@@ -120,14 +121,15 @@ def _attend(
     keys += kv_head * key_strides[2] + dim[None, :]
     values += kv_head * value_strides[2] + dim[None, :]
 
-    if indices is None:
+    skipped = 0
+    if counts is None:
         length = tl.load(lengths + sequence).to(tl.int32)
-        skipped = 0  # tokens before the first query's window
         if window is not None:
-            skipped = tl.maximum(length - window + 1, 0)
+            skipped = tl.maximum(length - window + 1, 0)  # tokens before the first query's window
         count = length - skipped
     else:
         count = tl.load(counts + sequence * count_strides[0] + head * count_strides[1])
+    if indices is not None:
         indices += sequence * index_strides[0] + head.to(tl.int64) * index_strides[1]
     share = tl.cdiv(tl.cdiv(count, splits), 16) * 16
     first, last = split * share, tl.minimum(split * share + share, count)
@@ -273,7 +275,8 @@ def sparse_attention(
     Hkv = keys.shape[2]
     slots = keys.shape[1] * (1 if page_table is None else page_table.shape[1])
     window = None if window is None else min(window, slots)
-    Hs, M = (1, window or slots) if indices is None else indices.shape[1:]  # M: as many tokens as there may be to walk
+    Hs = 1 if counts is None else counts.shape[1]
+    M = (window or slots) if indices is None else indices.shape[2]  # as many tokens as there may be to walk
     heads = max(Hs, Hkv)  # a list shared by all heads is walked once per KV head
     group = Hq // heads
     D_padded, rows, tile, warps, stages = _tiles(D, T * group, queries.dtype, (indices is not None) + (page_table is not None))
@@ -281,8 +284,8 @@ def sparse_attention(
     room = PROGRAMS_PER_SM * _processors(queries.device) // (B * heads * row_tiles)
     splits = max(1, min(room, triton.cdiv(M, MIN_SHARE)))
 
-    if indices is not None and counts is not None:
-        indices, counts = _rows(indices).expand(B, heads, M), counts.expand(B, heads)
+    indices = None if indices is None else _rows(indices).expand(B, heads, M)
+    counts = None if counts is None else counts.expand(B, heads)
     page_table = None if page_table is None else _rows(page_table)
     result = queries.new_empty(B, T, Hq, D)
     alone = splits == 1

@@ -80,7 +80,7 @@ def sparse_attention(
 ) -> Tensor:
     B, T, Hq, D = queries.shape
     Hkv = keys.shape[2]
-    lists, width = (1, 0) if indices is None else indices.shape[1:]
+    lists, width = 1 if counts is None else counts.shape[1], 0 if indices is None else indices.shape[2]
     heads = max(lists, Hkv)
     indices, counts, unlisted_values, unlisted_shares = (
         None if x is None else x.contiguous() for x in (indices, counts, unlisted_values, unlisted_shares)

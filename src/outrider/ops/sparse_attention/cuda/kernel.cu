@@ -12,8 +12,8 @@
 // blocks of a problem through global memory: each block sends every other its part of the elements, and merges the part that is its own.
 // A message says by itself that it has arrived: the mailbox holds the bit pattern EMPTY until then, and again after it was read. So
 // merging costs one trip through L2, without fences or counters. All sums are taken in a fixed order.
-// Built for one ELEMENT, HEAD_DIM and ROW_TILES (8 query rows each); with DENSE for calls without lists, where a problem's tokens are
-// those from the start of the first query's window on.
+// Built for one ELEMENT, HEAD_DIM and ROW_TILES (8 query rows each); with DENSE for calls without indices, where a problem's tokens are
+// those from the start of the first query's window on, or the first ones where there are counts.
 #include "host.cuh"
 #include "ptx.cuh"
 
@@ -55,7 +55,7 @@ static_assert(D <= 128 && STAGES >= 3 && ROWS * O_STRIDE * 4 <= RING * 2, "unsup
 struct Arguments {
   const ELEMENT *queries, *keys, *values;
   const int* indices;      // [B, lists, width], unless DENSE
-  const int* counts;       // [B, lists], unless DENSE
+  const int* counts;       // [B, lists], or null if DENSE
   const void* lengths;     // [B] int32 or int64
   const int* page_table;   // [B, pages_per_sequence], or null
   const float* unlisted_values;  // [Hkv, D], or null: nothing stands for unlisted tokens
@@ -91,7 +91,8 @@ struct Problem {
     list = a.lists == 1 ? b : owner;
   }
   __device__ __forceinline__ int count(const Arguments& a) const {  // tokens before the tail
-    return DENSE ? min(length_of(a, b), a.window - 1) : min(max(a.counts[list], 0), a.width);
+    if (DENSE) return a.counts ? a.counts[list] : min(length_of(a, b), a.window - 1);
+    return min(max(a.counts[list], 0), a.width);
   }
 };
 
@@ -107,7 +108,7 @@ __device__ __forceinline__ Share share_of(const Arguments& a, int v, int virtual
   const int lane = threadIdx.x % 32;
   bool equal = true;  // full lists, or sequences of one length
   for (int l = lane; l < a.B * a.lists; l += 32)
-    equal &= DENSE ? length_of(a, l) == length_of(a, 0) : a.counts[l] == a.width;
+    equal &= !DENSE ? a.counts[l] == a.width : a.counts ? a.counts[l] == a.counts[0] : length_of(a, l) == length_of(a, 0);
   if (__all_sync(~0u, equal)) return equal_share(v, virtual_blocks, problems);
   auto tokens_of = [&](int p) { return p < problems ? Problem(a, p).count(a) + a.T : 0; };
   long long total = 0;
@@ -135,15 +136,17 @@ __device__ __forceinline__ Share share_of(const Arguments& a, int v, int virtual
 }
 
 struct Walk {  // the tokens of one block, in order: listed ones, then the tail
-  int first, last, count, length;
-  __device__ __forceinline__ Walk(const Arguments& a, const Share& share, int count, int length) : count(count), length(length) {
+  int first, last, count, length, start;  // start: position of the first token, if DENSE
+  __device__ __forceinline__ Walk(const Arguments& a, const Share& share, int count, int length)
+      : count(count), length(length), start(a.counts ? 0 : length - count) {
     const int total = count + a.T, tokens = (total + share.parts - 1) / share.parts;
     first = min(share.part * tokens, total);
     last = min(first + tokens, total);
   }
   __device__ __forceinline__ int position(const int* indices, int i) const {  // slots past the end repeat the last token
     i = min(first + i, last - 1);
-    return !DENSE && i < count ? indices[i] : length + i - count;
+    if (i >= count) return length + i - count;
+    return DENSE ? start + i : indices[i];
   }
 };
 
