@@ -223,7 +223,7 @@ class LanguageModel:
             stop = int(cache.lengths.max()) + tokens.shape[1] if tokens.shape[1] > ROUND else cache.capacity
         fused = tokens.numel() <= MAX_ROWS or tokens.shape[1] > ROUND or self._always_fused  # between, compiled ones are faster
         if positions is None:
-            positions = cache.lengths.repeat(max(len(selections), 1))[:, None]
+            positions = (cache.lengths.repeat(len(selections)) if selections else cache.lengths)[:, None]
             if tokens.shape[1] > 1:
                 positions = positions + torch.arange(tokens.shape[1], device=self.spec.device)
         positions = positions.to(self.spec.device).clamp(max=self.spec.context - 1)  # the last round may run past it, in vain
