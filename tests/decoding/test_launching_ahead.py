@@ -56,7 +56,7 @@ def ahead(monkeypatch):
         {"mode": "sparse", "min_context": 50},
         {"mode": "exact"},
         {"mode": "exact", "exact_every": 3, "min_context": 50},
-        {"mode": "exact", "exact_every": 20, **STARVED},
+        {"mode": "exact", "exact_every": 8, **STARVED},
     ],
     ids=str,
 )

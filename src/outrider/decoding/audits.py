@@ -8,7 +8,7 @@ whose rows go through the target's weights together. In each layer
     sparse rows    write theirs over those, and read what is listed
 
 so an audited round leaves what any other leaves. Rows of the batch that are not to be audited read nothing in place of
-everything. Bytes of an audit: all keys and values of the audited rows, and in a quarter of the layers the listed ones once more.
+everything. Bytes of an audit: all keys and values of audited rows, and the listed ones once more in a quarter of the layers.
 """
 
 from __future__ import annotations
