@@ -13,8 +13,9 @@ from outrider.config import SamplingParams
 from outrider.decoding import costs
 from outrider.decoding.choice import PLAIN, Choice
 from outrider.decoding.costs import Costs, Plane
+from outrider.decoding.graphs import Stages
 from outrider.decoding.prefill import late_widths, prefill, read_late
-from outrider.decoding.rehearsal import rehearse
+from outrider.decoding.rehearsal import rehearse, warm_up
 from outrider.decoding.runner import Runner
 
 COEFFICIENTS = st.floats(0, 1)
@@ -97,6 +98,27 @@ def test_rounds_are_measured_as_they_will_run(mode, make_pair, make_engine, rand
     engine.generate(random_prompts([50]), SamplingParams(max_new_tokens=40, ignore_eos=True))
     assert {kind for kind in run if kind.k in (0, 3)} <= measured and any(kind.sparse for kind in measured)
     assert all(kind.holds == (mode != "sparse") for kind in measured if kind.sparse and not kind.reads_all)
+
+
+@pytest.mark.parametrize("options", [{"mode": "dense"}, {"mode": "exact"}, {"mode": "sparse"}, {"guard_every": 2}], ids=str)
+def test_what_rounds_need_is_captured_before_the_first_prompt(options, make_pair, make_engine, random_prompts, monkeypatch):
+    """Every stage has run twice by then: as it is, and to be captured."""
+    ran, rehearsed = [], []
+
+    def warm(runner, *given):
+        assert ran == []
+        runner.stages.capture = True
+        warm_up(runner, *given)
+        runner.stages.capture = False
+        rehearsed.extend(ran)
+        ran.clear()
+
+    monkeypatch.setattr(Stages, "run", lambda self, name, function: ran.append(name) or function())
+    monkeypatch.setattr("outrider.decoding.loop.warm_up", warm)
+    engine = make_engine(make_pair("llama"), **({"mode": "sparse", "guard_tolerance": 1.0} | options))
+    engine.generate(random_prompts([50]), SamplingParams(max_new_tokens=40, ignore_eos=True))
+    assert {"propose", "verify", "accept"} <= set(ran) and ("audit" in ran) == ("guard_every" in options)
+    assert {name for name in ran if rehearsed.count(name) < 2} == set()
 
 
 def test_costs_are_measured_once_and_again_for_more(make_pair, make_engine, random_prompts, monkeypatch):

@@ -13,24 +13,26 @@ from outrider.models.attention import ROUND
 
 
 def warm_up(runner: Runner, kind: RoundKind, progress: ProgressCallback) -> None:
-    """Two rounds: what they need is built and captured before the first prompt is read."""
+    """Two rounds of each sort: what they need is built and captured before the first prompt is read."""
     if not runner.stages.capture or runner.stages.knows(kind):
         return
     for done in range(2):
         progress("compile rounds", done, 2)
-        rehearse(runner, kind, 1, audit=True)
+        rehearse(runner, kind, 1)
+        if runner.audits is not None and kind.sparse:
+            rehearse(runner, kind, 1, audited=True)
         for tokens in (ROUND, WIDTH) if runner.confirms and kind.sparse else ():
             rehearse_confirmation(runner, kind, 1, min(tokens, runner.tentative.width))
     runner.clear(slice(None))
     progress("compile rounds", 2, 2)
 
 
-def rehearse(runner: Runner, kind: RoundKind, cached: int, *, audit: bool = False) -> dict[str, float]:
-    """A round of rows of `cached` tokens each; seconds by stage. With `audit` it is audited, where rounds ever are."""
+def rehearse(runner: Runner, kind: RoundKind, cached: int, *, audited: bool = False) -> dict[str, float]:
+    """A round of rows of `cached` tokens each, an `audited` one or another; seconds by stage."""
     clock = _begin(runner, cached)
     if runner.quantized is not None and kind.sparse:
         runner.quantized.rows(0, kind.rows).fill(runner.caches[1].rows(0, kind.rows))
-    runner.run_stages(kind, clock, audited=audit and kind.sparse)
+    runner.run_stages(kind, clock, audited=audited)
     return clock.settle()
 
 
